@@ -1,0 +1,102 @@
+"""Frames → mp4, streamed through ffmpeg; and back, for comparisons."""
+
+import contextlib
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from hunyuan_staged import InputError, artifacts
+
+CRF = 17  # visually lossless for x264, about a fifth of the size of truly lossless
+
+
+def ffmpeg_path() -> str:
+    """The ffmpeg to run: imageio-ffmpeg's, or the one that IMAGEIO_FFMPEG_EXE names. InputError if there is none."""
+    try:
+        import imageio_ffmpeg
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"no ffmpeg to write the video with ({error}); pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
+        ) from error
+
+
+def _command(fps: float, height: int, width: int, target: Path) -> list[str]:
+    """Raw RGB on stdin → H.264 that a browser plays. Players assume BT.709, so convert to it and say so in the file."""
+    rate = Fraction(fps).limit_denominator(1001)
+    colors = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+    return [
+        *(ffmpeg_path(), "-y", "-v", "error"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-"),
+        *("-an", "-c:v", "libx264", "-crf", str(CRF)),
+        *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-pix_fmt", "yuv420p", *colors),
+        # The index at the front: a browser plays before it has the whole file.
+        *("-movflags", "+faststart", str(target)),
+    ]
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it gave no reason"
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, height: int, width: int) -> int:
+    """Write frames, uint8 [H, W, 3] RGB each, as H.264 yuv420p mp4, and return how many there were.
+
+    Frames go to the encoder one by one as the iterable yields them. The file appears whole or not at all. Raises
+    InputError with ffmpeg's own last line if it fails, or if it is missing; needs even height and width.
+    """
+    assert height % 2 == width % 2 == 0, f"yuv420p halves both sides, and {width}x{height} is odd"
+    path = Path(path)
+    count = 0
+    # stderr goes to a file: a pipe that nobody reads would fill up and stop ffmpeg.
+    with artifacts.replacing(path) as target, tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            _command(fps, height, width, Path(target)), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
+        )
+        assert process.stdin is not None
+        broken = False
+        try:
+            for frame in frames:
+                assert (frame.shape, frame.dtype) == ((height, width, 3), np.uint8), (frame.shape, frame.dtype)
+                process.stdin.write(np.ascontiguousarray(frame).data)
+                count += 1
+            assert count, "a video needs at least one frame"
+        except BrokenPipeError:
+            broken = True  # ffmpeg has ended; its status and its last line, below, say why
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            status = process.wait()
+        if broken or status:
+            raise InputError(f"ffmpeg could not write {path} (status {status}): {_last_line(log)}")
+    return count
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """(frames uint8 [T, H, W, 3] RGB, frames per second) of a video file; InputError if it is absent or no video."""
+    ffmpeg_path()
+    import imageio_ffmpeg
+
+    if not Path(path).is_file():
+        raise InputError(f"video {path} does not exist")
+    reader = imageio_ffmpeg.read_frames(str(path))
+    try:
+        meta = next(reader)
+        width, height = meta["size"]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    except (OSError, RuntimeError, KeyError, IndexError) as error:
+        raise InputError(f"{path} is no video that ffmpeg can read") from error
+    if not frames:
+        raise InputError(f"{path} is no video that ffmpeg can read")
+    return np.stack(frames), float(meta["fps"])
