@@ -1,0 +1,160 @@
+"""`python -m hunyuan_staged.bench stage2 …`: a stage at any size, with random weights built straight on the device.
+
+Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+from hunyuan_staged import versions
+
+# The practical peak of one H100 in dense bf16 products (../shared/measured.md: 8192^3 at about 790 TFLOP/s).
+PEAK_TFLOPS = 790.0
+TEXT_TOKENS = 256  # language tokens of a long prompt; the glyph and image rows are empty
+
+
+def attention_flops(tokens: int, heads: int, width: int) -> float:
+    """Multiply-adds of one attention over `tokens`, counted twice: 4 * N^2 * H * D."""
+    return 4.0 * tokens**2 * heads * width
+
+
+def linear_flops(video_tokens: int, text_tokens: int, inner: int, mlp_ratio: float) -> float:
+    """Of one double-stream block: q, k, v, out and both feed-forward products, 2 * N * (4 + 2 * ratio) * C^2."""
+    return 2.0 * (video_tokens + text_tokens) * (4 + 2 * mlp_ratio) * inner**2
+
+
+def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
+    """A transformer with random weights, built in its dtype on the device, never on the host."""
+    import torch
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    with torch.device("meta"):
+        model = HunyuanVideo15Transformer3DModel(**config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        fan = tensor[0].numel() if tensor.ndim > 1 else 64
+        tensor.normal_(0, 0.7 / fan**0.5, generator=generator)
+        if tensor.ndim == 1 and "norm" in name and name.endswith("weight"):
+            tensor.add_(1.0)
+    return model
+
+
+def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, TFLOP/s and memory of a denoising step of the full-size transformer, over whole guided steps."""
+    import torch
+
+    from hunyuan_staged import denoise, offload, parallel, schedule, transformer
+    from hunyuan_staged.attention import choose_attention
+
+    world = parallel.start_world()
+    device, dtype = world.device, torch.bfloat16
+    cuda = device.type == "cuda"
+    height, width = versions.size_for_ratio(args.resolution, args.aspect_ratio)
+    shape = versions.latent_shape(args.video_length, height, width, 32)
+    rows = 2 if args.guidance_scale != 1 else 1
+    layout = parallel.make_layout(world, rows)
+    attention = choose_attention(args.attn_mode, device, dtype)
+    model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
+    blocks = offload.stream_blocks(model, device) if args.enable_offloading else None
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated() / 2**30 if cuda else 0.0
+    forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=not args.no_compile)
+    text = torch.randn(1, TEXT_TOKENS, model.config.text_embed_dim, generator=torch.Generator().manual_seed(1))
+    empty = torch.zeros(1, 0, 0, device=device, dtype=dtype)
+    conditioning = [transformer.Conditioning(text.to(device, dtype), empty, empty)] * rows
+    noise = denoise.draw_noise(shape, 0, dtype).to(device)
+    condition = denoise.condition_channels(noise, None)
+    times: list[float] = []
+
+    def step() -> None:
+        started = time.perf_counter()
+        # One step of a one-step schedule is the whole work of any step: every guidance row, guidance, Euler.
+        denoise.denoise(
+            forward,
+            noise,
+            condition,
+            conditioning,
+            schedule.flow_sigmas(1, 1.0),
+            guidance_scale=args.guidance_scale,
+            layout=layout,
+        )
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+
+    for _ in range(args.warmup + args.steps):
+        step()
+    warmup, timed = times[: args.warmup], times[args.warmup :]
+    config, tokens = model.config, forward.total + TEXT_TOKENS
+    inner = config.num_attention_heads * config.attention_head_dim
+    flops = (
+        rows
+        * config.num_layers
+        * (
+            attention_flops(tokens, config.num_attention_heads, config.attention_head_dim)
+            + linear_flops(forward.total, TEXT_TOKENS, inner, config.mlp_ratio)
+        )
+    )
+    seconds = statistics.median(timed)
+    result = {
+        "bench": "stage2",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "ranks": world.size,
+        "layout": layout.describe(),
+        "resolution": f"{width}x{height}",
+        "video_length": args.video_length,
+        "tokens": tokens,
+        "layers": config.num_layers,
+        "attn_mode": attention.name,
+        "compiled": not args.no_compile,
+        "offloaded": args.enable_offloading,
+        "guidance_rows": rows,
+        "step_seconds": round(seconds, 4),
+        "all_steps": [round(t, 4) for t in timed],
+        "warmup_seconds": [round(t, 4) for t in warmup],
+        "tflops_per_gpu": round(flops / seconds / 1e12 / world.size, 1),
+        "share_of_peak": round(flops / seconds / 1e12 / world.size / PEAK_TFLOPS, 3),
+        "weights_gib": round(weights, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+    }
+    parallel.stop_world(world)
+    return result if world.is_main else {}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    stage2 = stages.add_parser("stage2", help="a denoising step of the full-size transformer")
+    stage2.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(versions.BUCKET_BASE))
+    stage2.add_argument("--aspect_ratio", default=versions.DEFAULT_ASPECT_RATIO)
+    stage2.add_argument("--video_length", type=int, default=121)
+    stage2.add_argument("--guidance_scale", type=float, default=6.0)
+    stage2.add_argument("--attn_mode", default=versions.DEFAULT_ATTN_MODE, choices=versions.ATTN_MODES)
+    stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
+    stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
+    stage2.add_argument("--enable_offloading", action="store_true", help="stream the blocks from host memory")
+    stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
+    stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
+    stage2.set_defaults(run=bench_stage2)
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    result = args.run(args)
+    if result:
+        width = max(map(len, result))
+        for name, value in result.items():
+            print(f"{name:{width}}  {value}")
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
