@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Runs all three stages, or with `--only N` (run_stageN.sh) one. Chooses the Python and the number of processes, and
+# passes every other flag on; `bash run_staged.sh --help` says more.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+scripts=(stage1_text_encoder.py stage2_transformer.py stage3_vae_decoder.py)
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# The modules that the three stages import; a Python that has them all is used as it is.
+has_all() {
+    "$1" -c 'import importlib.util as u, sys
+names = "torch diffusers transformers safetensors accelerate einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
+sys.exit(any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
+}
+
+# $PYTHON, else the python3 at hand, else this folder's .venv, which is made if nothing else will do.
+find_python() {
+    if [[ -n ${PYTHON:-} ]]; then
+        python=$PYTHON
+    elif has_all python3; then
+        python=python3
+    else
+        python=$here/.venv/bin/python
+        if ! has_all "$python"; then
+            python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+                fail "python3 is $(python3 --version 2>&1); Python 3.11 or later is needed"
+            echo "no Python here has all that the suite needs: making $here/.venv (once, some minutes)" >&2
+            python3 -m venv "$here/.venv"
+            "$python" -m pip install --quiet 'torch>=2.11,<3'
+            "$python" -m pip install --quiet --editable "$here"
+        fi
+    fi
+}
+
+# All GPUs that CUDA_VISIBLE_DEVICES shows, at most 8; one CPU process where there is none.
+visible_gpus() {
+    local count=0
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        if [[ -n $CUDA_VISIBLE_DEVICES && $CUDA_VISIBLE_DEVICES != -1 ]]; then
+            count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+        fi
+    elif command -v nvidia-smi >/dev/null; then
+        count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+    fi
+    if ((count > 8)); then count=8; fi
+    if ((count < 1)); then count=1; fi
+    echo "$count"
+}
+
+only=
+gpus=${GPUS:-}
+flags=()
+while (($#)); do
+    case $1 in
+    --only) only=$2 && shift ;;
+    --gpus) (($# > 1)) || fail "--gpus needs a number" && gpus=$2 && shift ;;
+    --gpus=*) gpus=${1#*=} ;;
+    *) flags+=("$1") ;;
+    esac
+    shift
+done
+gpus=${gpus:-$(visible_gpus)}
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus is not a positive number"
+
+run_stage() {
+    local script=$here/${scripts[$1 - 1]}
+    shift
+    if ((gpus == 1)); then
+        "$python" "$script" "$@"
+    else
+        "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$script" "$@"
+    fi
+}
+
+find_python
+if [[ -n $only ]]; then
+    run_stage "$only" ${flags[@]+"${flags[@]}"}
+    exit
+fi
+for flag in ${flags[@]+"${flags[@]}"}; do
+    if [[ $flag == --help || $flag == -h ]]; then
+        exec "$python" "$here/utils.py" split . --help
+    fi
+done
+lists=$(mktemp -d)
+trap 'rm -rf "$lists"' EXIT
+"$python" "$here/utils.py" split "$lists" ${flags[@]+"${flags[@]}"}
+for number in 1 2 3; do
+    mapfile -d '' -t arguments <"$lists/$number"
+    run_stage "$number" ${arguments[@]+"${arguments[@]}"}
+done

@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Stage 1: a prompt, and maybe an image, → embeddings for the transformer."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from hunyuan_staged import InputError, versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from hunyuan_staged.checkpoints import ModelFolder
+    from hunyuan_staged.versions import Version
+
+EXAMPLE = """\
+examples:
+  python stage1_text_encoder.py --model_path ckpts/HunyuanVideo-1.5 --prompt 'A cat walks on the grass, realistic style.'
+  python stage1_text_encoder.py --model_path ckpts/HunyuanVideo-1.5 --prompt 'It turns its head' --image_path cat.jpg
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of stage 1, with their defaults."""
+    parser = utils.make_parser("stage1_text_encoder.py", __doc__ or "", EXAMPLE)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--model_path",
+        help="model folder in the official or the diffusers layout, or a hub id (default: the demo weights)",
+    )
+    files.add_argument(
+        "--output_dir", default=versions.DEFAULT_OUTPUT_DIR, help="folder of the run (default: %(default)s)"
+    )
+    what = parser.add_argument_group("what to show")
+    what.add_argument(
+        "--prompt",
+        default=versions.DEFAULT_PROMPT,
+        help="the video in words; texts in quotation marks are spelt out (default: %(default)r)",
+    )
+    what.add_argument(
+        "--negative_prompt",
+        default=versions.DEFAULT_NEGATIVE_PROMPT,
+        help="what guidance leads away from (default: empty)",
+    )
+    what.add_argument("--image_path", help="first frame: image to video (default: none, text to video)")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--resolution",
+        help=f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
+    )
+    weights.add_argument(
+        "--dtype",
+        choices=tuple(utils.DTYPES),
+        default=versions.DEFAULT_DTYPE,
+        help="of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
+    )
+    weights.add_argument("--cfg_distilled", action="store_true", help="the weights with guidance distilled into them")
+    weights.add_argument("--step_distilled", action="store_true", help="the weights for 8 or 12 steps")
+    weights.add_argument("--sparse_attn", action="store_true", help="the sparse weights (distilled, too)")
+    utils.add_run_flags(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse every flag value that can be judged without reading the model."""
+    if args.resolution is not None and args.resolution not in versions.BUCKET_BASE:
+        raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(versions.BUCKET_BASE)}")
+    if args.step_distilled and (args.cfg_distilled or args.sparse_attn):
+        raise InputError("--step_distilled excludes --cfg_distilled and --sparse_attn: no such weights are published")
+    if args.image_path and not Path(args.image_path).is_file():
+        raise InputError(f"--image_path {args.image_path} does not exist")
+
+
+def demo_checkpoint(run: utils.Run) -> str:
+    """The folder of the checkpoint that is used where none is named: drawn on first use, kept in the user's cache."""
+    from hunyuan_staged.demo import draw
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan_staged"
+    # A changed drawing is another checkpoint, so it gets another folder.
+    folder = cache / f"tiny-{hashlib.sha256(Path(draw.__file__).read_bytes()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        run.log.info(f"drawing a tiny checkpoint into {folder}")
+        draw.draw_checkpoint(folder)
+    run.log.warning(
+        f"no --model_path: this is a tiny checkpoint with random weights ({folder}), and the video will be noise; "
+        "README.md says where real weights come from"
+    )
+    return str(folder)
+
+
+def pick_version(args: argparse.Namespace, folder: ModelFolder) -> Version:
+    """The version that the flags name; without --resolution the default one, else the first that the folder has."""
+    offered = folder.resolutions()
+    default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
+    resolution = args.resolution or default
+    if resolution is None:
+        raise InputError(f"{folder.path} holds no transformer version")
+    version = versions.version(
+        resolution,
+        "i2v" if args.image_path else "t2v",
+        cfg_distilled=args.cfg_distilled,
+        step_distilled=args.step_distilled,
+        sparse=args.sparse_attn,
+    )
+    if version.name not in folder.versions():
+        raise InputError(f"{folder.path} has no transformer {version.name}; it holds {', '.join(folder.versions())}")
+    return version
+
+
+def encode_text(
+    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
+    from hunyuan_staged import text
+
+    with run.part("load"):
+        tokenizer, model = folder.load_language_model(device=run.device, dtype=dtype, progress=run.progress)
+    for name, prompt in (("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)):
+        dropped = text.tokenise(tokenizer, prompt).dropped
+        if dropped:
+            run.log.warning(f"{name} is too long: its last {dropped} tokens are cut off")
+    with run.part("compute"):
+        tensors = text.language_embeddings(tokenizer, model, args.prompt, args.negative_prompt)
+    del tokenizer, model
+    glyph_tokenizer = glyph_model = None
+    if text.glyph_text(args.prompt):
+        with run.part("load"):
+            glyph_tokenizer, glyph_model = folder.load_glyph_encoder(device=run.device, dtype=dtype)
+    width = folder.transformer_config(version.name)["text_embed_2_dim"]
+    with run.part("compute"):
+        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, args.prompt, width=width, dtype=dtype)
+
+
+def encode_image(
+    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+) -> dict[str, Any]:
+    """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image."""
+    if not args.image_path:
+        return {}
+    from hunyuan_staged import image
+
+    picture = image.load_image(args.image_path)
+    height, width = versions.nearest_size(version.resolution, picture.height / picture.width)
+    fitted = image.fit(picture, height, width)
+    run.log.info(f"image {picture.width}x{picture.height} → {width}x{height}")
+    with run.part("load"):
+        processor, model = folder.load_image_encoder(device=run.device, dtype=dtype)
+    with run.part("compute"):
+        embeds = image.encode_image(processor, model, fitted)
+    del processor, model
+    with run.part("load"):
+        encoder, config = folder.load_vae_encoder(device=run.device, dtype=dtype, progress=run.progress)
+    with run.part("compute"):
+        latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
+    return {"image_embeds": embeds, "image_latents": latents}
+
+
+def body(run: utils.Run, args: argparse.Namespace) -> None:
+    """Choose the version, encode text and image, write the embeddings and the config."""
+    from hunyuan_staged import artifacts, checkpoints
+
+    model_path = args.model_path or demo_checkpoint(run)
+    parts = ["text", "glyph", "image", "vae"] if args.image_path else ["text", "glyph"]
+    folder = checkpoints.open_model(model_path, [*parts, "transformer"], run.progress)
+    version = pick_version(args, folder)
+    dtype = utils.torch_dtype(args.dtype, run.device)
+    run.log.info(f"transformer version {version.name}; encoding in {dtype} on {run.device}")
+    tensors = encode_text(run, args, folder, version, dtype) | encode_image(run, args, folder, version, dtype)
+
+    recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
+    with run.part("write"):
+        about = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "task_type": version.task}
+        path = artifacts.save_embeddings(args.output_dir, tensors, about | {"model": recorded, "version": version.name})
+        additions = {
+            "model_path": recorded,
+            "resolution": version.resolution,
+            "transformer_version": version.name,
+            "image_path": args.image_path,
+            "dtype": args.dtype,
+        }
+        config = artifacts.update_config(args.output_dir, about | additions)
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
+    run.wrote(path, shapes)
+    run.wrote(config, "the settings of the run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return utils.run_stage("stage 1", args, check=check, body=lambda run, _: body(run, args), every_rank=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Stage 2: text embeddings → video latents, by the denoising transformer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from hunyuan_staged import InputError, versions
+
+if TYPE_CHECKING:
+    from hunyuan_staged.versions import Version
+
+EXAMPLE = """\
+examples:
+  python stage2_transformer.py --model_path ckpts/HunyuanVideo-1.5 --video_length 49
+  torchrun --nproc-per-node 8 stage2_transformer.py --seed 7 --output_dir runs/seed7
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of stage 2, with their defaults; those that follow from the transformer version say so."""
+    parser = utils.make_parser("stage2_transformer.py", __doc__ or "", EXAMPLE)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input_dir", default=versions.DEFAULT_OUTPUT_DIR, help="folder that stage 1 wrote (default: %(default)s)"
+    )
+    files.add_argument("--output_dir", help="where the latents go (default: --input_dir)")
+    files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
+    video = parser.add_argument_group("video")
+    video.add_argument(
+        "--aspect_ratio",
+        help=f"width:height (default: {versions.DEFAULT_ASPECT_RATIO}, or the image's own for image to video)",
+    )
+    video.add_argument("--video_length", type=int, help="frames, 4n+1 (default: 121; 33 for the demo weights)")
+    video.add_argument("--seed", type=int, default=versions.DEFAULT_SEED, help="noise seed (default: %(default)s)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--num_inference_steps", type=int, help="denoising steps (default by version: 50 for the base models)"
+    )
+    sampling.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
+    )
+    sampling.add_argument(
+        "--dtype", choices=tuple(utils.DTYPES), help="of weights and activations (default: as stage 1)"
+    )
+    speed = parser.add_argument_group("attention and memory")
+    speed.add_argument(
+        "--attn_mode",
+        choices=versions.ATTN_MODES,
+        help=f"attention kernel; flash takes the fastest exact one here (default: {versions.DEFAULT_ATTN_MODE})",
+    )
+    speed.add_argument("--use_sageattn", action="store_true", help="short for --attn_mode sageattn")
+    speed.add_argument(
+        "--sparse_attn", action="store_true", help="short for --attn_mode flex-block-attn with the sparse weights"
+    )
+    speed.add_argument(
+        "--no_compile", action="store_true", help="start at once, without torch.compile (GPU; each step is slower)"
+    )
+    offload = speed.add_mutually_exclusive_group()
+    offload.add_argument("--enable_offloading", action="store_true", help="keep the blocks in host memory until used")
+    offload.add_argument("--disable_offloading", action="store_true", help="keep all weights on the device (default)")
+    utils.add_run_flags(parser)
+    return parser
+
+
+def attention_mode(args: argparse.Namespace) -> str:
+    """The one mode that --attn_mode and its two shorthands ask for; InputError where they contradict each other."""
+    asked = {"--attn_mode " + args.attn_mode: args.attn_mode} if args.attn_mode else {}
+    if args.use_sageattn:
+        asked["--use_sageattn"] = "sageattn"
+    if args.sparse_attn:
+        asked["--sparse_attn"] = "flex-block-attn"
+    if len(set(asked.values())) > 1:
+        raise InputError(f"{' and '.join(asked)} ask for different attention; give one of them")
+    return next(iter(asked.values()), versions.DEFAULT_ATTN_MODE)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse every flag value that can be judged without reading a file."""
+    attention_mode(args)
+    if args.video_length is not None:
+        versions.check_video_length(args.video_length)
+    if args.aspect_ratio is not None:
+        versions.size_for_ratio(versions.DEFAULT_RESOLUTION, args.aspect_ratio)
+    if args.num_inference_steps is not None and args.num_inference_steps < 1:
+        raise InputError(f"--num_inference_steps {args.num_inference_steps} is not a positive number")
+    if args.guidance_scale is not None and not 1 <= args.guidance_scale < 100:
+        raise InputError(f"--guidance_scale {args.guidance_scale} is outside 1 to 100")
+    if not 0 <= args.seed < 2**64:
+        raise InputError(f"--seed {args.seed} is outside 0 to 2^64 - 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, after flags, config, embeddings and version have been brought together."""
+
+    version: Version
+    height: int
+    width: int
+    video_length: int
+    num_inference_steps: int
+    guidance_scale: float
+    dtype: str
+
+
+def settle(args: argparse.Namespace, config: dict[str, Any], version: Version, image_latents: Any) -> Settings:
+    """Every value from its flag, else from stage 1, else from the version."""
+    if image_latents is None:
+        height, width = versions.size_for_ratio(version.resolution, args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO)
+    else:
+        height, width = (n * versions.SPATIAL_RATIO for n in image_latents.shape[-2:])
+        if args.aspect_ratio and versions.size_for_ratio(version.resolution, args.aspect_ratio) != (height, width):
+            raise InputError(f"--aspect_ratio {args.aspect_ratio} contradicts the image, which is {width}x{height}")
+    return Settings(
+        version,
+        height,
+        width,
+        args.video_length or version.video_length,
+        args.num_inference_steps or version.num_inference_steps,
+        version.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        args.dtype or config.get("dtype") or versions.DEFAULT_DTYPE,
+    )
+
+
+def pick_version(config: dict[str, Any], offered: Sequence[str], *, sparse: bool) -> Version:
+    """The version that stage 1 recorded, or the folder's only one; --sparse_attn takes the sparse weights beside it."""
+    name = config.get("transformer_version")
+    if name is None:
+        if len(offered) != 1:
+            raise InputError(
+                f"{config.get('model_path')} holds {', '.join(offered)}, and the config does not say which one to take; "
+                "run stage 1 again, or add transformer_version to generation_config.json"
+            )
+        name = offered[0]
+    version = versions.parse_version(name)
+    if sparse and not version.sparse:
+        version = versions.version(version.resolution, version.task, sparse=True)
+    return version
+
+
+def body(run: utils.Run, args: argparse.Namespace) -> None:
+    """Read the embeddings, load the transformer, denoise, write the latents."""
+    import torch
+
+    from hunyuan_staged import artifacts, checkpoints, denoise, offload, parallel, schedule, transformer
+    from hunyuan_staged.attention import choose_attention
+
+    output_dir = Path(args.output_dir or args.input_dir)
+    config = artifacts.read_config(args.input_dir)
+    embeddings, _ = artifacts.load_embeddings(args.input_dir)
+    image_latents = embeddings.get("image_latents")
+    model_path = args.model_path or config.get("model_path")
+    if not model_path:
+        raise InputError(f"{args.input_dir} records no model_path; give --model_path")
+
+    folder = checkpoints.open_model(model_path, ("transformer", "scheduler"), run.progress)
+    version = pick_version(config, folder.versions(), sparse=args.sparse_attn)
+    settings = settle(args, config, version, image_latents)
+    for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
+        run.log.warning(warning)
+    dtype = utils.torch_dtype(settings.dtype, run.device)
+    attention = choose_attention(attention_mode(args), run.device, dtype)
+    compiled = run.device.type == "cuda" and not args.no_compile
+    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1)
+    run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
+
+    with run.part("load"):
+        home = torch.device("cpu") if args.enable_offloading else run.device
+        model: Any = folder.load_transformer(version.name, device=home, dtype=dtype, progress=run.progress)
+        blocks = offload.stream_blocks(model, run.device) if args.enable_offloading else None
+    shape = versions.latent_shape(settings.video_length, settings.height, settings.width, model.config.out_channels)
+    run.log.info(
+        f"{version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
+        f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seed {args.seed}, {dtype}"
+    )
+    with run.part("compute"):
+        started = time.perf_counter()
+        forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled)
+        prefixes = ("negative_", "") if settings.guidance_scale != 1 else ("",)
+        rows = [transformer.conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
+        noise = denoise.draw_noise(shape, args.seed, dtype).to(run.device)
+        latents = denoise.denoise(
+            forward,
+            noise,
+            denoise.condition_channels(noise, image_latents),
+            rows,
+            schedule.flow_sigmas(settings.num_inference_steps, folder.flow_shift(version.name) or version.flow_shift),
+            guidance_scale=settings.guidance_scale,
+            use_meanflow=model.config.use_meanflow,
+            layout=layout,
+            progress=run.progress,
+        ).cpu()
+        elapsed = time.perf_counter() - started
+    if not run.world.is_main:
+        return
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("the latents hold NaN or Inf; nothing was written")
+    with run.part("write"):
+        chosen = {
+            "height": settings.height,
+            "width": settings.width,
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "seed": args.seed,
+        }
+        metadata = {
+            "num_frames": settings.video_length,
+            "attn_mode": attention.name,
+            "embeddings_sha256": artifacts.sha256(Path(args.input_dir) / artifacts.EMBEDDINGS_FILE),
+        }
+        path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | metadata).items()})
+        additions = {
+            "aspect_ratio": args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO,
+            "video_length": settings.video_length,
+            "stage2_elapsed_time": round(elapsed, 3),
+        }
+        artifacts.update_config(output_dir, chosen | additions, source=args.input_dir)
+    run.wrote(path, f"latents {list(latents.shape)} {latents.dtype}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return utils.run_stage("stage 2", args, check=check, body=lambda run, _: body(run, args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Stage 3: video latents → mp4, by the VAE's decoder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import utils
+from hunyuan_staged import InputError, tiles, versions
+
+EXAMPLE = """\
+examples:
+  python stage3_vae_decoder.py --input_dir stage_outputs
+  torchrun --nproc-per-node 8 stage3_vae_decoder.py --output_video cat.mp4 --tile_overlap 0.125
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of stage 3, with their defaults."""
+    parser = utils.make_parser("stage3_vae_decoder.py", __doc__ or "", EXAMPLE)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input_dir", default=versions.DEFAULT_OUTPUT_DIR, help="folder that stage 2 wrote (default: %(default)s)"
+    )
+    files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
+    files.add_argument("--output_video", help="the mp4 to write (default: output_video.mp4 in --input_dir)")
+    files.add_argument("--save_frames", action="store_true", help="also write stage3_frames.safetensors to --input_dir")
+    video = parser.add_argument_group("video")
+    video.add_argument(
+        "--fps", type=float, default=versions.DEFAULT_FPS, help="frames per second (default: %(default)s)"
+    )
+    tiling = parser.add_argument_group("tiles")
+    tiling.add_argument(
+        "--tile_size", type=int, default=versions.DEFAULT_TILE_SIZE, help="side of a tile in px (default: %(default)s)"
+    )
+    tiling.add_argument(
+        "--tile_overlap",
+        type=float,
+        default=versions.DEFAULT_TILE_OVERLAP,
+        help=f"share of a tile that blends with its neighbour, 0 to {tiles.MAX_OVERLAP} (default: %(default)s)",
+    )
+    tiling.add_argument(
+        "--disable_tiling", action="store_true", help="decode whole frames: no seams, and far more memory"
+    )
+    tiling.add_argument(
+        "--disable_tile_parallelism", action="store_true", help="the first process decodes alone, the others wait"
+    )
+    utils.add_run_flags(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse every flag value that can be judged without reading a file."""
+    if not 1 <= args.fps <= 240:
+        raise InputError(f"--fps {args.fps:g} is outside 1 to 240")
+    if not args.disable_tiling:
+        tiles.check_tiling(args.tile_size, args.tile_overlap, versions.SPATIAL_RATIO)
+    if args.output_video and (Path(args.output_video).suffix != ".mp4" or Path(args.output_video).is_dir()):
+        raise InputError(f"--output_video {args.output_video} is not the name of an .mp4 file")
+
+
+def body(run: utils.Run, args: argparse.Namespace) -> None:
+    """Read the latents, load the decoder, decode, write the video."""
+    import torch
+
+    from hunyuan_staged import artifacts, checkpoints, vae, video
+    from hunyuan_staged.parallel import World
+
+    input_dir = Path(args.input_dir)
+    output_video = Path(args.output_video or input_dir / artifacts.VIDEO_FILE)
+    latents, _ = artifacts.load_latents(input_dir)
+    config = artifacts.read_config(input_dir)
+    model_path = args.model_path or config.get("model_path")
+    if not model_path:
+        raise InputError(f"{args.input_dir} records no model_path; give --model_path")
+    video.ffmpeg_path()  # now, rather than after the decoding
+
+    folder = checkpoints.open_model(model_path, ("vae",), run.progress)
+    world = World(run.world.rank, 1, run.device) if args.disable_tile_parallelism else run.world
+    tiling = {"tile_size": None if args.disable_tiling else args.tile_size, "tile_overlap": args.tile_overlap}
+    plan = vae.plan_decode(latents, folder.vae_config(), **tiling)
+    if world.rank not in vae.tile_owners(plan, world.size):
+        return
+
+    dtype = torch.float16 if run.device.type == "cuda" else torch.float32
+    with run.part("load"):
+        decoder, vae_config = folder.load_vae_decoder(device=run.device, dtype=dtype, progress=run.progress)
+    count = len(plan.tiles)
+    run.log.info(
+        f"latents {list(latents.shape)}: {count} tile{'s' * (count > 1)} on "
+        f"{world.size} process{'es' * (world.size > 1)}, {dtype}"
+    )
+    with run.part("compute"):
+        started = time.perf_counter()
+        decoded = vae.decode_frames(
+            decoder, latents, vae_config, **tiling, world=world, progress=run.progress, as_float=args.save_frames
+        )
+        elapsed = time.perf_counter() - started
+    if decoded is None:
+        return
+
+    num_frames, height, width, _ = decoded.frames.shape
+    with run.part("write"):
+        video.write_video(output_video, decoded.frames.numpy(), args.fps, height, width)
+        if decoded.floats is not None:
+            path = artifacts.save_frames(input_dir, decoded.floats, {"fps": f"{args.fps:g}"})
+            run.wrote(path, f"frames {list(decoded.floats.shape)} {decoded.floats.dtype}")
+        additions = {"stage3_decode_time": round(elapsed, 3), "output_video": str(output_video)}
+        artifacts.update_config(input_dir, additions)
+    run.wrote(output_video, f"{num_frames} frames of {width}x{height} at {args.fps:g} frames per second")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return utils.run_stage("stage 3", args, check=check, body=lambda run, _: body(run, args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""stage2_transformer.py as a user calls it, on the drawn tiny checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from hunyuan_staged import artifacts
+
+SCRIPT = ROOT / "stage2_transformer.py"
+SMALL = ["--video_length", "9", "--num_inference_steps", "2"]
+
+
+def embed(folder: Path, model_path: Path, config: dict | None = None, *, image: bool = False) -> Path:
+    """A folder as stage 1 leaves it, with embeddings drawn at the widths of the tiny checkpoint."""
+    transformer = json.loads((model_path / "transformer" / "demo_t2v" / "config.json").read_text())
+    draw = torch.Generator().manual_seed(5)
+    tensors = {}
+    for prefix, valid, glyphs in (("", 9, 5), ("negative_", 6, 0)):
+        for name, tokens, width, count in (
+            ("prompt_embeds", 1000, transformer["text_states_dim"], valid),
+            ("prompt_embeds_2", 256, glyph_width(model_path), glyphs),
+        ):
+            mask = torch.zeros(1, tokens, dtype=torch.int64)
+            mask[:, :count] = 1
+            tensors[prefix + name] = torch.randn(1, tokens, width, generator=draw) * mask[..., None]
+            tensors[prefix + name.replace("embeds", "embeds_mask")] = mask
+    if image:
+        tensors["image_embeds"] = torch.randn(1, 4, transformer["vision_states_dim"], generator=draw)
+        tensors["image_latents"] = torch.randn(1, 32, 1, 6, 10, generator=draw)
+    version = "demo_i2v" if image else "demo_t2v"
+    recorded = {"prompt": "a", "model_path": str(model_path), "resolution": "demo", "transformer_version": version}
+    recorded |= {"task_type": version[-3:], "dtype": "fp32"}
+    artifacts.save_embeddings(
+        folder, tensors, {"prompt": "a", "negative_prompt": "", "model": "tiny", "version": version}
+    )
+    artifacts.update_config(folder, recorded | (config or {}))
+    return folder
+
+
+def glyph_width(model_path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(model_path / "transformer" / "demo_t2v" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        return file.get_slice("byt5_in.fc1.weight").get_shape()[1]
+
+
+def call(*args: object, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, str(SCRIPT), *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def latents(folder: Path) -> torch.Tensor:
+    return artifacts.load_latents(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_official):
+    """One run that the tests of this module compare with."""
+    folder = embed(tmp_path_factory.mktemp("stage2"), tiny_official)
+    result = call("--input_dir", folder, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_latents_config_and_report(done):
+    folder, result = done
+    tensor, metadata = artifacts.load_latents(folder)
+    assert tensor.shape == (1, 32, 3, 6, 10) and torch.isfinite(tensor).all() and tensor.std() > 0.1
+    expected = {"height": "96", "width": "160", "num_frames": "9", "num_inference_steps": "2", "guidance_scale": "6.0"}
+    expected |= {"seed": "42", "attn_mode": "torch"}
+    assert expected.items() <= metadata.items()
+    assert metadata["embeddings_sha256"] == artifacts.sha256(folder / artifacts.EMBEDDINGS_FILE)
+    config = artifacts.read_config(folder)
+    assert config["prompt"] == "a" and config["video_length"] == 9 and config["stage2_elapsed_time"] > 0
+    assert (config["height"], config["width"], config["aspect_ratio"]) == (96, 160, "16:9")
+    assert "no GPU: torch's scaled_dot_product_attention" in result.stderr
+    assert "1 guidance row x 1 sequence shard" in result.stderr
+    assert "[1, 32, 3, 6, 10]" in result.stderr + result.stdout
+
+
+def again(done, tmp_path, *args, processes=1):
+    result = call("--input_dir", done[0], "--output_dir", tmp_path, *SMALL, *args, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return latents(tmp_path)
+
+
+def test_the_same_seed_gives_the_same_bits_and_offloading_keeps_them(done, tmp_path):
+    assert torch.equal(again(done, tmp_path, "--enable_offloading"), latents(done[0]))
+    assert artifacts.read_config(tmp_path)["prompt"] == "a", "the config follows the latents into --output_dir"
+
+
+def test_another_seed_gives_another_video(done, tmp_path):
+    assert (again(done, tmp_path, "--seed", 43) - latents(done[0])).abs().mean() > 0.1
+
+
+def test_both_layouts_give_the_same_bits(done, tmp_path, tiny_diffusers):
+    assert torch.equal(again(done, tmp_path, "--model_path", tiny_diffusers), latents(done[0]))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_give_what_one_gives(done, tmp_path, processes):
+    one = latents(done[0])
+    several = again(done, tmp_path, processes=processes)
+    assert (several - one).norm() / one.norm() < 1e-5
+
+
+def test_an_image_sets_the_size_and_a_ratio_against_it_is_refused(tmp_path, tiny_official):
+    folder = embed(tmp_path, tiny_official, image=True)
+    result = call("--input_dir", folder, *SMALL, "--aspect_ratio", "1:1")
+    assert result.returncode == 2 and "--aspect_ratio 1:1 contradicts the image, which is 160x96" in result.stderr
+    assert not (folder / artifacts.LATENTS_FILE).exists()
+    result = call("--input_dir", folder, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert latents(folder).shape == (1, 32, 3, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--video_length", "120"], "--video_length 120 is not 4n+1; the nearest are 117 and 121"),
+        (["--aspect_ratio", "wide"], "--aspect_ratio 'wide' is not width:height"),
+        (["--num_inference_steps", "0"], "--num_inference_steps 0 is not a positive number"),
+        (["--guidance_scale", "0.5"], "--guidance_scale 0.5 is outside 1 to 100"),
+        (["--guidance_scale", "nan"], "--guidance_scale nan is outside 1 to 100"),
+        (["--seed", "-1"], "--seed -1 is outside 0 to 2^64 - 1"),
+        (["--use_sageattn", "--sparse_attn"], "--use_sageattn and --sparse_attn ask for different attention"),
+        (
+            ["--attn_mode", "torch", "--use_sageattn"],
+            "--attn_mode torch and --use_sageattn ask for different attention",
+        ),
+        (["--use_sageattn"], "--attn_mode sageattn: INT8 attention is not part of this release yet"),
+        (["--attn_mode", "flex-block-attn"], "block-sparse attention (SSTA) is not part of this release yet"),
+        (["--attn_mode", "flash3"], "--attn_mode flash3 needs a GPU"),
+        (["--attn_mode", "quick"], "--attn_mode"),
+        (["--enable_offloading", "--disable_offloading"], "not allowed with argument"),
+        (["--model_path", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_refusals_are_one_line_and_change_nothing(done, tmp_path, args, message):
+    if torch.cuda.is_available() and "flash3" in args:
+        pytest.skip("this refusal is for machines without a GPU")
+    before = {path.name: path.stat().st_mtime_ns for path in done[0].iterdir()}
+    result = call("--input_dir", done[0], "--output_dir", tmp_path / "out", *args)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert not (tmp_path / "out").exists()
+    assert before == {path.name: path.stat().st_mtime_ns for path in done[0].iterdir()}
+
+
+def test_a_missing_stage_1_is_named(tmp_path):
+    result = call("--input_dir", tmp_path)
+    assert result.returncode == 2 and "stage1_text_encoder.py" in result.stderr
+
+
+def test_a_version_that_the_folder_lacks_lists_those_it_has(tmp_path, tiny_official):
+    folder = embed(tmp_path, tiny_official, {"transformer_version": "720p_t2v"})
+    result = call("--input_dir", folder)
+    assert result.returncode == 2 and "720p_t2v" in result.stderr and "demo_t2v" in result.stderr
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, '.'); import runpy\n"
+        "try: runpy.run_path('stage2_transformer.py', run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--attn_mode" in result.stdout and "default: 42" in result.stdout and "examples:" in result.stdout

@@ -1,0 +1,254 @@
+"""What the three scripts share: flags, logging, the start and stop of a run, errors in one line, the closing report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hunyuan_staged import InputError, versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from hunyuan_staged.parallel import World
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+MIB_PER_KIB = 1 / 1024
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def one_line(text: object) -> str:
+    """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
+    flat = " ".join(str(text).split())
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], flat)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses in one line, and takes no abbreviated flags."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{one_line(message)} (see {self.prog} --help)")
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one error line and leave with the status of bad input."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def make_parser(prog: str, description: str, example: str) -> Parser:
+    """A parser with the suite's manners: the description, then groups of flags, then an example as it stands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return Parser(prog, description=description, epilog=example, formatter_class=raw, allow_abbrev=False)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every script has."""
+    group = parser.add_argument_group("other")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names or a config records; auto is bf16 on a GPU, and fp32 on a CPU, where bf16 is slow.
+
+    InputError lists the names there are.
+    """
+    import torch
+
+    if name == versions.DEFAULT_DTYPE:
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, versions.DEFAULT_DTYPE))}")
+    return getattr(torch, DTYPES[name])
+
+
+class Run:
+    """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote."""
+
+    def __init__(self, name: str, world: World) -> None:
+        from loguru import logger
+
+        self.name, self.world, self.device, self.log = name, world, world.device, logger
+        self.seconds: dict[str, float] = {}
+        self.written: list[str] = []
+        logger.remove()
+        if world.is_main:
+            # Through tqdm, so that a line does not tear a bar apart.
+            logger.add(_write_line, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO", backtrace=False)
+
+    def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
+        """A tqdm bar with the time left, on the first process alone."""
+        from tqdm import tqdm
+
+        return tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of the stage (load, compute, write); parts of one name add up."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def wrote(self, path: str | Path, what: str) -> None:
+        """Note a file for the closing report."""
+        self.written.append(f"{path}: {what}")
+
+    def report(self) -> None:
+        """The closing lines: files with their shapes, seconds by part, peak memory of device and host."""
+        for line in self.written:
+            self.log.info(f"wrote {one_line(line)}")
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        # ru_maxrss is in KiB on Linux.
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MIB_PER_KIB
+        memory = f"host {host:.0f} MiB"
+        if self.device.type == "cuda":
+            import torch
+
+            memory = f"device {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB, {memory}"
+        self.log.info(f"{self.name} done: {parts}; peak memory: {memory}")
+
+
+def _write_line(message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr, end="")
+
+
+def run_stage(
+    name: str,
+    args: argparse.Namespace,
+    *,
+    check: Callable[[argparse.Namespace], Any] | None = None,
+    body: Callable[[Run, Any], None],
+    every_rank: bool = True,
+) -> int:
+    """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
+
+    check(args) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
+    process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, its
+    traceback with --debug; every other exception is our fault and keeps its traceback.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    if not main and not every_rank:
+        return 0
+    try:
+        checked = check(args) if check else None
+        from hunyuan_staged import parallel
+
+        world = parallel.start_world() if every_rank else parallel.lone_world()
+        try:
+            run = Run(name, world)
+            body(run, checked)
+            world.barrier()
+            run.report()
+        finally:
+            parallel.stop_world(world)
+    except InputError as error:
+        if args.debug:
+            raise
+        # The others fail the same check; one of them speaks.
+        if main:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        if main:
+            print(f"error: {name} was interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+# -- run_staged.sh: which flag belongs to which stage --
+
+STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")
+# Within a whole run the folder of every stage is the first one's --output_dir.
+INPUT_DIR, OUTPUT_DIR = "--input_dir", "--output_dir"
+
+SPLIT_HELP = """\
+usage: run_staged.sh [--gpus N] [flags of any stage]
+
+Runs the three stages one after the other, and hands each the flags that are its own:
+  python stage1_text_encoder.py --help    prompt, model, resolution, output_dir
+  python stage2_transformer.py --help     video length, steps, seed, attention
+  python stage3_vae_decoder.py --help     mp4, tiles
+
+  --gpus N   processes, one a GPU (default: $GPUS, else all visible GPUs up to 8, else one process on the CPU)
+
+example:
+  bash run_staged.sh --prompt 'a red circle moves left' --seed 7 --fps 24
+"""
+
+
+def split_flags(argv: Sequence[str]) -> list[list[str]]:
+    """Each stage's argument list from those of a whole run; InputError names a flag that no stage has.
+
+    A flag goes to every stage that has it. Each list is parsed and checked here, so that a bad flag of stage 3 is
+    refused before stage 1 starts.
+    """
+    from importlib import import_module
+
+    modules = [import_module(stage) for stage in STAGES]
+    parsers = [module.build_parser() for module in modules]
+    flags = [{flag: action for action in parser._actions for flag in action.option_strings} for parser in parsers]
+    lists: list[list[str]] = [[], [], []]
+    folder = versions.DEFAULT_OUTPUT_DIR
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag == INPUT_DIR:
+            raise InputError(f"{INPUT_DIR} is for a single stage; a whole run has one folder: use {OUTPUT_DIR}")
+        owners = [index for index in range(len(flags)) if flag in flags[index]]
+        if not flag.startswith("--") or not owners:
+            known = sorted({name for own in flags for name in own if name.startswith("--")} - {INPUT_DIR})
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; see run_staged.sh --help"
+            raise InputError(f"{flag} is a flag of no stage{hint}")
+        words = [word]
+        if not equals and flags[owners[0]][flag].nargs != 0:
+            if not rest:
+                raise InputError(f"{flag} needs a value")
+            value = rest.pop(0)
+            words = [f"{flag}={value}"]
+        if flag == OUTPUT_DIR:
+            folder, owners = value, owners[:1]
+        for index in owners:
+            lists[index] += words
+    for index in (1, 2):
+        lists[index].append(f"{INPUT_DIR}={folder}")
+    for module, parser, words in zip(modules, parsers, lists, strict=True):
+        module.check(parser.parse_args(words))
+    return lists
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python utils.py split FOLDER [flags]`: writes each stage's arguments to FOLDER/1, 2 and 3, a NUL behind each."""
+    if argv[:1] != ["split"] or len(argv) < 2:
+        refuse("utils.py has one command: split FOLDER [flags of any stage]")
+    if "--help" in argv or "-h" in argv:
+        print(SPLIT_HELP, end="")
+        return 0
+    try:
+        lists = split_flags(argv[2:])
+    except InputError as error:
+        refuse(str(error))
+    for number, words in enumerate(lists, start=1):
+        (Path(argv[1]) / str(number)).write_text("".join(f"{word}\0" for word in words), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
