@@ -1,0 +1,113 @@
+"""The launchers: how many processes, which flags, which status; with a stand-in for Python that writes down its calls."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Writes down each call that is not utils.py's; fails with the status in FAIL_AT's stage.
+STAND_IN = """\
+#!/usr/bin/env bash
+case "$*" in
+*utils.py*) exec "$REAL_PYTHON" "$@" ;;
+esac
+printf '%s\\n' "$*" >>"$CALLS"
+if [[ -n ${FAIL_AT:-} && "$*" == *"$FAIL_AT"* ]]; then exit 7; fi
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Call a launcher with the stand-in as $PYTHON; returns the finished process and the calls that it made."""
+    import sys
+
+    stand_in, calls = tmp_path / "python", tmp_path / "calls"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def run(script: str, *args: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        calls.write_text("")
+        clean = {name: value for name, value in os.environ.items() if name not in ("GPUS", "CUDA_VISIBLE_DEVICES")}
+        clean |= {"PYTHON": str(stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(calls)} | environment
+        command = ["bash", str(ROOT / script), *args]
+        result = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return result, calls.read_text().replace(f"{ROOT}/", "").splitlines()
+
+    return run
+
+
+def torchrun(count: int) -> str:
+    return f"-m torch.distributed.run --standalone --nproc-per-node {count} "
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "prefix"),
+    [
+        ([], {"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ([], {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        ([], {"CUDA_VISIBLE_DEVICES": "3"}, ""),
+        ([], {"CUDA_VISIBLE_DEVICES": "2,3"}, torchrun(2)),
+        ([], {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7,8"}, torchrun(8)),
+        ([], {"GPUS": "3"}, torchrun(3)),
+        (["--gpus", "4"], {"GPUS": "3"}, torchrun(4)),
+        (["--gpus=2"], {"CUDA_VISIBLE_DEVICES": ""}, torchrun(2)),
+        (["--gpus", "1"], {"CUDA_VISIBLE_DEVICES": "0,1"}, ""),
+    ],
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_process_count(launch, args, environment, prefix, stage):
+    script = ("stage1_text_encoder.py", "stage2_transformer.py", "stage3_vae_decoder.py")[stage - 1]
+    result, calls = launch(f"run_stage{stage}.sh", *args, "--debug", **environment)
+    assert result.returncode == 0, result.stderr
+    assert calls == [f"{prefix}{script} --debug"]
+
+
+@pytest.mark.parametrize("count", ["0", "two", "-1", ""])
+def test_a_bad_count_is_refused(launch, count):
+    result, calls = launch("run_stage2.sh", f"--gpus={count}", CUDA_VISIBLE_DEVICES="")
+    if count == "":  # as if not given
+        assert result.returncode == 0
+    else:
+        assert result.returncode == 2
+        assert result.stderr == f"error: --gpus {count} is not a positive number\n"
+        assert calls == []
+
+
+def test_a_whole_run_hands_out_the_flags(launch):
+    args = ["--prompt", 'it\'s "a" cat', "--seed", "7", "--fps", "12", "--output_dir", "my runs/a"]
+    result, calls = launch("run_staged.sh", *args, "--gpus", "2")
+    assert result.returncode == 0, result.stderr
+    assert calls == [
+        f'{torchrun(2)}stage1_text_encoder.py --prompt=it\'s "a" cat --output_dir=my runs/a',
+        f"{torchrun(2)}stage2_transformer.py --seed=7 --input_dir=my runs/a",
+        f"{torchrun(2)}stage3_vae_decoder.py --fps=12 --input_dir=my runs/a",
+    ]
+
+
+@pytest.mark.parametrize(("stage", "made"), [("stage1", 1), ("stage2", 2), ("stage3", 3)])
+def test_a_whole_run_stops_at_the_first_failure_with_its_status(launch, stage, made):
+    result, calls = launch("run_staged.sh", "--gpus", "1", FAIL_AT=stage)
+    assert result.returncode == 7
+    assert len(calls) == made
+
+
+def test_a_flag_of_nobody_is_refused_before_anything_starts(launch):
+    result, calls = launch("run_staged.sh", "--prompt", "x", "--sede", "7", "--gpus", "1")
+    assert result.returncode == 2
+    assert result.stderr == "error: --sede is a flag of no stage; did you mean --seed?\n"
+    assert calls == []
+
+
+def test_help_names_the_stages(launch):
+    result, calls = launch("run_staged.sh", "--help")
+    assert result.returncode == 0
+    assert "python stage2_transformer.py --help" in result.stdout
+    assert "--gpus N" in result.stdout
+    assert calls == []
+
+
+def test_launchers_stop_at_errors_and_unset_variables():
+    for script in sorted(Path(ROOT).glob("run_*.sh")):
+        assert "set -euo pipefail" in script.read_text(), script.name

@@ -1,0 +1,63 @@
+"""The README against the code: every flag of every script, both ways, in both languages; the commands; the file tree."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import stage1_text_encoder
+import stage2_transformer
+import stage3_vae_decoder
+
+READMES = ("README.md", "README.zh.md")
+STAGES = {1: stage1_text_encoder, 2: stage2_transformer, 3: stage3_vae_decoder}
+
+
+def flags_of(parser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+
+
+def tables(readme: str) -> list[set[str]]:
+    """The flags in the first column of each table that lists flags."""
+    found = []
+    for block in re.split(r"\n(?!\|)", (ROOT / readme).read_text(encoding="utf-8")):
+        flags = re.findall(r"^\| `(--\w+)` \|", block, flags=re.MULTILINE)
+        if flags:
+            found.append(set(flags))
+    return found
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_flag_tables_are_the_parsers(readme):
+    assert tables(readme) == [flags_of(module.build_parser()) for module in STAGES.values()]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_flag_in_the_text_exists(readme):
+    known = set().union(*(flags_of(module.build_parser()) for module in STAGES.values()))
+    # torchrun's, the hub's and modelscope's own, the launchers', and bench's
+    others = {"--gpus", "--help", "--nproc", "--local", "--local_dir", "--model"}
+    bench = {"--steps", "--warmup", "--layers"}
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - others - bench <= known
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_two_commands_and_the_licence_are_there(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for needed in ("bash run_staged.sh", "python -m pytest", "Apache-2.0", "Tencent Hunyuan Community License"):
+        assert needed in text, needed
+    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_file_tree_names_every_module(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(ROOT / "hunyuan_staged").glob("*.py")]:
+        if path.name != "__init__.py":
+            assert path.name in text, path.name
+
+
+def test_both_languages_have_the_same_sections():
+    counts = [len(re.findall(r"^## ", (ROOT / readme).read_text(encoding="utf-8"), re.MULTILINE)) for readme in READMES]
+    assert counts[0] == counts[1] > 10
