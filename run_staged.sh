@@ -14,7 +14,7 @@ fail() {
 # The modules that the three stages import; a Python that has them all is used as it is.
 has_all() {
     "$1" -c 'import importlib.util as u, sys
-names = "torch diffusers transformers safetensors accelerate einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
+names = "torch diffusers transformers safetensors einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
 sys.exit(any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
 }
 

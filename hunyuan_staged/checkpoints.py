@@ -27,6 +27,7 @@ Named = tuple[str, torch.Tensor]
 
 # The names that weights go by in a part's folder; with .index.json behind them they are sharded.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+MAPPED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(files: Iterable[Path], wanted: Callable[[str], bool], device: torch.device) -> Iterator[Named]:
-    """The tensors of safetensors files whose names are wanted, read one by one straight onto a device."""
+    """The tensors of safetensors files whose names are wanted, read one by one straight onto a device.
+
+    On a CPU they lie in the file's memory map; assign_weights copies them out of it. What has been read of a map stays
+    resident until it is closed, so a file is opened anew after every MAPPED_BYTES.
+    """
     for path in files:
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 (no iterator)
-                    if wanted(name):
-                        yield name, file.get_tensor(name)
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
+            while names:
+                unread = MAPPED_BYTES
+                with safe_open(path, "pt", device=str(device)) as file:
+                    while names and unread > 0:
+                        name = names.pop(0)
+                        tensor = file.get_tensor(name)
+                        unread -= tensor.nbytes
+                        yield name, tensor
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error})") from error
 
@@ -279,8 +290,11 @@ def assign_weights(
             continue
         if tensor.shape != shapes[name]:
             raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(shapes[name])}")
+        # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
+        copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
+        value = nn.Parameter(tensor.to(device, dtype, copy=copy), requires_grad=False)
         path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        setattr(module.get_submodule(path), leaf, value)
         missing.pop(name, None)
     _refuse(f"{origin} holds tensors that the model does not have", leftover)
     _refuse(f"{origin} lacks tensors of the model", list(missing))
@@ -646,8 +660,10 @@ class ModelFolder:
         _read_json(encoder / "config.json")
         _read_json(processor / "preprocessor_config.json")
         weight_files(encoder)
-        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype)
-        return SiglipImageProcessorPil.from_pretrained(processor), model.to(device).eval().requires_grad_(False)
+        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype).to(device)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # out of the file's map, as in assign_weights
+        return SiglipImageProcessorPil.from_pretrained(processor), model.eval().requires_grad_(False)
 
 
 _VOCABULARY = ("tokenizer.json", "vocab.json")

@@ -269,6 +269,36 @@ def test_a_transformer_is_loaded_whole_from_either_layout(folder, tiny_official,
     assert model.config.target_size == 128
 
 
+def test_loaded_weights_lie_in_memory_of_their_own(folder):
+    """On a CPU safetensors gives views of the file's map: bits followed the alignment, and so the layout."""
+    models = [
+        folder.load_transformer("demo_t2v", **F32),
+        folder.load_vae_decoder(**F32)[0],
+        folder.load_language_model(**F32)[1],
+        folder.load_glyph_encoder(**F32)[1],
+        folder.load_image_encoder(**F32)[1],
+    ]
+    weights = [parameter for model in models for parameter in model.parameters()]
+    assert {weight.data_ptr() % 64 for weight in weights} == {0}
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
+def test_a_file_read_in_several_goes_is_whole(tiny_official, monkeypatch):
+    """A file's map is closed now and then, here after every tensor; all of them come, once."""
+    expected = open_model(tiny_official, ()).load_vae_encoder(**F32)[0].state_dict()
+    opened = []
+
+    def counted(path, *args, **options):
+        opened.append(path)
+        return safe_open(path, *args, **options)
+
+    monkeypatch.setattr(checkpoints, "safe_open", counted)
+    monkeypatch.setattr(checkpoints, "MAPPED_BYTES", 1)
+    loaded = open_model(tiny_official, ()).load_vae_encoder(**F32)[0].state_dict()
+    assert len(opened) == 1 + len(expected)  # the names, then each tensor
+    assert same(loaded, expected)
+
+
 def test_both_layouts_say_the_same_of_the_transformer_and_the_vae(tiny_official, tiny_diffusers):
     official, diffusers = open_model(tiny_official, ()), open_model(tiny_diffusers, ())
     ours, theirs = official.transformer_config("demo_t2v"), diffusers.transformer_config("demo_t2v")

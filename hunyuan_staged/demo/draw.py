@@ -141,10 +141,12 @@ def draw_checkpoint(
     return save_diffusers(folder, modules, version=versions[0], dtype=dtype)
 
 
-def build_modules(sizes: Sizes = TINY, seed: int = 0, versions: Sequence[str] = DEMO_VERSIONS) -> Modules:
+def build_modules(
+    sizes: Sizes = TINY, seed: int = 0, versions: Sequence[str] = DEMO_VERSIONS, corpus: Sequence[str] = CORPUS
+) -> Modules:
     """Every part with weights drawn by seed, float32, CPU, eval mode. The global random state is left alone."""
     with torch.random.fork_rng(devices=[]):  # the modules' own initialisation, which draw_weights replaces
-        tokenizer = train_tokenizer(sizes.vocab)
+        tokenizer = train_tokenizer(sizes.vocab, corpus)
         language_config = qwen_config(sizes, tokenizer)
         glyph_tokenizer = build_glyph_tokenizer(COLORS, FONTS)
         modules = Modules(
@@ -184,8 +186,8 @@ def draw_weights(module: nn.Module, key: str) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(vocab: int) -> Any:
-    """A Qwen2 tokenizer: byte-level BPE with up to vocab tokens trained on CORPUS, then Qwen's special tokens."""
+def train_tokenizer(vocab: int, corpus: Sequence[str] = CORPUS) -> Any:
+    """A Qwen2 tokenizer: byte-level BPE with up to vocab tokens trained on corpus, then Qwen's special tokens."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
@@ -199,7 +201,7 @@ def train_tokenizer(vocab: int) -> Any:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
     )
     trained = json.loads(bpe.to_str())["model"]
     ids = trained["vocab"] | {token: len(trained["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
