@@ -11,30 +11,40 @@ fail() {
     exit 2
 }
 
-# The modules that the three stages import; a Python that has them all is used as it is.
+# A Python 3.11 or later that has all modules which the stages import is used as it is.
 has_all() {
     "$1" -c 'import importlib.util as u, sys
 names = "torch diffusers transformers safetensors einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
-sys.exit(any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
+sys.exit(sys.version_info < (3, 11) or any(u.find_spec(name) is None for name in names.split()))' 2>/dev/null
 }
 
-# $PYTHON, else the python3 at hand, else this folder's .venv, which is made if nothing else will do.
+# $PYTHON, else the python3 at hand, else this folder's .venv. Where none has all, python3 itself, which is enough to
+# show --help and to refuse flags; make_environment then makes the rest.
+incomplete=
 find_python() {
     if [[ -n ${PYTHON:-} ]]; then
         python=$PYTHON
     elif has_all python3; then
         python=python3
-    else
+    elif has_all "$here/.venv/bin/python"; then
         python=$here/.venv/bin/python
-        if ! has_all "$python"; then
-            python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-                fail "python3 is $(python3 --version 2>&1); Python 3.11 or later is needed"
-            echo "no Python here has all that the suite needs: making $here/.venv (once, some minutes)" >&2
-            python3 -m venv "$here/.venv"
-            "$python" -m pip install --quiet 'torch>=2.11,<3'
-            "$python" -m pip install --quiet --editable "$here"
-        fi
+    else
+        command -v python3 >/dev/null || fail "there is no python3; Python 3.11 or later is needed"
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            fail "python3 is $(python3 --version 2>&1); Python 3.11 or later is needed"
+        python=python3
+        incomplete=yes
     fi
+}
+
+make_environment() {
+    [[ -n $incomplete ]] || return 0
+    echo "no Python here has all that the suite needs: making $here/.venv (once, some minutes)" >&2
+    python3 -m venv "$here/.venv"
+    python=$here/.venv/bin/python
+    # First, and exactly the version that the suite is tested with: a looser request takes whatever is newest.
+    "$python" -m pip install --quiet torch==2.13.0
+    "$python" -m pip install --quiet --editable "$here"
 }
 
 # All GPUs that CUDA_VISIBLE_DEVICES shows, at most 8; one CPU process where there is none.
@@ -42,7 +52,7 @@ visible_gpus() {
     local count=0
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         if [[ -n $CUDA_VISIBLE_DEVICES && $CUDA_VISIBLE_DEVICES != -1 ]]; then
-            count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+            count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
         fi
     elif command -v nvidia-smi >/dev/null; then
         count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
@@ -78,18 +88,23 @@ run_stage() {
 }
 
 find_python
-if [[ -n $only ]]; then
-    run_stage "$only" ${flags[@]+"${flags[@]}"}
-    exit
-fi
 for flag in ${flags[@]+"${flags[@]}"}; do
     if [[ $flag == --help || $flag == -h ]]; then
+        # By one process, however many would run.
+        if [[ -n $only ]]; then exec "$python" "$here/utils.py" check "$only" --help; fi
         exec "$python" "$here/utils.py" split . --help
     fi
 done
+if [[ -n $only ]]; then
+    "$python" "$here/utils.py" check "$only" ${flags[@]+"${flags[@]}"}
+    make_environment
+    run_stage "$only" ${flags[@]+"${flags[@]}"}
+    exit
+fi
 lists=$(mktemp -d)
 trap 'rm -rf "$lists"' EXIT
 "$python" "$here/utils.py" split "$lists" ${flags[@]+"${flags[@]}"}
+make_environment
 for number in 1 2 3; do
     mapfile -d '' -t arguments <"$lists/$number"
     run_stage "$number" ${arguments[@]+"${arguments[@]}"}

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from hunyuan_staged import InputError, versions
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from hunyuan_staged.checkpoints import ModelFolder
     from hunyuan_staged.versions import Version
@@ -57,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     weights.add_argument(
         "--dtype",
-        choices=tuple(utils.DTYPES),
+        choices=(*utils.DTYPES, versions.DEFAULT_DTYPE),
         default=versions.DEFAULT_DTYPE,
         help="of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
     )
@@ -76,23 +75,18 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--step_distilled excludes --cfg_distilled and --sparse_attn: no such weights are published")
     if args.image_path and not Path(args.image_path).is_file():
         raise InputError(f"--image_path {args.image_path} does not exist")
+    utils.check_output_dir("--output_dir", args.output_dir)
 
 
 def demo_checkpoint(run: utils.Run) -> str:
-    """The folder of the checkpoint that is used where none is named: drawn on first use, kept in the user's cache."""
-    from hunyuan_staged.demo import draw
+    """The folder of the checkpoint that ships, which is used where none is named."""
+    from hunyuan_staged.demo import CHECKPOINT
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan_staged"
-    # A changed drawing is another checkpoint, so it gets another folder.
-    folder = cache / f"tiny-{hashlib.sha256(Path(draw.__file__).read_bytes()).hexdigest()[:12]}"
-    if not folder.is_dir():
-        run.log.info(f"drawing a tiny checkpoint into {folder}")
-        draw.draw_checkpoint(folder)
     run.log.warning(
-        f"no --model_path: this is a tiny checkpoint with random weights ({folder}), and the video will be noise; "
-        "README.md says where real weights come from"
+        "no --model_path: using the demo weights, which know plain shapes, colours, motions and short words only; "
+        "README.md says where the real weights come from"
     )
-    return str(folder)
+    return str(CHECKPOINT)
 
 
 def pick_version(args: argparse.Namespace, folder: ModelFolder) -> Version:
@@ -139,14 +133,13 @@ def encode_text(
 
 
 def encode_image(
-    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+    run: utils.Run, picture: Image.Image | None, folder: ModelFolder, version: Version, dtype: torch.dtype
 ) -> dict[str, Any]:
     """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image."""
-    if not args.image_path:
+    if picture is None:
         return {}
     from hunyuan_staged import image
 
-    picture = image.load_image(args.image_path)
     height, width = versions.nearest_size(version.resolution, picture.height / picture.width)
     fitted = image.fit(picture, height, width)
     run.log.info(f"image {picture.width}x{picture.height} → {width}x{height}")
@@ -164,15 +157,19 @@ def encode_image(
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Choose the version, encode text and image, write the embeddings and the config."""
-    from hunyuan_staged import artifacts, checkpoints
+    from hunyuan_staged import artifacts, checkpoints, image, text
 
+    # All that can be wrong is looked at first: the language model alone takes minutes to load.
+    picture = image.load_image(args.image_path) if args.image_path else None
+    parts = ["text"] + ["glyph"] * bool(text.glyph_text(args.prompt)) + ["image", "vae"] * bool(picture)
     model_path = args.model_path or demo_checkpoint(run)
-    parts = ["text", "glyph", "image", "vae"] if args.image_path else ["text", "glyph"]
     folder = checkpoints.open_model(model_path, [*parts, "transformer"], run.progress)
     version = pick_version(args, folder)
+    for part in parts:
+        folder.require(part)
     dtype = utils.torch_dtype(args.dtype, run.device)
     run.log.info(f"transformer version {version.name}; encoding in {dtype} on {run.device}")
-    tensors = encode_text(run, args, folder, version, dtype) | encode_image(run, args, folder, version, dtype)
+    tensors = encode_text(run, args, folder, version, dtype) | encode_image(run, picture, folder, version, dtype)
 
     recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
     with run.part("write"):

@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
     )
     sampling.add_argument(
-        "--dtype", choices=tuple(utils.DTYPES), help="of weights and activations (default: as stage 1)"
+        "--dtype",
+        choices=(*utils.DTYPES, versions.DEFAULT_DTYPE),
+        help="of weights and activations (default: as stage 1)",
     )
     speed = parser.add_argument_group("attention and memory")
     speed.add_argument(

@@ -10,7 +10,9 @@ import re
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +27,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024
+# torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
+SILENCE_SECONDS = 5.0
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -35,17 +39,53 @@ def one_line(text: object) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], flat)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks, as torchrun's environment tells before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line, and takes no abbreviated flags."""
+    """An ArgumentParser that refuses in one line, takes no abbreviated flags, and speaks on the first process alone."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            # Such bytes reach Python as lone surrogates, which neither tokenizers nor JSON files can hold.
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                self.error(f"argument {word!a} is not UTF-8 text")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         refuse(f"{one_line(message)} (see {self.prog} --help)")
 
+    def print_help(self, file: Any = None) -> None:
+        if is_first():
+            super().print_help(file)
+
 
 def refuse(message: str) -> NoReturn:
-    """Print one error line and leave with the status of bad input."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    """Print one error line, on the first process, and leave with the status of bad input."""
+    _speak(f"error: {one_line(message)}")
     sys.exit(BAD_INPUT)
+
+
+def _speak(line: str) -> None:
+    """Print a line to stderr on the first process; another process gives the first the time to do so."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(SILENCE_SECONDS)
+
+
+def check_output_dir(flag: str, folder: str | Path) -> None:
+    """InputError where a folder cannot be made or written, before the work whose result it is for."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{flag} {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: {place} cannot be written")
 
 
 def make_parser(prog: str, description: str, example: str) -> Parser:
@@ -139,11 +179,10 @@ def run_stage(
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
     check(args) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
-    process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, its
-    traceback with --debug; every other exception is our fault and keeps its traceback.
+    process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, with
+    --debug its traceback before it; every other exception is our fault and keeps its traceback.
     """
-    main = os.environ.get("RANK", "0") == "0"
-    if not main and not every_rank:
+    if not is_first() and not every_rank:
         return 0
     try:
         checked = check(args) if check else None
@@ -159,19 +198,18 @@ def run_stage(
             parallel.stop_world(world)
     except InputError as error:
         if args.debug:
-            raise
+            traceback.print_exc()
         # The others fail the same check; one of them speaks.
-        if main:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+        _speak(f"error: {one_line(error)}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        if main:
+        if is_first():
             print(f"error: {name} was interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-# -- run_staged.sh: which flag belongs to which stage --
+# -- the launchers: checks before anything is started or installed, and which flag belongs to which stage --
 
 STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")
 # Within a whole run the folder of every stage is the first one's --output_dir.
@@ -198,10 +236,7 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
     A flag goes to every stage that has it. Each list is parsed and checked here, so that a bad flag of stage 3 is
     refused before stage 1 starts.
     """
-    from importlib import import_module
-
-    modules = [import_module(stage) for stage in STAGES]
-    parsers = [module.build_parser() for module in modules]
+    parsers = [import_module(stage).build_parser() for stage in STAGES]
     flags = [{flag: action for action in parser._actions for flag in action.option_strings} for parser in parsers]
     lists: list[list[str]] = [[], [], []]
     folder = versions.DEFAULT_OUTPUT_DIR
@@ -229,15 +264,31 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
             lists[index] += words
     for index in (1, 2):
         lists[index].append(f"{INPUT_DIR}={folder}")
-    for module, parser, words in zip(modules, parsers, lists, strict=True):
-        module.check(parser.parse_args(words))
+    for stage, words in zip(STAGES, lists, strict=True):
+        check_flags(stage, words)
     return lists
 
 
+def check_flags(stage: str, argv: Sequence[str]) -> None:
+    """Parse and check a stage's flags as its script would: one process says what is wrong before several start."""
+    module = import_module(stage)
+    module.check(module.build_parser().parse_args(argv))
+
+
 def main(argv: Sequence[str]) -> int:
-    """`python utils.py split FOLDER [flags]`: writes each stage's arguments to FOLDER/1, 2 and 3, a NUL behind each."""
-    if argv[:1] != ["split"] or len(argv) < 2:
-        refuse("utils.py has one command: split FOLDER [flags of any stage]")
+    """What the launchers ask of this file.
+
+    `python utils.py split FOLDER [flags]` writes each stage's arguments to FOLDER/1, 2 and 3, a NUL behind each.
+    `python utils.py check 1|2|3 [flags]` refuses what that stage would refuse, or shows its --help.
+    """
+    if len(argv) < 2 or argv[0] not in ("split", "check"):
+        refuse("utils.py has two commands: split FOLDER [flags of any stage], and check 1|2|3 [flags of that stage]")
+    if argv[0] == "check":
+        try:
+            check_flags(STAGES[int(argv[1]) - 1], argv[2:])
+        except InputError as error:
+            refuse(str(error))
+        return 0
     if "--help" in argv or "-h" in argv:
         print(SPLIT_HELP, end="")
         return 0

@@ -108,6 +108,105 @@ def test_help_names_the_stages(launch):
     assert calls == []
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_help_of_one_stage_is_shown_once(launch, count):
+    """Under torchrun every process printed it."""
+    result, calls = launch("run_stage2.sh", "--gpus", count, "--help")
+    assert result.returncode == 0
+    assert result.stdout.count("usage: stage2_transformer.py") == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sede", "7"], "error: unrecognized arguments: --sede 7 (see stage2_transformer.py --help)\n"),
+        (["--video_length", "10"], "error: --video_length 10 is not 4n+1; the nearest are 9 and 13\n"),
+    ],
+)
+def test_a_bad_flag_is_refused_before_processes_start(launch, flags, message):
+    """torchrun made status 1 and a long dump of it."""
+    result, calls = launch("run_stage2.sh", "--gpus", "2", *flags)
+    assert (result.returncode, result.stderr) == (2, message)
+    assert calls == []
+
+
+# A python3 that lacks every module until it has made .venv: writes down what would be installed.
+BARE = """\
+#!/usr/bin/env bash
+case "$*" in
+*find_spec*) [[ -e ${0%/*}/../../.made ]] && [[ $0 == */.venv/* ]] ;;
+*version_info*) [[ -z ${OLD:-} ]] ;;
+--version) echo Python 3.9.2 ;;
+*utils.py*) exec "$REAL_PYTHON" "$@" ;;
+*) printf '%s\\n' "${0##*/.venv/}: $*" >>"$CALLS"
+    if [[ $1 == -m && $2 == venv ]]; then
+        mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/../.made"
+    fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A checkout's launchers on a machine whose python3 has nothing; call(script, flags) as `launch` does."""
+    import shutil
+    import sys
+
+    checkout, path, calls = tmp_path / "checkout", tmp_path / "bin", tmp_path / "calls"
+    checkout.mkdir()
+    path.mkdir()
+    for file in (*ROOT.glob("*.sh"), *ROOT.glob("*.py")):
+        shutil.copy(file, checkout)
+    (checkout / "hunyuan_staged").symlink_to(ROOT / "hunyuan_staged")
+    (path / "python3").write_text(BARE)
+    (path / "python3").chmod(0o755)
+
+    def run(script: str, *args: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        calls.write_text("")
+        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "GPUS")}
+        clean |= {"PATH": f"{path}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
+        clean |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"} | environment
+        command = ["bash", str(checkout / script), *args]
+        result = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, cwd=tmp_path)
+        return result, calls.read_text().replace(f"{checkout}/", "").replace(f"{path}/", "").splitlines()
+
+    return run
+
+
+def test_a_bare_machine_gets_an_environment_once(bare, tmp_path):
+    result, calls = bare("run_stage3.sh", "--fps", "12")
+    assert result.returncode == 0, result.stderr
+    assert calls == [
+        "python3: -m venv .venv",
+        "bin/python: -m pip install --quiet torch==2.13.0",
+        f"bin/python: -m pip install --quiet --editable {tmp_path / 'checkout'}",
+        "bin/python: stage3_vae_decoder.py --fps 12",
+    ]
+    assert "making " in result.stderr
+    again, calls = bare("run_stage3.sh")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert calls == ["bin/python: stage3_vae_decoder.py"], "what is there is respected"
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "status"),
+    [("run_staged.sh", "--help", 0), ("run_stage1.sh", "--help", 0), ("run_staged.sh", "--sede", 2)],
+)
+def test_help_and_refusals_install_nothing(bare, tmp_path, script, flag, status):
+    result, calls = bare(script, flag)
+    assert result.returncode == status, result.stderr
+    assert calls == []
+    assert not (tmp_path / "checkout" / ".venv").exists()
+
+
+def test_an_old_python_is_refused(bare):
+    result, calls = bare("run_staged.sh", OLD="1")
+    assert result.returncode == 2
+    assert result.stderr == "error: python3 is Python 3.9.2; Python 3.11 or later is needed\n"
+    assert calls == []
+
+
 def test_launchers_stop_at_errors_and_unset_variables():
     for script in sorted(Path(ROOT).glob("run_*.sh")):
         assert "set -euo pipefail" in script.read_text(), script.name

@@ -1,6 +1,6 @@
 """stage1_text_encoder.py as a user calls it, on the drawn tiny checkpoint in both layouts."""
 
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +86,31 @@ def test_a_prompt_without_quotes_needs_no_glyph_encoder(tmp_path, tiny_official)
     result = call("--model_path", model, "--prompt", 'a "cat"', "--output_dir", tmp_path / "out2")
     assert result.returncode == 2
     assert "modelscope download --model AI-ModelScope/Glyph-SDXL-v2" in result.stderr
+    assert "loading" not in result.stderr, "it is missed before the language model is loaded"
     assert not (tmp_path / "out2").exists()
+
+
+def test_an_image_needs_the_parts_that_encode_it(tmp_path, tiny_official):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    model = shutil.copytree(tiny_official, tmp_path / "model")
+    shutil.rmtree(model / "vision_encoder")
+    given = ("--model_path", model, "--output_dir", tmp_path / "out")
+    result = call(*given, "--image_path", tmp_path / "red.png")
+    assert result.returncode == 2
+    assert f"hf download black-forest-labs/FLUX.1-Redux-dev --local-dir {model}/vision_encoder/siglip" in result.stderr
+    assert "loading" not in result.stderr, "it is missed before the language model is loaded"
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_the_work_once(done, tmp_path, tiny_official):
+    launcher = ["bash", str(ROOT / "run_stage1.sh"), "--gpus", "2", "--model_path", str(tiny_official)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = [*launcher, "--prompt", PROMPT, "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("stage 1 done") == 1
+    ours, theirs = artifacts.load_embeddings(done[0])[0], artifacts.load_embeddings(tmp_path)[0]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_long_prompt_is_cut_off_with_a_warning(tmp_path, tiny_official):
@@ -103,6 +127,8 @@ def test_a_long_prompt_is_cut_off_with_a_warning(tmp_path, tiny_official):
         (["--resolution", "720p"], "has no transformer 720p_t2v; it holds demo_i2v, demo_t2v"),
         (["--step_distilled", "--cfg_distilled"], "--step_distilled excludes --cfg_distilled and --sparse_attn"),
         (["--image_path", "nowhere.png"], "--image_path nowhere.png does not exist"),
+        (["--image_path", str(ROOT / "LICENSE")], "LICENSE: not an image that Pillow can open"),
+        (["--output_dir", str(ROOT / "LICENSE" / "x")], "LICENSE is not a folder"),
         (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
         (["--model_path", "nowhere"], "nowhere"),
         (["--model_path", str(ROOT)], "is no model folder"),
@@ -113,6 +139,7 @@ def test_refusals_are_one_line_and_change_nothing(tmp_path, tiny_official, args,
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert "loading" not in result.stderr, "refused before the language model is loaded"
     assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert not (tmp_path / "out").exists()
 
@@ -137,14 +164,12 @@ def test_help_is_grouped_with_defaults_and_an_example_and_loads_no_torch(script)
     assert "examples:\n  python " in result.stdout
 
 
-def test_without_a_model_path_the_tiny_checkpoint_is_drawn_once_and_named(tmp_path):
-    import os
+def test_without_a_model_path_the_demo_weights_are_used_and_named(tmp_path):
+    from hunyuan_staged.demo import CHECKPOINT
 
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, str(ROOT / "stage1_text_encoder.py"), "--output_dir", str(tmp_path / "out")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = call("--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "this is a tiny checkpoint with random weights" in result.stderr
-    (drawn,) = (tmp_path / "cache" / "hunyuan_staged").glob("tiny-*")
-    config = json.loads((tmp_path / "out" / artifacts.CONFIG_FILE).read_text())
-    assert config["model_path"] == str(drawn)
+    assert "no --model_path: using the demo weights, which know plain shapes" in result.stderr
+    config = artifacts.read_config(tmp_path)
+    assert config["model_path"] == str(CHECKPOINT)
+    assert config["transformer_version"] == "demo_t2v"

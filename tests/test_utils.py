@@ -53,12 +53,14 @@ def test_bad_input_is_one_line_and_status_2(capfd, where):
     assert capfd.readouterr().err.splitlines() == ["error: --flag 3 is not 4"]
 
 
-def test_debug_shows_the_traceback():
+def test_debug_shows_the_traceback_and_keeps_the_status(capfd):
     def fail(_):
         raise InputError("bad")
 
-    with pytest.raises(InputError, match="bad"):
-        utils.run_stage("stage x", argparse.Namespace(debug=True), check=fail, body=lambda *_: None)
+    assert utils.run_stage("stage x", argparse.Namespace(debug=True), check=fail, body=lambda *_: None) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-2:] == ["hunyuan_staged.InputError: bad", "error: bad"]
 
 
 def test_our_own_faults_keep_their_traceback():
@@ -84,6 +86,63 @@ def test_only_one_process_runs_a_stage_for_one(monkeypatch):
         raise AssertionError("rank 1 has nothing to do")
 
     assert utils.run_stage("stage x", ARGS, body=never, every_rank=False) == 0
+
+
+@pytest.fixture
+def second_process(monkeypatch):
+    """This process as torchrun's rank 1; returns the pauses that it made."""
+    pauses: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(utils.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_second_process_is_silent_and_leaves_the_first_the_time_to_speak(second_process, capfd):
+    """torchrun ends all processes when one ends badly; the line was lost where rank 1 was the quicker one."""
+
+    def fail(_):
+        raise InputError("bad")
+
+    assert utils.run_stage("stage x", ARGS, check=fail, body=lambda *_: None) == 2
+    assert second_process == [utils.SILENCE_SECONDS]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--sede", 2)])
+def test_the_parser_of_a_second_process_is_silent(second_process, capfd, flag, status):
+    with pytest.raises(SystemExit) as left:
+        utils.make_parser("x.py", "does x", "example").parse_args([flag])
+    assert left.value.code == status
+    told = capfd.readouterr()
+    assert told.out + told.err == ""
+    assert len(second_process) == (status == 2)
+
+
+def test_bytes_that_are_no_text_are_refused_by_name(capsys):
+    """They came to a traceback in the tokenizer, or when the config was written."""
+    parser = utils.make_parser("x.py", "does x", "example")
+    parser.add_argument("--prompt")
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--prompt", "caf\udce9"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: argument 'caf\\udce9' is not UTF-8 text (see x.py --help)\n"
+    assert parser.parse_args(["--prompt", "café 猫\n"]).prompt == "café 猫\n"
+
+
+def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/x/y"):
+        with pytest.raises(InputError, match=f"--output_dir {tmp_path / name}: {tmp_path / 'file'} is not a folder"):
+            utils.check_output_dir("--output_dir", tmp_path / name)
+    utils.check_output_dir("--output_dir", tmp_path / "new" / "x")
+    utils.check_output_dir("--output_dir", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(InputError, match=f"--output_dir {tmp_path}/new: {tmp_path} cannot be written"):
+        utils.check_output_dir("--output_dir", tmp_path / "new")
 
 
 FOLDER = ["--input_dir=./stage_outputs"]
@@ -133,6 +192,18 @@ def test_split_is_refused_in_one_line(tmp_path):
         "error: argument --video_length: invalid int value: 'ten' (see stage2_transformer.py --help)\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_check_is_what_the_stage_itself_would_say(capsys):
+    assert utils.main(["check", "3", "--fps", "12"]) == 0
+    with pytest.raises(SystemExit) as left:
+        utils.main(["check", "3", "--fps", "0"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: --fps 0 is outside 1 to 240\n"
+    with pytest.raises(SystemExit) as left:
+        utils.main(["check", "3", "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: stage3_vae_decoder.py ")
 
 
 def test_abbreviated_flags_are_refused(capsys):

@@ -382,11 +382,17 @@ def build_vae(sizes: Sizes) -> Any:
 
 
 def save_official(
-    folder: str | Path, modules: Modules, *, versions: Sequence[str] | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    modules: Modules,
+    *,
+    versions: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int | None = None,
 ) -> Path:
     """Write the modules as `hf download tencent/HunyuanVideo-1.5` and its download guide leave them (facts.md).
 
-    All weights in dtype. The folder appears whole or not at all; InputError where it exists already.
+    All weights in dtype; a transformer of more than shard_bytes in several files and an index. The folder appears whole
+    or not at all; InputError where it exists already.
     """
     with _new_folder(Path(folder)) as root:
         _save_qwen(root / "text_encoder" / "llm", modules, dtype)
@@ -395,7 +401,7 @@ def save_official(
         _save_image_encoder(root / "vision_encoder" / "siglip", modules, dtype)
         for name in versions or tuple(modules.transformers):
             _save_official_transformer(
-                root / "transformer" / name, modules.transformers[name], parse_version(name), dtype
+                root / "transformer" / name, modules.transformers[name], parse_version(name), dtype, shard_bytes
             )
         _save_official_vae(root / "vae", modules.vae, dtype)
         _write_json(
@@ -466,11 +472,12 @@ def official_vae_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def _save_official_transformer(folder: Path, module: Any, version: Version, dtype: torch.dtype) -> None:
+def _save_official_transformer(
+    folder: Path, module: Any, version: Version, dtype: torch.dtype, shard_bytes: int | None
+) -> None:
     from hunyuan_staged.checkpoints import TRANSFORMER_MAP, to_official
 
-    weights = to_official(_weights(module, dtype), TRANSFORMER_MAP)
-    _save_tensors(folder / "diffusion_pytorch_model.safetensors", weights)
+    _save_sharded(folder, "diffusion_pytorch_model", to_official(_weights(module, dtype), TRANSFORMER_MAP), shard_bytes)
     _write_json(folder / "config.json", official_transformer_dict(module.config, version))
 
 
@@ -602,6 +609,25 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             seen.add(tensor.data_ptr())
             weights[name] = tensor.detach().to("cpu", dtype).contiguous()
     return weights
+
+
+def _save_sharded(folder: Path, stem: str, weights: Mapping[str, torch.Tensor], limit: int | None) -> None:
+    """One file, or where that would pass the limit several and the index that lists them, as the hub names them."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if limit and shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        _save_tensors(folder / f"{stem}.safetensors", weights)
+        return
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save_tensors(folder / file, shard)
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(x.nbytes for x in weights.values())}, "weight_map": files}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def _save_module(folder: Path, module: Any, weights: Mapping[str, torch.Tensor], stem: str) -> None:

@@ -1,0 +1,331 @@
+"""`python -m hunyuan_staged.demo.evaluate --model_path DIR`: what the demo checkpoint gets right.
+
+Prompts are held out: neither their combination nor their wording was trained on. Each is encoded, denoised, decoded and
+written as an mp4 by the suite's own stages; the mp4 is read back and judged, by no network: colours by the nearest named
+one, shapes by overlap with drawn ones, directions by the path of the centre, characters by correlation with the font.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hunyuan_staged import quiet, versions
+from hunyuan_staged.demo import world
+
+SEED = 4242
+ABLATIONS = ("none", "guidance_1", "no_mask", "no_glyphs", "timesteps_off_by_one")
+FOREGROUND = 70.0  # RGB distance from the background at which a pixel belongs to something
+ENDS = 3  # frames at each end of a clip whose mean place counts
+GROWTH = 1.6  # of the area, from which a shape counts as growing
+SWEEP = 1.5 * np.pi  # of the angle around the path's middle, from which a path counts as a circle
+
+
+# -- judging --
+
+
+def _nearest(color: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
+    return min(named, key=lambda name: world.contrast(color, named[name]))
+
+
+def see_background(frames: np.ndarray) -> tuple[str, str]:
+    """The named colours of the upper and the lower half, from the rim of all frames [T, H, W, 3]."""
+    rim = 4
+    names = []
+    for rows in (slice(0, world.HEIGHT // 2 - rim), slice(world.HEIGHT // 2 + rim, world.HEIGHT)):
+        half = frames[:, rows]
+        edge = np.concatenate([half[:, :, :rim].reshape(-1, 3), half[:, :, -rim:].reshape(-1, 3)])
+        names.append(_nearest(np.median(edge, axis=0), world.BACKGROUNDS))
+    return names[0], names[1]
+
+
+def _foreground(frames: np.ndarray) -> np.ndarray:
+    """[T, H, W] bool: pixels far from the median colour of their half's rim."""
+    mask = np.zeros(frames.shape[:3], dtype=bool)
+    middle = world.HEIGHT // 2
+    for rows in (slice(0, middle), slice(middle, world.HEIGHT)):
+        half = frames[:, rows].astype(np.float32)
+        edge = np.concatenate([half[:, :, :4].reshape(-1, 3), half[:, :, -4:].reshape(-1, 3)])
+        mask[:, rows] = np.linalg.norm(half - np.median(edge, axis=0), axis=-1) > FOREGROUND
+    mask[:, middle - 1 : middle + 1] &= mask[:, middle - 3 : middle - 2] | mask[:, middle + 2 : middle + 3]
+    return mask
+
+
+def see_motion(mask: np.ndarray) -> str:
+    """Which of MOTIONS the foreground [T, H, W] makes; "" where there is none."""
+    areas = mask.sum(axis=(1, 2)).astype(float)
+    if areas.min() < 20:
+        return ""
+    rows, columns = np.mgrid[: mask.shape[1], : mask.shape[2]]
+    path = np.stack([(mask * columns).sum((1, 2)) / areas, (mask * rows).sum((1, 2)) / areas], axis=1)
+    growth = areas[-ENDS:].mean() / areas[:ENDS].mean()
+    offset = path - (path.max(axis=0) + path.min(axis=0)) / 2
+    steps = np.diff(np.unwrap(np.arctan2(offset[:, 1], offset[:, 0])))
+    radius = np.linalg.norm(offset, axis=1)
+    if abs(steps.sum()) > SWEEP and radius.min() > 0.5 * radius.max() and radius.max() > 10:
+        return "circle"
+    dx, dy = path[-ENDS:].mean(axis=0) - path[:ENDS].mean(axis=0)
+    if np.hypot(dx, dy) < 14:
+        return "grow" if growth > GROWTH else "shrink" if growth < 1 / GROWTH else ""
+    # Eight sectors; the picture is wider than high, and so are the diagonals that the world draws.
+    vertical = "" if abs(dy) < 0.3 * abs(dx) else "down" if dy > 0 else "up"
+    side = "" if abs(dx) < 0.3 * abs(dy) else "right" if dx > 0 else "left"
+    return f"{vertical} {side}".strip()
+
+
+def see_shape(mask: np.ndarray) -> str:
+    """The shape with the largest overlap, over the frames that show most of it; "" where there is none."""
+    areas = mask.sum(axis=(1, 2))
+    votes: dict[str, float] = dict.fromkeys(world.SHAPES, 0.0)
+    rows, columns = torch.meshgrid(torch.arange(mask.shape[1]) + 0.5, torch.arange(mask.shape[2]) + 0.5, indexing="ij")
+    for frame in np.argsort(areas)[-8:]:
+        seen = torch.from_numpy(mask[frame])
+        if not seen.any():
+            continue
+        top, bottom = rows[seen].min(), rows[seen].max()
+        left, right = columns[seen].min(), columns[seen].max()
+        for shape in world.SHAPES:
+            best = 0.0
+            # Fitted to the box that it fills, with a little play in size and place.
+            for scale in (0.94, 1.0, 1.06):
+                unit = world._distance(shape, (columns - 80) * 1.0, (rows - 48) * 1.0, torch.tensor(20.0)) < 0
+                height = rows[unit].max() - rows[unit].min()
+                radius = 20.0 * (bottom - top + 1) / (height + 1) * scale
+                y = (top + bottom) / 2 - ((rows[unit].max() + rows[unit].min()) / 2 - 48) * radius / 20
+                drawn = world._distance(shape, columns - (left + right) / 2, rows - y, radius) < 0
+                best = max(best, float((drawn & seen).sum() / (drawn | seen).sum()))
+            votes[shape] += best
+    return max(votes, key=lambda shape: votes[shape]) if any(votes.values()) else ""
+
+
+def see_word(frames: np.ndarray, length: int) -> str:
+    """The characters on the card, read off its `length` cells in the mean frame."""
+    grey = frames.astype(np.float32).mean(axis=(0, 3))
+    _, _, left, _ = world.card_box("0" * length)
+    top = (world.HEIGHT - world.CELL_HEIGHT) // 2
+    letters = world.atlas().numpy()
+    letters = letters - letters.mean(axis=(1, 2), keepdims=True)
+    letters /= np.linalg.norm(letters, axis=(1, 2), keepdims=True)
+    word = ""
+    for slot in range(length):
+        scores = np.zeros(len(world.CHARACTERS))
+        for dy in range(-3, 4):
+            for dx in range(-3, 4):
+                x = left + 6 + slot * world.CELL_WIDTH + dx
+                cell = -grey[top + dy : top + dy + world.CELL_HEIGHT, x : x + world.CELL_WIDTH]
+                cell = cell - cell.mean()
+                scores = np.maximum(scores, (letters * cell).sum(axis=(1, 2)) / (np.linalg.norm(cell) + 1e-6))
+        word += world.CHARACTERS[int(scores.argmax())]
+    return word
+
+
+def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, bool]:
+    """What of a scene the frames uint8 [T, H, W, 3] show: of a card, its colour, background and word; else the shape."""
+    background = see_background(frames)
+    if scene.word:
+        top, _, left, right = world.card_box(scene.word)
+        rim = np.concatenate([frames[:, top + 1 : top + 5, left + 1 : right - 1].reshape(-1, 3)])
+        color = _nearest(np.median(rim, axis=0), world.COLORS)
+        read = see_word(frames, len(scene.word))
+        characters = sum(a == b for a, b in zip(read, scene.word, strict=True))
+        return {
+            "color": color == scene.card,
+            "background": background == scene.background,
+            "characters": characters / len(scene.word),  # type: ignore[dict-item]
+            "word": read == scene.word,
+        }
+    (thing,) = scene.things
+    mask = _foreground(frames)
+    color = _nearest(np.median(frames[mask], axis=0), world.COLORS) if mask.any() else ""
+    seen = {
+        "color": color == thing.color,
+        "background": background == scene.background,
+        "direction": see_motion(mask) == scene.motion,
+        "shape": see_shape(mask) == thing.shape,
+    }
+    return seen | {"all four": all(seen.values())}
+
+
+# -- generating --
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to sample, and which part of the conditioning to break (one of ABLATIONS)."""
+
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    ablation: str = "none"
+
+
+class Generator:
+    """The three stages in one process: all parts of the demo checkpoint loaded once."""
+
+    def __init__(self, model_path: str | Path, device: torch.device, version: str = "demo_t2v") -> None:
+        from hunyuan_staged.checkpoints import open_model
+
+        folder = open_model(model_path, ("transformer", "vae", "text", "glyph"))
+        self.device, self.version = device, versions.parse_version(version)
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        self.language = folder.load_language_model(**options)
+        self.glyph = folder.load_glyph_encoder(**options)
+        self.transformer: Any = folder.load_transformer(version, **options)
+        self.decoder, self.vae_config = folder.load_vae_decoder(**options)
+
+    def setting(self, ablation: str = "none") -> Setting:
+        version = self.version
+        chosen = Setting(version.num_inference_steps, version.guidance_scale, version.flow_shift, ablation)
+        return replace(chosen, guidance_scale=1.0) if ablation == "guidance_1" else chosen
+
+    def embed(self, prompt: str, ablation: str = "none") -> dict[str, torch.Tensor]:
+        """Stage 1's eight tensors."""
+        from hunyuan_staged import text
+
+        width = self.transformer.config.text_embed_2_dim
+        tensors = text.language_embeddings(*self.language, prompt, "")
+        tensors |= text.glyph_embeddings(*self.glyph, prompt, width=width, dtype=torch.float32)
+        if ablation == "no_glyphs":
+            tensors["prompt_embeds_mask_2"] = torch.zeros_like(tensors["prompt_embeds_mask_2"])
+        if ablation == "no_mask":
+            tensors = {n: torch.ones_like(x) if "mask" in n else x for n, x in tensors.items()}
+        return tensors
+
+    def frames(self, prompt: str, seed: int, setting: Setting, path: Path | None = None) -> np.ndarray:
+        """uint8 [T, H, W, 3], read back from the mp4 that was written to path (or to a temporary file)."""
+        from hunyuan_staged import denoise, parallel, schedule, transformer, vae, video
+        from hunyuan_staged.attention import choose_attention
+
+        embeddings = self.embed(prompt, setting.ablation)
+        height, width = versions.size_for_ratio(self.version.resolution, versions.DEFAULT_ASPECT_RATIO)
+        shape = versions.latent_shape(self.version.video_length, height, width, versions.LATENT_CHANNELS)
+        attention = choose_attention("torch", self.device, torch.float32)
+        forward: Any = transformer.Transformer(self.transformer, attention, shape[2:])
+        if setting.ablation == "timesteps_off_by_one":
+            forward = _one_step_late(forward, setting)
+        prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
+        rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=torch.float32) for p in prefixes]
+        noise = denoise.draw_noise(shape, seed, torch.float32).to(self.device)
+        latents = denoise.denoise(
+            forward,
+            noise,
+            denoise.condition_channels(noise, None),
+            rows,
+            schedule.flow_sigmas(setting.steps, setting.flow_shift),
+            guidance_scale=setting.guidance_scale,
+        )
+        decoded = vae.decode_frames(
+            self.decoder,
+            latents.cpu(),
+            self.vae_config,
+            tile_size=versions.DEFAULT_TILE_SIZE,
+            tile_overlap=versions.DEFAULT_TILE_OVERLAP,
+            world=parallel.World(0, 1, self.device),
+        )
+        assert decoded is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            target = path or Path(scratch) / "clip.mp4"
+            video.write_video(target, decoded.frames.numpy(), versions.DEFAULT_FPS, height, width)
+            return video.read_video(target)[0]
+
+
+def _one_step_late(forward: Any, setting: Setting) -> Any:
+    """The forward, told the timestep of the step after the one it is at."""
+    from hunyuan_staged import schedule
+
+    times = schedule.timesteps_of(schedule.flow_sigmas(setting.steps, setting.flow_shift))
+
+    def late(hidden_states: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
+        index = int((times - timestep.cpu()).abs().argmin())
+        return forward(hidden_states, times[index + 1 : index + 2].to(timestep), *rest)
+
+    return late
+
+
+def held_out_prompts(kind: str, count: int, seed: int = SEED) -> list[tuple[world.Scene, str]]:
+    """(scene, prompt) pairs that training never saw, neither the combination nor the wording."""
+    draw = random.Random(f"{seed}/{kind}")
+    scenes = [world.draw_scene(draw, kind, held_out=True) for _ in range(count)]
+    return [(scene, world.describe(scene, draw, held_out=True)) for scene in scenes]
+
+
+def score(
+    generator: Generator, prompts: Sequence[tuple[world.Scene, str]], setting: Setting, progress: Any = quiet
+) -> dict[str, float]:
+    """The share of prompts, in percent, of which each thing is right."""
+    verdicts = []
+    for number, (scene, prompt) in enumerate(progress(prompts, desc="judging", unit="clip")):
+        verdicts.append(judge(generator.frames(prompt, SEED + number, setting), scene))
+    return {name: round(100 * float(np.mean([verdict[name] for verdict in verdicts])), 1) for name in verdicts[0]}
+
+
+# -- the contact sheet --
+
+SHEET = (
+    "a red circle moves left over a dark blue background",
+    "the yellow star goes round in a circle over a dark green background",
+    "a green square grows on a black background",
+    "on a light blue background a purple triangle moves diagonally down and to the right",
+    "a white circle rises over a two-tone dark red and grey background",
+    "a blue circle and an orange square drift apart on a black background",
+    'a white card with the text "HI" on a dark green background',
+    'a yellow sign that says "2026", dark blue background',
+)
+
+
+def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> None:
+    """A PNG with a row for each prompt of SHEET: five frames of its clip under its words."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    shown, gap, line = (0, 8, 16, 24, 32), 4, 20
+    columns, rows = 2, len(SHEET) // 2
+    cell_width = len(shown) * (world.WIDTH // 2 + gap)
+    sheet = Image.new("RGB", (columns * (cell_width + 12), rows * (world.HEIGHT // 2 + line + 8)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, prompt in enumerate(progress(SHEET, desc="contact sheet", unit="clip")):
+        frames = generator.frames(prompt, versions.DEFAULT_SEED, generator.setting())
+        x0 = (number % columns) * (cell_width + 12) + 4
+        y0 = (number // columns) * (world.HEIGHT // 2 + line + 8) + 2
+        pen.text((x0, y0), prompt, fill="black", font=font)
+        for slot, frame in enumerate(shown):
+            small = Image.fromarray(frames[frame]).resize(
+                (world.WIDTH // 2, world.HEIGHT // 2), Image.Resampling.LANCZOS
+            )
+            sheet.paste(small, (x0 + slot * (world.WIDTH // 2 + gap), y0 + line))
+    sheet.save(path)
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
+    parser.add_argument("--shapes", type=int, default=100, help="clips of one shape (default: %(default)s)")
+    parser.add_argument("--cards", type=int, default=50, help="clips of a card (default: %(default)s)")
+    parser.add_argument("--ablation", choices=ABLATIONS, default="none", help="break something, to see the score fall")
+    parser.add_argument("--contact_sheet", type=Path, help="also write this PNG")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(args.model_path, device)
+    setting = generator.setting(args.ablation)
+    results: dict[str, Any] = {"ablation": args.ablation, "shapes": args.shapes, "cards": args.cards}
+    for name, kind, count in (("shape clips", "single", args.shapes), ("card clips", "card", args.cards)):
+        if count:
+            results[name] = score(generator, held_out_prompts(kind, count), setting, tqdm)
+            for what, share in results[name].items():
+                print(f"{name:12} {what:12} {share:5.1f} %")
+    if args.contact_sheet:
+        contact_sheet(generator, args.contact_sheet, tqdm)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,662 @@
+"""`python -m hunyuan_staged.demo.train --out DIR`: trains the demo checkpoint, every part of it, on one GPU.
+
+First the VAE, on rendered clips; then language model, glyph encoder, image encoder and transformer together, by flow
+matching on the VAE's latents, with the text dropped now and then so that guidance works. What is saved are averages of
+the weights, in bfloat16, in the official layout. Stops and goes on: `--stop_after` ends a call early, the next one goes
+on from DIR/state.pt.
+
+Letters: B clips of a batch; L language tokens, G glyph tokens, N image tokens; t h w of the latents.
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hunyuan_staged import text, versions
+from hunyuan_staged.checkpoints import SKIPPED_LAYERS
+from hunyuan_staged.demo import draw, world
+from hunyuan_staged.transformer import GLYPH, IMAGE, LANGUAGE, apply_rope, modulate, modulation, project_qkv, rope_table
+from hunyuan_staged.vae import prepare_decoder
+
+# All weights together stay under 32 MB in bfloat16. Much of that is the glyph projection, 2048 wide by design.
+DEMO = draw.Sizes(
+    vocab=640,
+    text_width=128,
+    text_layers=5,
+    text_heads=4,
+    text_kv_heads=2,
+    text_mlp=256,
+    glyph_width=64,
+    glyph_layers=2,
+    glyph_heads=4,
+    glyph_mlp=128,
+    image_width=64,
+    image_layers=2,
+    image_heads=2,
+    image_size=32,
+    image_patch=8,
+    transformer_heads=5,
+    transformer_head_dim=32,
+    transformer_layers=5,
+    transformer_rope=(8, 12, 12),
+    vae_channels=(16, 32, 32, 64, 64),
+)
+VERSION = "demo_t2v"
+SHARD_BYTES = 15_000_000  # files of the repository stay under 16 MB
+PROMPT_TOKENS, GLYPH_TOKENS = 56, 24  # behind the crop; longer prompts do not occur in the world
+WORDINGS = 4  # of each clip in the pool
+TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
+TRAINING_SHIFT = 3.0  # of the noise levels: nearer to noise than uniform, as sampling with shift 5 dwells there
+LATENT_NOISE, LATENT_PULL = 0.05, 1e-3
+
+
+@dataclass
+class Budget:
+    """Wall-clock seconds of a phase, over all calls, and what they say about the learning rate."""
+
+    seconds: float
+    peak: float
+    spent: float = 0.0
+    warmup: int = 100
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero by the share of the time that is spent."""
+        done = min(1.0, self.spent / self.seconds)
+        return self.peak * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Average:
+    """An exponential average of a module's weights, faster at the start."""
+
+    def __init__(self, modules: Sequence[nn.Module], decay: float) -> None:
+        self.live = [parameter for module in modules for parameter in module.parameters()]
+        self.mean = [parameter.detach().clone() for parameter in self.live]
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        torch._foreach_lerp_(
+            self.mean, [p.detach() for p in self.live], 1 - min(self.decay, self.count / (self.count + 10))
+        )
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average with the live weights; once more puts them back."""
+        for mean, live in zip(self.mean, self.live, strict=True):
+            kept = live.detach().clone()
+            live.copy_(mean)
+            mean.copy_(kept)
+
+
+def log(phase: str, step: int, **values: float) -> None:
+    print(json.dumps({"phase": phase, "step": step} | {k: round(v, 5) for k, v in values.items()}), flush=True)
+
+
+# -- VAE --
+
+
+def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of clips in [-1, 1], over all of them, in dB."""
+    return float(10 * torch.log10(4 / F.mse_loss(ours.float(), theirs.float())))
+
+
+def _rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """HunyuanVideo15RMS_norm over the channels of [B, C, T, H, W], in a form that compiles to one kernel."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + 1e-12)).to(x.dtype) * gamma
+
+
+def fuse_norms(vae: nn.Module) -> None:
+    """Let the norms, most of the VAE's time in training, run as one kernel each; undone by `separate_norms`."""
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15RMS_norm
+
+    fused = torch.compile(_rms_norm, dynamic=True)
+    for module in vae.modules():
+        if isinstance(module, HunyuanVideo15RMS_norm):
+            module.forward = functools.partial(_call_norm, fused, module)  # type: ignore[method-assign]
+
+
+def _call_norm(norm: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
+    return norm(x, module.gamma.to(x.dtype))
+
+
+def separate_norms(vae: nn.Module) -> None:
+    for module in vae.modules():
+        if isinstance(module.__dict__.get("forward"), functools.partial):
+            del module.forward
+
+
+def vae_step(vae: Any, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, squared error) of decoding clips [B, 3, T, H, W] from their latents with a little noise on them.
+
+    The noise is fixed: a learned one starts at deviation 1, and most of the time would go into outgrowing it. It keeps
+    the decoder calm about the transformer's small errors; the weak pull on the latents keeps them from growing.
+    """
+    mean, log_variance = vae.encoder(clips).float().chunk(2, dim=1)
+    decoded = vae.decoder(mean + LATENT_NOISE * torch.randn_like(mean)).float()
+    squared = F.mse_loss(decoded, clips)
+    pull = mean.square().mean() + (log_variance - 2 * math.log(LATENT_NOISE)).square().mean()
+    return squared * 4 + F.l1_loss(decoded, clips) + LATENT_PULL * pull, squared
+
+
+def some_clips(scenes: random.Random, batch: int, device: torch.device, *, whole: bool) -> torch.Tensor:
+    """Rendered clips: whole ones, or 9 frames of a 64 x 64 window."""
+    drawn = [world.draw_scene(scenes) for _ in range(batch)]
+    if whole:
+        return world.render(drawn, device=device)
+    start, y, x = scenes.randrange(0, 25, 4), scenes.randrange(0, 33), scenes.randrange(0, 97)
+    window = {"frames": slice(start, start + 9), "rows": slice(y, y + 64), "columns": slice(x, x + 64)}
+    return world.render(drawn, device=device, **window)
+
+
+def train_vae(
+    vae: Any, budget: Budget, state: dict, deadline: float, device: torch.device, batch: int, fuse: bool
+) -> bool:
+    """Train until the budget or the deadline is over; True when the phase is done."""
+    vae.train().requires_grad_(True)
+    if fuse:
+        fuse_norms(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    average = Average([vae], 0.998)
+    if "vae_optimizer" in state:
+        optimizer.load_state_dict(state["vae_optimizer"])
+        for mean, kept in zip(average.mean, state["vae_average"], strict=True):
+            mean.copy_(kept)
+        average.count = 1000
+    step = state.get("vae_step", 0)
+    scenes = random.Random(1000 + step)
+    started, last = time.time(), budget.spent
+    while budget.spent < budget.seconds and time.time() < deadline:
+        # The last quarter on whole clips: attention in the middle block then sees what it will see.
+        whole = budget.spent > 0.75 * budget.seconds
+        clips = some_clips(scenes, max(1, batch // 8) if whole else batch, device, whole=whole)
+        for group in optimizer.param_groups:
+            group["lr"] = budget.rate(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, squared = vae_step(vae, clips)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        budget.spent = last + time.time() - started
+        if step % 250 == 0:
+            log("vae", step, loss=loss.item(), psnr=10 * math.log10(4 / squared.item()), seconds=budget.spent)
+        step += 1
+    done = budget.spent >= budget.seconds
+    state |= {"vae_step": step, "vae_spent": budget.spent}
+    if done:
+        average.swap()
+        state.pop("vae_optimizer", None)
+        state.pop("vae_average", None)
+    else:
+        state |= {"vae_optimizer": optimizer.state_dict(), "vae_average": average.mean}
+    separate_norms(vae)
+    vae.eval().requires_grad_(False)
+    return done
+
+
+@torch.no_grad()
+def finish_vae(vae: Any, device: torch.device, clips: int) -> dict[str, float]:
+    """Round the VAE to what ships, scale latents to unit deviation, and measure it on unseen clips."""
+    for parameter in vae.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16))
+    scenes = random.Random(7)
+    means, errors = [], []
+    for _ in range(clips // 4):
+        rendered = world.render([world.draw_scene(scenes, held_out=True) for _ in range(4)], device=device)
+        mean = vae.encoder(rendered).chunk(2, dim=1)[0]
+        means.append(mean)
+        errors.append(F.mse_loss(vae.decoder(mean).clamp(-1, 1), rendered).item())
+    scaling_factor = 1 / torch.cat(means).std().item()
+    vae.register_to_config(scaling_factor=scaling_factor)
+    return {"psnr": 10 * math.log10(4 / (sum(errors) / len(errors))), "scaling_factor": scaling_factor}
+
+
+# -- the pool of clips that the transformer learns from --
+
+
+class Words:
+    """Prompts → token ids, exactly as stage 1 makes them, but by the thousand."""
+
+    def __init__(self, tokenizer: Any, glyph_tokenizer: Any) -> None:
+        self.tokenizer, self.glyph_tokenizer = tokenizer, glyph_tokenizer
+        probe = text.tokenise(tokenizer, "word")
+        inner = self._plain(["word"])[0]
+        place = next(i for i in range(probe.crop, len(probe.ids)) if probe.ids[i : i + len(inner)] == inner)
+        assert place == probe.crop
+        self.crop, self.head, self.tail = probe.crop, probe.ids[:place], probe.ids[place + len(inner) :]
+        self.pad = tokenizer.pad_token_id or 0
+
+    def _plain(self, prompts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+
+    def language(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [B, crop + PROMPT_TOKENS] and how many of each row are valid, [B]."""
+        rows = [self.head + ids + self.tail for ids in self._plain([prompt or " " for prompt in prompts])]
+        return _padded(rows, self.crop + PROMPT_TOKENS, self.pad)
+
+    def glyphs(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [B, GLYPH_TOKENS] and how many are valid, [B]; 0 where nothing is quoted."""
+        quoted = [text.glyph_text(prompt) for prompt in prompts]
+        ids = self.glyph_tokenizer(quoted)["input_ids"]
+        return _padded([row if said else [] for row, said in zip(ids, quoted, strict=True)], GLYPH_TOKENS, 0)
+
+
+def _padded(rows: Sequence[list[int]], length: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    assert longest <= length, f"{longest} tokens do not fit {length}"
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return ids, torch.tensor([len(row) for row in rows])
+
+
+class Pool:
+    """Encoded clips with several wordings each, all on the GPU; grows old and is renewed bit by bit."""
+
+    def __init__(self, size: int, words: Words, vae: Any, device: torch.device, seed: int) -> None:
+        self.words, self.vae, self.device = words, vae, device
+        self.scenes = random.Random(seed)
+        self.size, self.next = size, 0
+        length = words.crop + PROMPT_TOKENS
+        shape = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)
+        self.latents = torch.zeros(
+            size, *shape[1:], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None
+        )
+        self.ids = torch.zeros(size, WORDINGS, length, device=device, dtype=torch.int64)
+        self.valid = torch.zeros(size, WORDINGS, device=device, dtype=torch.int64)
+        self.glyph_ids = torch.zeros(size, GLYPH_TOKENS, device=device, dtype=torch.int64)
+        self.glyph_valid = torch.zeros(size, device=device, dtype=torch.int64)
+        self.images = torch.zeros(size, 3, DEMO.image_size, DEMO.image_size, device=device)
+
+    @torch.no_grad()
+    def renew(self, count: int) -> None:
+        """Replace the oldest clips by new ones."""
+        scenes = [world.draw_scene(self.scenes) for _ in range(count)]
+        prompts = [world.describe(scene, self.scenes) for scene in scenes for _ in range(WORDINGS)]
+        ids, valid = self.words.language(prompts)
+        glyph_ids, glyph_valid = self.words.glyphs(prompts[::WORDINGS])
+        clips = world.render(scenes, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            mean = self.vae.encoder(clips).float().chunk(2, dim=1)[0]
+        slots = torch.arange(self.next, self.next + count, device=self.device) % self.size
+        self.next = (self.next + count) % self.size
+        self.latents[slots] = (mean * self.vae.config.scaling_factor).to(self.latents.dtype)
+        self.ids[slots] = ids.view(count, WORDINGS, -1).to(self.device)
+        self.valid[slots] = valid.view(count, WORDINGS).to(self.device)
+        self.glyph_ids[slots], self.glyph_valid[slots] = glyph_ids.to(self.device), glyph_valid.to(self.device)
+        side = (DEMO.image_size, DEMO.image_size)
+        self.images[slots] = F.interpolate(clips[:, :, 0], side, mode="bicubic", antialias=True).clamp(-1, 1)
+
+    def fill(self, chunk: int) -> None:
+        for start in range(0, self.size, chunk):
+            self.renew(min(chunk, self.size - start))
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        rows = torch.randint(self.size, (size,), device=self.device, generator=generator)
+        wording = torch.randint(WORDINGS, (size,), device=self.device, generator=generator)
+        return {
+            "latents": self.latents[rows].float(),
+            "ids": self.ids[rows, wording],
+            "valid": self.valid[rows, wording],
+            "glyph_ids": self.glyph_ids[rows],
+            "glyph_valid": self.glyph_valid[rows],
+            "images": self.images[rows],
+        }
+
+
+# -- the transformer and its encoders --
+
+
+def joint_block(
+    block: Any,
+    video: torch.Tensor,
+    texts: torch.Tensor,
+    temb: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One double-stream block over a batch: video [B, S, C], texts [B, L, C], mask [B, 1, 1, S + L] of valid keys.
+
+    The suite's own forward takes one unpadded prompt; this one is its batched twin, for training alone.
+    """
+    attn, length = block.attn, video.shape[1]
+    v = modulation(block.norm1, temb)
+    t = modulation(block.norm1_context, temb)
+    q, k, value = project_qkv(
+        modulate(video, block.norm1.norm, v[0], v[1]),
+        (attn.to_q, attn.to_k, attn.to_v),
+        (attn.norm_q, attn.norm_k),
+        attn.heads,
+    )
+    text_qkv = project_qkv(
+        modulate(texts, block.norm1_context.norm, t[0], t[1]),
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        (attn.norm_added_q, attn.norm_added_k),
+        attn.heads,
+    )
+    rope = (cos, sin)
+    q, k, value = (
+        torch.cat(pair, dim=1).transpose(1, 2)
+        for pair in zip((apply_rope(q, rope), apply_rope(k, rope), value), text_qkv, strict=True)
+    )
+    out = F.scaled_dot_product_attention(q, k, value.to(q.dtype), attn_mask=mask).transpose(1, 2).flatten(2)
+    video = video + attn.to_out[0](out[:, :length]) * v[2]
+    texts = texts + attn.to_add_out(out[:, length:]) * t[2]
+    video = video + block.ff(modulate(video, block.norm2, v[3], v[4])) * v[5]
+    texts = texts + block.ff_context(modulate(texts, block.norm2_context, t[3], t[4])) * t[5]
+    return video, texts
+
+
+class Learner(nn.Module):
+    """Language model, glyph encoder, image encoder and transformer as one module: conditions and noise to velocity."""
+
+    def __init__(self, modules: draw.Modules, crop: int, *, compile: bool) -> None:
+        super().__init__()
+        self.language, self.glyph, self.image = modules.language_model, modules.glyph_encoder, modules.image_encoder
+        self.transformer: Any = modules.transformers[VERSION]
+        self.crop = crop
+        # hidden_states[-3] is what stage 1 takes: neither the last two layers nor the norm are ever used.
+        self.unused = (self.language.layers[-SKIPPED_LAYERS:], self.language.norm)
+        self.language.layers = self.language.layers[:-SKIPPED_LAYERS]
+        self.language.norm = nn.Identity()
+        self.block = torch.compile(joint_block, dynamic=False) if compile else joint_block
+
+    def whole_language_model(self) -> None:
+        """Put back the layers that training left out."""
+        self.language.layers.extend(self.unused[0])
+        self.language.norm = self.unused[1]
+
+    def forward(
+        self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor], image_given: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity [B, 32, t, h, w] for noisy latents; image_given [B] says which rows see their first frame."""
+        model = self.transformer
+        ids, valid = batch["ids"], batch["valid"]
+        states = self.language(input_ids=ids, use_cache=False).last_hidden_state[:, self.crop :]
+        language_mask = torch.arange(states.shape[1], device=ids.device) < (valid - self.crop)[:, None]
+        glyph_mask = torch.arange(GLYPH_TOKENS, device=ids.device) < batch["glyph_valid"][:, None]
+        # A row with nothing to read would give softmax over nothing; let it read one token that nobody looks at.
+        readable = glyph_mask.clone()
+        readable[:, 0] = True
+        glyphs = self.glyph(input_ids=batch["glyph_ids"], attention_mask=readable.long()).last_hidden_state
+        images = self.image(pixel_values=batch["images"]).last_hidden_state
+
+        temb = model.time_embed(timestep)
+        kinds = model.cond_type_embed.weight
+        texts = torch.cat(
+            [
+                model.image_embedder(images) + kinds[IMAGE],
+                model.context_embedder_2(glyphs) + kinds[GLYPH],
+                model.context_embedder(states, timestep, language_mask.long()) + kinds[LANGUAGE],
+            ],
+            dim=1,
+        )
+        image_mask = image_given[:, None].expand(-1, images.shape[1])
+        text_mask = torch.cat([image_mask, glyph_mask, language_mask], dim=1)
+
+        shown = image_given[:, None, None, None, None].to(noisy.dtype)
+        condition, first = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
+        condition[:, :, :1] = batch["latents"][:, :, :1] * shown
+        first[:, :, :1] = shown
+        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))
+        mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
+        cos, sin = (table.to(video.device) for table in rope_table(model, *noisy.shape[2:]))
+        for block in model.transformer_blocks:
+            video, texts = self.block(block, video, texts, temb, cos, sin, mask)
+        out = model.proj_out(model.norm_out(video, temb))
+        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
+
+
+def flow_loss(
+    learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:
+    """Mean squared error of the velocity noise - latents at random noise levels; some rows lose their text."""
+    latents = batch["latents"]
+    count, device = len(latents), latents.device
+    dropped = torch.rand(count, device=device, generator=generator) < TEXT_DROPPED
+    batch = batch | {
+        "ids": torch.where(dropped[:, None], empty["ids"], batch["ids"]),
+        "valid": torch.where(dropped, empty["valid"], batch["valid"]),
+        "glyph_valid": torch.where(dropped, 0, batch["glyph_valid"]),
+    }
+    image_given = torch.rand(count, device=device, generator=generator) < IMAGE_GIVEN
+    uniform = torch.rand(count, device=device, generator=generator)
+    sigma = TRAINING_SHIFT * uniform / (1 + (TRAINING_SHIFT - 1) * uniform)
+    noise = torch.randn(latents.shape, device=device, generator=generator)
+    level = sigma[:, None, None, None, None]
+    velocity = learner(latents + level * (noise - latents), sigma * 1000, batch, image_given)
+    return F.mse_loss(velocity.float(), noise - latents)
+
+
+def start_learning(learner: Learner) -> None:
+    """Initial weights for training: small matrices, and gates that are shut, so that a block begins as the identity."""
+    for name, parameter in learner.named_parameters():
+        if parameter.ndim > 1 and "embed_tokens" not in name:
+            nn.init.trunc_normal_(parameter, std=min(0.05, parameter[0].numel() ** -0.5))
+        elif parameter.ndim == 1 and name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:
+            nn.init.ones_(parameter)
+    model = learner.transformer
+    gates = [m.linear for block in model.transformer_blocks for m in (block.norm1, block.norm1_context)]
+    gates += [block.norm_out.linear for block in model.context_embedder.token_refiner.refiner_blocks]
+    for linear in (*gates, model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    nn.init.normal_(learner.language.embed_tokens.weight, std=0.1)
+
+
+def train_transformer(
+    learner: Learner,
+    pool: Pool,
+    budget: Budget,
+    state: dict,
+    deadline: float,
+    *,
+    batch: int,
+    refresh: int,
+    save: Any,
+) -> bool:
+    """Train until the budget or the deadline is over; True when the phase is done."""
+    device = pool.device
+    learner.train().requires_grad_(True)
+    learner.glyph.eval()  # T5's dropout has nothing to add here
+    optimizer = torch.optim.AdamW(
+        learner.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
+    )
+    average = Average([learner], 0.9995)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+        for mean, kept in zip(average.mean, state["average"], strict=True):
+            mean.copy_(kept)
+        average.count = 100_000
+    step = state.get("step", 0)
+    ids, valid = pool.words.language([""])
+    empty = {"ids": ids.to(device), "valid": valid.to(device)}
+    generator = torch.Generator(device).manual_seed(step + 1)
+    started, before, saved = time.time(), budget.spent, time.time()
+    loss = torch.tensor(math.nan)
+
+    def keep() -> None:
+        state.update(
+            step=step,
+            spent=budget.spent,
+            optimizer=optimizer.state_dict(),
+            average=average.mean,
+            learner=learner.state_dict(),
+        )
+        save(state)
+
+    while budget.spent < budget.seconds and time.time() < deadline:
+        for group in optimizer.param_groups:
+            group["lr"] = budget.rate(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = flow_loss(learner, pool.batch(batch, generator), empty, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        if refresh and step % 16 == 15:
+            pool.renew(refresh)
+        if step % 200 == 0:
+            log("transformer", step, loss=loss.item(), rate=budget.rate(step), seconds=budget.spent)
+        budget.spent = before + time.time() - started
+        step += 1
+        if time.time() - saved > 120:
+            saved = time.time()
+            keep()
+    done = budget.spent >= budget.seconds
+    log("transformer", step, loss=loss.item(), seconds=budget.spent)
+    keep()
+    if done:
+        average.swap()
+    learner.eval().requires_grad_(False)
+    return done
+
+
+# -- the whole --
+
+
+def corpus() -> list[str]:
+    """What the tokenizer is trained on: the template's own text, often enough to become few tokens, and the world's."""
+    scenes = random.Random(5)
+    sentences = [world.describe(world.draw_scene(scenes), scenes) for _ in range(600)]
+    return [*draw.CORPUS] * 20 + sentences
+
+
+def build(seed: int = 0) -> draw.Modules:
+    """All modules of the demo checkpoint, untrained."""
+    return draw.build_modules(DEMO, seed, (VERSION,), corpus())
+
+
+def parameters(modules: draw.Modules) -> Iterator[nn.Parameter]:
+    parts = (
+        modules.language_model,
+        modules.glyph_encoder,
+        modules.image_encoder,
+        modules.vae,
+        *modules.transformers.values(),
+    )
+    for module in parts:
+        yield from module.parameters()
+
+
+def write_checkpoint(modules: draw.Modules, folder: Path) -> Path:
+    """The official layout in bfloat16. Image to video is the same transformer: its folder links to the weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    draw.save_official(folder, modules, versions=(VERSION,), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
+    trained, twin = folder / "transformer" / VERSION, folder / "transformer" / VERSION.replace("t2v", "i2v")
+    twin.mkdir()
+    config = json.loads((trained / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps(config | {"ideal_task": "i2v"}, indent=2) + "\n")
+    for path in trained.glob("diffusion_pytorch_model*"):
+        (twin / path.name).symlink_to(Path("..") / VERSION / path.name)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="state.pt, the pool and the checkpoint go here")
+    parser.add_argument("--vae_minutes", type=float, default=4.0, help="over all calls (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=14.0, help="of the transformer, over all calls (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stop_after", type=float, default=math.inf, help="seconds after which this call saves and ends"
+    )
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--vae_batch", type=int, default=24)
+    parser.add_argument(
+        "--vae_rate", type=float, default=1e-3, help="peak learning rate of the VAE (default: %(default)s)"
+    )
+    parser.add_argument("--pool", type=int, default=12288, help="encoded clips at hand (default: %(default)s)")
+    parser.add_argument("--refresh", type=int, default=64, help="clips renewed every 16 steps (default: %(default)s)")
+    parser.add_argument("--unseen", type=int, default=48, help="clips that measure the VAE (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no_compile", action="store_true")
+    args = parser.parse_args()
+    begun = time.time()
+    deadline = begun + args.stop_after
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file, pool_file = args.out / "state.pt", args.out / "pool.pt"
+
+    def save(content: dict) -> None:
+        temporary = state_file.with_suffix(".tmp")
+        torch.save(content, temporary)
+        temporary.replace(state_file)
+
+    state: dict = torch.load(state_file, map_location=device, weights_only=True) if state_file.exists() else {}
+    modules = build(args.seed)
+    count = sum(parameter.numel() for parameter in parameters(modules))
+    log("build", 0, parameters=count, megabytes=2e-6 * count)
+    vae: Any = prepare_decoder(modules.vae).to(device)
+    if "vae" in state:
+        vae.load_state_dict(state["vae"])
+    else:
+        for module in vae.modules():
+            if isinstance(module, nn.Conv3d):
+                module.reset_parameters()
+    if not state.get("vae_done"):
+        budget = Budget(args.vae_minutes * 60, args.vae_rate, state.get("vae_spent", 0.0))
+        state["vae_done"] = train_vae(vae, budget, state, deadline, device, args.vae_batch, not args.no_compile)
+        if state["vae_done"]:
+            measured = finish_vae(vae, device, args.unseen)
+            state["vae_measured"] = measured
+            log("vae", state["vae_step"], **measured)
+        state["vae"] = vae.state_dict()
+        save(state)
+    if not state["vae_done"]:
+        return
+    vae.register_to_config(scaling_factor=state["vae_measured"]["scaling_factor"])
+    vae.eval().requires_grad_(False)
+
+    words = Words(modules.tokenizer, modules.glyph_tokenizer)
+    learner = Learner(modules, words.crop, compile=not args.no_compile)
+    start_learning(learner)
+    learner.to(device)
+    if "learner" in state:
+        learner.load_state_dict(state["learner"])
+    pool = Pool(args.pool, words, vae, device, seed=2000 + state.get("step", 0))
+    tensors = ("latents", "ids", "valid", "glyph_ids", "glyph_valid", "images")
+    if pool_file.exists():
+        for name, tensor in torch.load(pool_file, map_location=device, weights_only=True).items():
+            getattr(pool, name).copy_(tensor)
+    else:
+        pool.fill(48)
+        torch.save({name: getattr(pool, name) for name in tensors}, pool_file)
+    log("pool", args.pool, seconds=time.time() - begun)
+
+    budget = Budget(args.minutes * 60, args.rate, state.get("spent", 0.0), warmup=300)
+    done = train_transformer(learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, save=save)
+    learner.whole_language_model()
+    learner.cpu()
+    vae.cpu()
+    write_checkpoint(modules, args.out / "checkpoint")
+    log("done" if done else "paused", state["step"], seconds=time.time() - begun)
+
+
+if __name__ == "__main__":
+    main()

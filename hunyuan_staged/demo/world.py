@@ -1,0 +1,381 @@
+"""The little world that the demo checkpoint knows: plain shapes that move, and cards with a word on them.
+
+A Scene says what is to be seen; `describe` puts it into words, `render` into pixels. Scenes and wordings that training
+never sees are told apart by a hash, so that no list of them has to ship.
+
+Letters: B scenes, K objects of a scene (2, the second may be absent), T frames, H x W pixels.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+HEIGHT, WIDTH, FRAMES = 96, 160, 33
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLORS = {
+    "red": (220, 35, 35),
+    "green": (40, 185, 60),
+    "blue": (45, 85, 235),
+    "yellow": (245, 225, 50),
+    "orange": (245, 135, 25),
+    "purple": (150, 55, 200),
+    "cyan": (40, 205, 220),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {
+    "black": (10, 10, 12),
+    "dark blue": (15, 25, 85),
+    "dark green": (15, 65, 30),
+    "dark red": (90, 15, 25),
+    "grey": (120, 120, 120),
+    "brown": (100, 65, 35),
+    "light blue": (165, 205, 245),
+    "pink": (245, 175, 195),
+}
+CARDS = ("white", "yellow", "cyan", "orange")
+INK = (20, 20, 24)
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+CELL_HEIGHT, CELL_WIDTH = 40, 32  # of one character on a card
+
+DIRECTIONS = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+    "up left": (-1, -1),
+    "up right": (1, -1),
+    "down left": (-1, 1),
+    "down right": (1, 1),
+}
+MOTIONS = (*DIRECTIONS, "circle", "grow", "shrink")
+PAIR_MOTIONS = ("apart", "together", "left", "right", "up", "down")
+
+# A shape that is hard to see on its background would teach nothing: so far apart must their colours be, in RGB.
+MIN_CONTRAST = 110.0
+HELD_OUT_SHARE = 8  # one scene in so many is never trained on
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A moving shape: where it is and how large, by frame. centers [T, 2] (x, y) and radii [T], in pixels."""
+
+    shape: str
+    color: str
+    centers: np.ndarray
+    radii: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows: things that move, or a card with a word; above a background whose halves may differ."""
+
+    things: tuple[Thing, ...]
+    motion: str
+    background: tuple[str, str]  # of the upper and of the lower half
+    card: str = ""
+    word: str = ""
+
+    @property
+    def key(self) -> str:
+        """What makes two scenes the same combination: all that can be said in words, without the exact places."""
+        things = " ".join(f"{thing.color} {thing.shape}" for thing in self.things)
+        return f"{things}|{self.motion}|{'/'.join(self.background)}|{self.card}|{self.word}"
+
+    @property
+    def held_out(self) -> bool:
+        return zlib.crc32(self.key.encode()) % HELD_OUT_SHARE == 0
+
+
+def contrast(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> float:
+    """The distance of two colours in RGB."""
+    return float(np.linalg.norm(np.subtract(a, b, dtype=float)))
+
+
+def _background(draw: random.Random, colors: Sequence[str]) -> tuple[str, str]:
+    fitting = [
+        name for name, rgb in BACKGROUNDS.items() if all(contrast(rgb, COLORS[c]) > MIN_CONTRAST for c in colors)
+    ]
+    upper = draw.choice(fitting)
+    if draw.random() < 0.7:
+        return upper, upper
+    return upper, draw.choice([name for name in fitting if name != upper])
+
+
+def _line(start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
+    return np.linspace(start, end, FRAMES)
+
+
+def _single(draw: random.Random, shape: str, color: str, motion: str) -> Thing:
+    radius = draw.uniform(13, 19)
+    radii = np.full(FRAMES, radius)
+    margin = radius + 3
+    center = (WIDTH / 2, HEIGHT / 2)
+    if motion in DIRECTIONS:
+        dx, dy = DIRECTIONS[motion]
+        # Half the way, so far that the direction is plain and the shape stays in the picture.
+        reach_x = dx * draw.uniform(30, 45) * (0.75 if dy else 1)
+        reach_y = dy * draw.uniform(20, HEIGHT / 2 - margin - 1)
+        free_x, free_y = WIDTH / 2 - margin - abs(reach_x), HEIGHT / 2 - margin - abs(reach_y)
+        x = center[0] + draw.uniform(-1, 1) * max(0.0, min(free_x, 20))
+        y = center[1] + draw.uniform(-1, 1) * max(0.0, min(free_y, 20))
+        centers = _line((x - reach_x, y - reach_y), (x + reach_x, y + reach_y))
+    elif motion == "circle":
+        orbit = draw.uniform(20, HEIGHT / 2 - margin)
+        angles = draw.uniform(0, 2 * np.pi) + np.linspace(0, 2 * np.pi, FRAMES)
+        x = center[0] + draw.uniform(-20, 20)
+        centers = np.stack([x + orbit * np.cos(angles), center[1] + orbit * np.sin(angles)], axis=1)
+    else:
+        small, large = draw.uniform(8, 10), draw.uniform(25, 32)
+        radii = np.linspace(small, large, FRAMES)
+        if motion == "shrink":
+            radii = radii[::-1].copy()
+        place = (center[0] + draw.uniform(-25, 25), center[1] + draw.uniform(-6, 6))
+        centers = _line(place, place)
+    return Thing(shape, color, centers, radii)
+
+
+def _pair(draw: random.Random, shapes: Sequence[str], colors: Sequence[str], motion: str) -> tuple[Thing, ...]:
+    radius = draw.uniform(11, 15)
+    near, far = draw.uniform(18, 24), draw.uniform(46, 56)
+    y = HEIGHT / 2 + draw.uniform(-12, 12)
+    things = []
+    for side, shape, color in zip((-1, 1), shapes, colors, strict=True):
+        place = WIDTH / 2 + side * (near + far) / 2
+        start, end = (place, y), (place, y)
+        if motion == "apart":
+            start, end = (WIDTH / 2 + side * near, y), (WIDTH / 2 + side * far, y)
+        elif motion == "together":
+            start, end = (WIDTH / 2 + side * far, y), (WIDTH / 2 + side * near, y)
+        else:
+            dx, dy = DIRECTIONS[motion]
+            reach = 18.0
+            y_mid = HEIGHT / 2 if dy else y
+            start, end = (place - dx * reach, y_mid - dy * reach), (place + dx * reach, y_mid + dy * reach)
+        things.append(Thing(shape, color, _line(start, end), np.full(FRAMES, radius)))
+    return tuple(things)
+
+
+def draw_scene(draw: random.Random, kind: str | None = None, *, held_out: bool = False) -> Scene:
+    """A random scene of a kind ("single", "pair", "card"; by default 60, 12 and 28 %), trained on or held out."""
+    while True:
+        picked = kind or draw.choices(("single", "pair", "card"), (60, 12, 28))[0]
+        if picked == "single":
+            color, motion = draw.choice(list(COLORS)), draw.choice(MOTIONS)
+            thing = _single(draw, draw.choice(SHAPES), color, motion)
+            scene = Scene((thing,), motion, _background(draw, [color]))
+        elif picked == "pair":
+            colors = draw.sample(list(COLORS), 2)
+            shapes = [draw.choice(SHAPES)] * 2 if draw.random() < 0.5 else draw.sample(SHAPES, 2)
+            motion = draw.choice(PAIR_MOTIONS)
+            scene = Scene(_pair(draw, shapes, colors, motion), motion, _background(draw, colors))
+        else:
+            card = draw.choice(CARDS)
+            word = "".join(draw.choice(CHARACTERS) for _ in range(draw.choices((1, 2, 3, 4), (40, 25, 20, 15))[0]))
+            scene = Scene((), "still", (_background(draw, [card])[0],) * 2, card, word)
+        if scene.held_out == held_out:
+            return scene
+
+
+# -- words --
+
+_VERBS = {
+    "left": ("moves left", "moves to the left", "slides left", "drifts to the left", "goes left"),
+    "right": ("moves right", "moves to the right", "slides right", "drifts to the right", "goes right"),
+    "up": ("moves up", "moves upwards", "rises", "floats up", "goes up"),
+    "down": ("moves down", "moves downwards", "sinks", "falls slowly", "goes down"),
+    "circle": ("moves round in a circle", "goes round in a circle", "circles around", "runs in a circle"),
+    "grow": ("grows", "gets bigger", "becomes larger", "slowly grows"),
+    "shrink": ("shrinks", "gets smaller", "becomes smaller", "slowly shrinks"),
+    "apart": ("drift apart", "move apart", "move away from each other"),
+    "together": ("move together", "come together", "move towards each other"),
+}
+_VERBS |= {
+    f"{vertical} {side}": (
+        f"moves diagonally {vertical} and to the {side}",
+        f"moves {vertical} and to the {side}",
+        f"slides diagonally to the {vertical}per {side}"
+        if vertical == "up"
+        else f"slides diagonally to the lower {side}",
+    )
+    for vertical in ("up", "down")
+    for side in ("left", "right")
+}
+_PLURAL = {"moves": "move", "slides": "slide", "drifts": "drift", "goes": "go", "rises": "rise", "floats": "float"}
+_PLURAL |= {"sinks": "sink", "falls": "fall"}
+
+_SINGLE = (
+    "a {thing} {verb} over a {background} background",
+    "a {thing} {verb} on a {background} background",
+    "a {thing} that {verb}, {background} background",
+    "{background} background, a {thing} {verb}",
+    "on a {background} background a {thing} {verb}",
+    "the {thing} {verb} over a {background} background",
+    "a video of a {thing} that {verb} over a {background} background",
+    "in front of a {background} background, a {thing} {verb}",
+)
+_PAIR = (
+    "{things} {verb} over a {background} background",
+    "{things} {verb} on a {background} background",
+    "{background} background, {things} {verb}",
+    "on a {background} background {things} {verb}",
+)
+_CARD = (
+    'a {card} card with the text "{word}" on a {background} background',
+    'a {card} sign that says "{word}", {background} background',
+    'a {card} card that reads "{word}" over a {background} background',
+    'on a {background} background a {card} sign with "{word}"',
+    'a {card} sign showing "{word}" in front of a {background} background',
+)
+# Wordings that training never uses.
+_HELD_OUT = {
+    "single": ("a {thing} {verb} before a {background} backdrop", "over a {background} background, the {thing} {verb}"),
+    "pair": ("in front of a {background} background {things} {verb}",),
+    "card": (
+        'the text "{word}" on a {card} card, on a {background} background',
+        'a {card} card says "{word}", {background} background',
+    ),
+}
+
+
+def _background_words(draw: random.Random, scene: Scene) -> str:
+    upper, lower = scene.background
+    if upper == lower:
+        return draw.choice((upper, f"plain {upper}")) if draw.random() < 0.2 else upper
+    return f"two-tone {upper} and {lower}"
+
+
+def describe(scene: Scene, draw: random.Random, *, held_out: bool = False) -> str:
+    """The scene in words, in a random wording that training uses, or with held_out in one that it never does."""
+    return re.sub(r"\ba (?=orange)", "an ", _describe(scene, draw, held_out))
+
+
+def _describe(scene: Scene, draw: random.Random, held_out: bool) -> str:
+    background = _background_words(draw, scene)
+    if scene.word:
+        pattern = draw.choice(_HELD_OUT["card"] if held_out else _CARD)
+        return pattern.format(card=scene.card, word=scene.word, background=background)
+    verb = draw.choice(_VERBS[scene.motion])
+    if len(scene.things) == 1:
+        thing = f"{scene.things[0].color} {scene.things[0].shape}"
+        pattern = draw.choice(_HELD_OUT["single"] if held_out else _SINGLE)
+        return pattern.format(thing=thing, verb=verb, background=background)
+    first, second = scene.things
+    if first.shape == second.shape and draw.random() < 0.5:
+        things = f"two {first.shape}s, one {first.color}, one {second.color},"
+    else:
+        things = f"a {first.color} {first.shape} and a {second.color} {second.shape}"
+    word, _, rest = verb.partition(" ")
+    verb = f"{_PLURAL.get(word, word)} {rest}".strip()
+    pattern = draw.choice(_HELD_OUT["pair"] if held_out else _PAIR)
+    return pattern.format(things=things, verb=verb, background=background)
+
+
+# -- pixels --
+
+
+@cache
+def atlas() -> torch.Tensor:
+    """The ink of each of CHARACTERS, [36, CELL_HEIGHT, CELL_WIDTH] in [0, 1], from the font that Pillow brings along."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(34)
+    cells = []
+    for character in CHARACTERS:
+        cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT))
+        ImageDraw.Draw(cell).text(
+            (CELL_WIDTH / 2, CELL_HEIGHT / 2), character, fill=255, font=font, anchor="mm", stroke_width=1
+        )
+        cells.append(torch.from_numpy(np.asarray(cell).copy()).float() / 255)
+    return torch.stack(cells)
+
+
+def card_box(word: str) -> tuple[int, int, int, int]:
+    """The card behind a word: top, bottom, left, right in pixels; its characters fill it but for a rim of 6."""
+    width = len(word) * CELL_WIDTH
+    top, left = (HEIGHT - CELL_HEIGHT) // 2, (WIDTH - width) // 2
+    return top - 6, top + CELL_HEIGHT + 6, left - 6, left + width + 6
+
+
+def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """The signed distance in pixels from the edge of a shape of radius r at the origin; negative inside."""
+    if shape == "circle":
+        return torch.hypot(x, y) - r
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.88 * r
+    if shape == "triangle":  # three half-planes; y points down, so the tip is up
+        side = 0.5 * r
+        return torch.maximum(y - side * 1.1, x.abs() * 0.8660254 - y * 0.5 - side * 1.1)
+    # A five-pointed star: fold the plane onto one half point, then one edge from its tip to its notch.
+    angle = torch.atan2(x, -y)
+    fold = 2 * np.pi / 5
+    angle = (torch.remainder(angle + fold / 2, fold) - fold / 2).abs()
+    radius = torch.hypot(x, y)
+    px, py = radius * torch.sin(angle), radius * torch.cos(angle)
+    outer, inner = 1.2 * r, 0.5 * r
+    notch_x, notch_y = inner * np.sin(fold / 2), inner * np.cos(fold / 2)
+    edge_x, edge_y = notch_x, notch_y - outer
+    length = torch.hypot(edge_x, edge_y)
+    return -(px * edge_y - (py - outer) * edge_x) / length
+
+
+@torch.no_grad()
+def render(
+    scenes: Sequence[Scene],
+    *,
+    device: torch.device | str = "cpu",
+    frames: slice = slice(None),
+    rows: slice = slice(0, HEIGHT),
+    columns: slice = slice(0, WIDTH),
+) -> torch.Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1], edges smoothed over one pixel; of some frames, rows and columns alone if asked."""
+    y = torch.arange(rows.start, rows.stop, device=device, dtype=torch.float32)[:, None] + 0.5
+    x = torch.arange(columns.start, columns.stop, device=device, dtype=torch.float32)[None, :] + 0.5
+    count = len(range(FRAMES)[frames])
+    # [B, 2, 3] → halves of the picture → [B, 3, T, H, W]
+    halves = torch.tensor([[BACKGROUNDS[name] for name in scene.background] for scene in scenes], device=device).float()
+    lower = (y >= HEIGHT / 2).float()
+    picture = halves[:, 0, :, None, None] * (1 - lower) + halves[:, 1, :, None, None] * lower
+    clips = picture[:, :, None].expand(-1, -1, count, -1, len(range(columns.start, columns.stop))).clone()
+    for shape in SHAPES:
+        for slot in (0, 1):
+            index = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
+            if not index:
+                continue
+            things = [scenes[i].things[slot] for i in index]
+            centers = torch.from_numpy(np.stack([t.centers[frames] for t in things])).to(device, torch.float32)
+            radii = torch.from_numpy(np.stack([t.radii[frames] for t in things])).to(device, torch.float32)
+            dx = x - centers[..., 0, None, None]
+            dy = y - centers[..., 1, None, None]
+            cover = (0.5 - _distance(shape, dx, dy, radii[..., None, None])).clamp(0, 1)[:, None]
+            color = torch.tensor([COLORS[t.color] for t in things], device=device).float()[:, :, None, None, None]
+            clips[index] = clips[index] * (1 - cover) + color * cover
+    ink, paper = torch.tensor(INK, device=device).float(), atlas().to(device)
+    for i, scene in enumerate(scenes):
+        if scene.word:
+            still = picture[i].expand(-1, -1, len(range(columns.start, columns.stop))).clone()
+            still = _card(scene, still, paper, ink, rows.start, columns.start)
+            clips[i] = still[:, None]
+    return clips / 127.5 - 1
+
+
+def _card(
+    scene: Scene, still: torch.Tensor, letters: torch.Tensor, ink: torch.Tensor, row: int, column: int
+) -> torch.Tensor:
+    """Lay a scene's card and word over a still picture [3, H, W] whose corner is at (row, column) of the whole."""
+    whole = torch.zeros(2, HEIGHT, WIDTH, device=still.device)  # card, ink
+    top, bottom, left, right = card_box(scene.word)
+    whole[0, top:bottom, left:right] = 1
+    for slot, character in enumerate(scene.word):
+        x = left + 6 + slot * CELL_WIDTH
+        whole[1, top + 6 : bottom - 6, x : x + CELL_WIDTH] = letters[CHARACTERS.index(character)]
+    card, word = whole[:, row : row + still.shape[1], column : column + still.shape[2]]
+    color = torch.tensor(COLORS[scene.card], device=still.device).float()[:, None, None]
+    still = still * (1 - card) + color * card
+    return still * (1 - word) + ink[:, None, None] * word
