@@ -1,0 +1,144 @@
+"""The demo's world and judge, the training's forward against the suite's own, and videos of the checkpoint that ships."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from hunyuan_staged import text, video
+from hunyuan_staged.attention import choose_attention
+from hunyuan_staged.demo import CHECKPOINT, evaluate, train, world
+from hunyuan_staged.transformer import Transformer, conditioning_of
+
+CPU = torch.device("cpu")
+
+
+def scenes(kind: str, count: int, *, held_out: bool = False) -> list[world.Scene]:
+    draw = random.Random(3)
+    return [world.draw_scene(draw, kind, held_out=held_out) for _ in range(count)]
+
+
+def test_the_same_seed_gives_the_same_scenes_words_and_pixels():
+    first, second = scenes("single", 3), scenes("single", 3)
+    assert [scene.key for scene in first] == [scene.key for scene in second]
+    words = [world.describe(first[0], random.Random(1)) for _ in range(2)]
+    assert words[0] == words[1]
+    assert torch.equal(world.render(first), world.render(second))
+
+
+def test_a_window_of_a_clip_is_cut_from_the_whole():
+    (scene,) = scenes("card", 1)
+    window = world.render([scene], frames=slice(4, 13), rows=slice(20, 84), columns=slice(40, 104))
+    assert torch.equal(window, world.render([scene])[:, :, 4:13, 20:84, 40:104])
+
+
+def test_held_out_combinations_and_wordings_are_never_trained_on():
+    trained = {scene.key for scene in scenes("single", 300)}
+    unseen = {scene.key for scene in scenes("single", 60, held_out=True)}
+    assert not trained & unseen
+    scene, draw = scenes("single", 1)[0], random.Random(1)
+    seen = {world.describe(scene, draw) for _ in range(300)}
+    assert not seen & {world.describe(scene, draw, held_out=True) for _ in range(50)}
+
+
+def through_mp4(scene: world.Scene, path) -> np.ndarray:
+    clip = ((world.render([scene])[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    video.write_video(path, clip, 24, world.HEIGHT, world.WIDTH)
+    return video.read_video(path)[0]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("single", 22), ("card", 10)])
+def test_the_judge_is_right_about_what_was_drawn(tmp_path, kind, count):
+    for scene in scenes(kind, count):
+        verdict = evaluate.judge(through_mp4(scene, tmp_path / "clip.mp4"), scene)
+        assert all(value == 1 for value in verdict.values()), (scene.key, verdict)
+
+
+def test_the_judge_sees_what_is_wrong(tmp_path):
+    draw = random.Random(1)
+    drawn = world.Scene((world._single(draw, "circle", "red", "left"),), "left", ("black", "black"))
+    frames = through_mp4(drawn, tmp_path / "clip.mp4")
+    other = world.Scene((world._single(draw, "square", "blue", "up"),), "up", ("grey", "pink"))
+    assert not any(evaluate.judge(frames, other).values())
+
+
+def test_training_sees_what_stage_1_and_the_suites_forward_see():
+    """The same token ids, and the batched forward, padded and masked, gives the unpadded one's numbers."""
+    modules = train.build()
+    words = train.Words(modules.tokenizer, modules.glyph_tokenizer)
+    prompts = ["a red circle moves left over a dark blue background", 'a white card with the text "AB3"', ""]
+    ids, valid = words.language(prompts)
+    glyph_ids, glyph_valid = words.glyphs(prompts)
+    for prompt, row, count in zip(prompts, ids, valid, strict=True):
+        assert text.tokenise(modules.tokenizer, prompt).ids == row[:count].tolist()
+    assert glyph_valid.tolist() == [0, len('Text "AB3". ') + 1, 0]
+
+    learner = train.Learner(modules, words.crop, compile=False).eval()
+    draw = torch.Generator().manual_seed(0)
+    noisy, latents = torch.randn(2, 3, 32, 2, 3, 4, generator=draw)
+    images = torch.randn(3, 3, 32, 32, generator=draw)
+    given, timestep = torch.tensor([False, True, False]), torch.tensor([731.0, 200.0, 950.0])
+    batch = {"latents": latents, "ids": ids, "valid": valid, "images": images}
+    with torch.no_grad():
+        together = learner(noisy, timestep, batch | {"glyph_ids": glyph_ids, "glyph_valid": glyph_valid}, given)
+    forward = Transformer(modules.transformers[train.VERSION], choose_attention("torch", CPU, torch.float32), (2, 3, 4))
+    width = train.DEMO.glyph_width
+    for row, prompt in enumerate(prompts):
+        embeddings = text.language_embeddings(modules.tokenizer, learner.language, prompt, "")
+        embeddings |= text.glyph_embeddings(
+            modules.glyph_tokenizer, learner.glyph, prompt, width=width, dtype=torch.float32
+        )
+        condition = torch.zeros(1, 33, 2, 3, 4)
+        if given[row]:
+            with torch.no_grad():
+                embeddings["image_embeds"] = learner.image(pixel_values=images[row : row + 1]).last_hidden_state
+            condition[:, :32, :1], condition[:, 32, 0] = latents[row : row + 1, :, :1], 1
+        conditioning = conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+        alone = forward(torch.cat([noisy[row : row + 1], condition], 1), timestep[row : row + 1], conditioning)
+        assert (together[row] - alone[0]).norm() / alone.norm() < 1e-5
+
+
+def test_what_ships_is_small_enough():
+    sizes = [path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sum(sizes) < 32_000_000
+    assert max(sizes) < 16_000_000
+
+
+@pytest.fixture(scope="module")
+def generator() -> evaluate.Generator:
+    return evaluate.Generator(CHECKPOINT, CPU)
+
+
+def verdict(generator: evaluate.Generator, prompt: str, scene: world.Scene, ablation: str = "none") -> dict:
+    return evaluate.judge(generator.frames(prompt, 42, generator.setting(ablation)), scene)
+
+
+CIRCLE = "a red circle moves left over a dark blue background"
+CARD = 'a white card with the text "HI" on a dark green background'
+
+
+def test_a_video_shows_what_its_prompt_says_and_dropping_the_mask_ruins_it(generator):
+    """The mask dropped: the text's padding is attended to, as in the replaced system; the motion is gone."""
+    thing = world._single(random.Random(1), "circle", "red", "left")
+    scene = world.Scene((thing,), "left", ("dark blue", "dark blue"))
+    seen = verdict(generator, CIRCLE, scene)
+    assert seen["color"]
+    assert seen["background"]
+    assert seen["direction"]
+    assert not verdict(generator, CIRCLE, scene, "no_mask")["direction"]
+
+
+def test_only_the_glyph_encoder_can_spell(generator):
+    scene = world.Scene((), "still", ("dark green", "dark green"), "white", "HI")
+    assert verdict(generator, CARD, scene)["word"]
+    assert verdict(generator, CARD, scene, "no_glyphs")["characters"] == 0
+
+
+def test_the_readme_shows_the_checkpoints_own_figures():
+    figures = json.loads((ROOT / "hunyuan_staged" / "demo" / "scores.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for name, share in figures["shape clips"].items():
+        assert f"| {name} | {share:g} % |" in readme
