@@ -83,7 +83,7 @@ run_stage() {
     if ((gpus == 1)); then
         "$python" "$script" "$@"
     else
-        "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$script" "$@"
+        "$python" "$here/utils.py" launch "$gpus" "$script" "$@"
     fi
 }
 

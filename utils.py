@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024
 # torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
@@ -275,14 +276,44 @@ def check_flags(stage: str, argv: Sequence[str]) -> None:
     module.check(module.build_parser().parse_args(argv))
 
 
+def launch(processes: int, script: str, argv: Sequence[str]) -> int:
+    """Run a script on several processes of this machine, as torchrun would; the status is that of the first to fail.
+
+    torchrun itself would end with status 1 and pages about its own workings, whatever the script had said.
+    """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args(["--standalone", "--nproc-per-node", str(processes), script, *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode
+        if status != BAD_INPUT:  # a refusal has been said already
+            print(
+                f"error: {Path(script).name}: process {rank} of {processes} ended with status {status}", file=sys.stderr
+            )
+        return status if status > 0 else SIGNALLED - status
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """What the launchers ask of this file.
 
     `python utils.py split FOLDER [flags]` writes each stage's arguments to FOLDER/1, 2 and 3, a NUL behind each.
     `python utils.py check 1|2|3 [flags]` refuses what that stage would refuse, or shows its --help.
+    `python utils.py launch N SCRIPT [flags]` runs a script on N processes.
     """
-    if len(argv) < 2 or argv[0] not in ("split", "check"):
-        refuse("utils.py has two commands: split FOLDER [flags of any stage], and check 1|2|3 [flags of that stage]")
+    if len(argv) < 2 or argv[0] not in ("split", "check", "launch"):
+        refuse(
+            "utils.py has three commands: split FOLDER [flags of any stage], check 1|2|3 [flags of that stage], "
+            "launch N SCRIPT [flags]"
+        )
+    if argv[0] == "launch":
+        return launch(int(argv[1]), argv[2], argv[3:])
     if argv[0] == "check":
         try:
             check_flags(STAGES[int(argv[1]) - 1], argv[2:])

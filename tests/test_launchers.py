@@ -2,16 +2,17 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# Writes down each call that is not utils.py's; fails with the status in FAIL_AT's stage.
+# Writes down each call of a stage, and lets utils.py check and split; fails with the status in FAIL_AT's stage.
 STAND_IN = """\
 #!/usr/bin/env bash
 case "$*" in
-*utils.py*) exec "$REAL_PYTHON" "$@" ;;
+*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
 esac
 printf '%s\\n' "$*" >>"$CALLS"
 if [[ -n ${FAIL_AT:-} && "$*" == *"$FAIL_AT"* ]]; then exit 7; fi
@@ -21,8 +22,6 @@ if [[ -n ${FAIL_AT:-} && "$*" == *"$FAIL_AT"* ]]; then exit 7; fi
 @pytest.fixture
 def launch(tmp_path):
     """Call a launcher with the stand-in as $PYTHON; returns the finished process and the calls that it made."""
-    import sys
-
     stand_in, calls = tmp_path / "python", tmp_path / "calls"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
@@ -39,7 +38,7 @@ def launch(tmp_path):
 
 
 def torchrun(count: int) -> str:
-    return f"-m torch.distributed.run --standalone --nproc-per-node {count} "
+    return f"utils.py launch {count} "
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ case "$*" in
 *find_spec*) [[ -e ${0%/*}/../../.made ]] && [[ $0 == */.venv/* ]] ;;
 *version_info*) [[ -z ${OLD:-} ]] ;;
 --version) echo Python 3.9.2 ;;
-*utils.py*) exec "$REAL_PYTHON" "$@" ;;
+*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
 *) printf '%s\\n' "${0##*/.venv/}: $*" >>"$CALLS"
     if [[ $1 == -m && $2 == venv ]]; then
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/../.made"
@@ -151,7 +150,6 @@ esac
 def bare(tmp_path):
     """A checkout's launchers on a machine whose python3 has nothing; call(script, flags) as `launch` does."""
     import shutil
-    import sys
 
     checkout, path, calls = tmp_path / "checkout", tmp_path / "bin", tmp_path / "calls"
     checkout.mkdir()
@@ -210,3 +208,24 @@ def test_an_old_python_is_refused(bare):
 def test_launchers_stop_at_errors_and_unset_variables():
     for script in sorted(Path(ROOT).glob("run_*.sh")):
         assert "set -euo pipefail" in script.read_text(), script.name
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_a_refusal_by_several_processes_is_one_line_and_status_2(tmp_path, stage):
+    """torchrun gave status 1 and some fifty lines of its own."""
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(ROOT / f"run_{stage}.sh"), "--gpus", "2", "--input_dir", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("error: ")
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_status(tmp_path):
+    (tmp_path / "broken.py").write_text("raise ZeroDivisionError('ours')\n")
+    command = [sys.executable, str(ROOT / "utils.py"), "launch", "2", str(tmp_path / "broken.py")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ZeroDivisionError: ours" in result.stderr
+    assert "error: broken.py: process " in result.stderr
