@@ -99,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--guidance_scale {args.guidance_scale} is outside 1 to 100")
     if not 0 <= args.seed < 2**64:
         raise InputError(f"--seed {args.seed} is outside 0 to 2^64 - 1")
+    if args.output_dir is not None:
+        utils.check_output_dir("--output_dir", args.output_dir)
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,13 @@ class Settings:
     video_length: int
     num_inference_steps: int
     guidance_scale: float
+    flow_shift: float
     dtype: str
 
 
-def settle(args: argparse.Namespace, config: dict[str, Any], version: Version, image_latents: Any) -> Settings:
+def settle(
+    args: argparse.Namespace, config: dict[str, Any], version: Version, flow_shift: float, image_latents: Any
+) -> Settings:
     """Every value from its flag, else from stage 1, else from the version."""
     if image_latents is None:
         height, width = versions.size_for_ratio(version.resolution, args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO)
@@ -129,6 +134,7 @@ def settle(args: argparse.Namespace, config: dict[str, Any], version: Version, i
         args.video_length or version.video_length,
         args.num_inference_steps or version.num_inference_steps,
         version.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        flow_shift,
         args.dtype or config.get("dtype") or versions.DEFAULT_DTYPE,
     )
 
@@ -166,7 +172,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     folder = checkpoints.open_model(model_path, ("transformer", "scheduler"), run.progress)
     version = pick_version(config, folder.versions(), sparse=args.sparse_attn)
-    settings = settle(args, config, version, image_latents)
+    flow_shift = folder.flow_shift(version.name) or version.flow_shift
+    settings = settle(args, config, version, flow_shift, image_latents)
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
@@ -182,7 +189,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     shape = versions.latent_shape(settings.video_length, settings.height, settings.width, model.config.out_channels)
     run.log.info(
         f"{version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
-        f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seed {args.seed}, {dtype}"
+        f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
+        f"shift {settings.flow_shift:g}, seed {args.seed}, {dtype}"
     )
     with run.part("compute"):
         started = time.perf_counter()
@@ -195,7 +203,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             noise,
             denoise.condition_channels(noise, image_latents),
             rows,
-            schedule.flow_sigmas(settings.num_inference_steps, folder.flow_shift(version.name) or version.flow_shift),
+            schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
             guidance_scale=settings.guidance_scale,
             use_meanflow=model.config.use_meanflow,
             layout=layout,
@@ -212,6 +220,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             "width": settings.width,
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
+            "flow_shift": settings.flow_shift,
             "seed": args.seed,
         }
         metadata = {

@@ -61,6 +61,8 @@ def check(args: argparse.Namespace) -> None:
         tiles.check_tiling(args.tile_size, args.tile_overlap, versions.SPATIAL_RATIO)
     if args.output_video and (Path(args.output_video).suffix != ".mp4" or Path(args.output_video).is_dir()):
         raise InputError(f"--output_video {args.output_video} is not the name of an .mp4 file")
+    if args.output_video:
+        utils.check_output_dir("--output_video", Path(args.output_video).parent)
 
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ CONFIG_KEYS = {
         "video_length",
         "num_inference_steps",
         "guidance_scale",
+        "flow_shift",
         "seed",
         "height",
         "width",

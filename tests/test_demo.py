@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +137,30 @@ def test_only_the_glyph_encoder_can_spell(generator):
     scene = world.Scene((), "still", ("dark green", "dark green"), "white", "HI")
     assert verdict(generator, CARD, scene)["word"]
     assert verdict(generator, CARD, scene, "no_glyphs")["characters"] == 0
+
+
+def test_a_given_first_frame_is_the_videos_first_frame(tmp_path):
+    """The scripts, as a user calls them for image to video: the first frame resembles the image, and then it moves."""
+    from PIL import Image
+
+    ((scene, prompt),) = evaluate.held_out_prompts("single", 1, seed=77)
+    first = ((world.render([scene])[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    image = tmp_path / "first.png"
+    Image.fromarray(first).save(image)
+    stages = (
+        ["stage1_text_encoder.py", "--prompt", prompt, "--image_path", image, "--output_dir", tmp_path],
+        ["stage2_transformer.py", "--input_dir", tmp_path],
+        ["stage3_vae_decoder.py", "--input_dir", tmp_path],
+    )
+    for script, *flags in stages:
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    frames, fps = video.read_video(tmp_path / "output_video.mp4")
+    assert (frames.shape, fps) == ((world.FRAMES, world.HEIGHT, world.WIDTH, 3), 24)
+    error = float(((frames[0].astype(float) - first) ** 2).mean())
+    assert 10 * np.log10(255**2 / error) > 24
+    assert np.abs(frames[-1].astype(float) - frames[0]).mean() > 2
 
 
 def test_the_readme_shows_the_checkpoints_own_figures():

@@ -1,6 +1,7 @@
 """The loop against the official one, the noise, and several processes against one."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,3 +119,51 @@ def test_steps_are_reported_with_their_latents():
         on_step=lambda i, latents: steps.append((i, latents.mean().item())),
     )
     assert steps == [(0, -0.25), (1, -0.5), (2, -0.75), (3, -1.0)]
+
+
+def plain_loop(model, tensors, sigmas, *, image: torch.Tensor | None = None, meanflow: bool = False) -> torch.Tensor:
+    """The loop written out, over diffusers' own forward with its padded text and masks; no guidance."""
+    latents = tensors["noise"]
+    condition, mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
+    if image is not None:
+        condition[:, :, :1], mask[:, :, :1] = image, 1.0
+    for sigma, following in pairwise(sigmas):
+        with torch.no_grad():
+            velocity = model(
+                torch.cat([latents, condition, mask], dim=1),
+                sigma[None] * 1000,
+                tensors["text_states"],
+                tensors["text_mask"],
+                timestep_r=following[None] * 1000 if meanflow else None,
+                encoder_hidden_states_2=tensors["byt5_states"],
+                encoder_attention_mask_2=tensors["byt5_mask"],
+                image_embeds=tensors["vision_states"],
+                return_dict=False,
+            )[0]
+        latents = latents + (following - sigma) * velocity
+    return latents
+
+
+@pytest.mark.parametrize(("name", "shift"), [("dit_i2v", 5.0), ("dit_meanflow", 7.0)])
+def test_image_and_meanflow_loops_agree_with_a_plain_one(shared, name, shift):
+    """The image's latent in frame 0 with mask 1; meanflow's second timestep, 0 at the last step."""
+    folder = shared / "golden"
+    tensors, metadata = load(folder / f"{name}.safetensors")
+    meanflow = "meanflow" in name
+    model = build(folder, json.loads(metadata["config"]), "dit_meanflow_shapes" if meanflow else "dit_shapes")
+    draw = torch.Generator().manual_seed(9)
+    noise = torch.randn(1, 32, *tensors["hidden_states"].shape[2:], generator=draw)
+    image = torch.randn(1, 32, 1, *noise.shape[3:], generator=draw)
+    sigmas = flow_sigmas(4, shift)
+    reference = plain_loop(model, tensors | {"noise": noise}, sigmas, image=image, meanflow=meanflow)
+    embeddings = {
+        "prompt_embeds": tensors["text_states"],
+        "prompt_embeds_mask": tensors["text_mask"],
+        "prompt_embeds_2": tensors["byt5_states"],
+        "prompt_embeds_mask_2": tensors["byt5_mask"],
+        "image_embeds": tensors["vision_states"],
+    }
+    row = conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+    velocity = Transformer(model, choose_attention("torch", CPU, torch.float32), noise.shape[2:])
+    latents = denoise(velocity, noise, condition_channels(noise, image), [row], sigmas, use_meanflow=meanflow)
+    assert distance(latents, reference) < 1e-5

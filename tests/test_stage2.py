@@ -74,7 +74,7 @@ def test_latents_config_and_report(done):
     tensor, metadata = artifacts.load_latents(folder)
     assert tensor.shape == (1, 32, 3, 6, 10) and torch.isfinite(tensor).all() and tensor.std() > 0.1
     expected = {"height": "96", "width": "160", "num_frames": "9", "num_inference_steps": "2", "guidance_scale": "6.0"}
-    expected |= {"seed": "42", "attn_mode": "torch"}
+    expected |= {"seed": "42", "attn_mode": "torch", "flow_shift": "5.0"}
     assert expected.items() <= metadata.items()
     assert metadata["embeddings_sha256"] == artifacts.sha256(folder / artifacts.EMBEDDINGS_FILE)
     config = artifacts.read_config(folder)
@@ -141,6 +141,7 @@ def test_an_image_sets_the_size_and_a_ratio_against_it_is_refused(tmp_path, tiny
         (["--attn_mode", "quick"], "--attn_mode"),
         (["--enable_offloading", "--disable_offloading"], "not allowed with argument"),
         (["--model_path", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: /dev/null is not a folder"),
     ],
 )
 def test_refusals_are_one_line_and_change_nothing(done, tmp_path, args, message):

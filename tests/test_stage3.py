@@ -178,6 +178,7 @@ def test_the_real_models_latents(tmp_path, shared):
         (["--tile_size", "16"], "leaves no step between tiles"),
         (["--fps", "0"], "--fps 0 is outside 1 to 240"),
         (["--fps", "nan"], "--fps nan is outside 1 to 240"),
+        (["--output_video", "/dev/null/a.mp4"], "--output_video /dev/null: /dev/null is not a folder"),
         (["--output_video", "clip.avi"], "--output_video clip.avi is not the name of an .mp4 file"),
         (["--model_path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--tiles", "3"], "unrecognized arguments: --tiles 3"),
