@@ -62,7 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speed.add_argument("--use_sageattn", action="store_true", help="short for --attn_mode sageattn")
     speed.add_argument(
+        "--sage_blocks_range",
+        help=f"which blocks run sageattn, FIRST-LAST; the others run flash (default: {versions.DEFAULT_SAGE_BLOCKS}, all)",
+    )
+    speed.add_argument(
         "--sparse_attn", action="store_true", help="short for --attn_mode flex-block-attn with the sparse weights"
+    )
+    speed.add_argument(
+        "--cfg_parallel",
+        choices=versions.CFG_PARALLEL,
+        default=versions.DEFAULT_CFG_PARALLEL,
+        help="the two guidance rows side by side on half of the processes each; auto: where they halve "
+        "(default: %(default)s)",
     )
     speed.add_argument(
         "--no_compile", action="store_true", help="start at once, without torch.compile (GPU; each step is slower)"
@@ -80,15 +91,24 @@ def attention_mode(args: argparse.Namespace) -> str:
     if args.use_sageattn:
         asked["--use_sageattn"] = "sageattn"
     if args.sparse_attn:
-        asked["--sparse_attn"] = "flex-block-attn"
+        asked["--sparse_attn"] = versions.SPARSE_ATTN_MODE
     if len(set(asked.values())) > 1:
         raise InputError(f"{' and '.join(asked)} ask for different attention; give one of them")
-    return next(iter(asked.values()), versions.DEFAULT_ATTN_MODE)
+    mode = next(iter(asked.values()), versions.DEFAULT_ATTN_MODE)
+    if args.sage_blocks_range is not None and mode != "sageattn":
+        raise InputError(f"--sage_blocks_range belongs to --attn_mode sageattn, not to {mode}")
+    return mode
+
+
+def sage_blocks(args: argparse.Namespace) -> range:
+    """Which blocks --sage_blocks_range names; InputError where it is no range."""
+    return versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
     attention_mode(args)
+    sage_blocks(args)
     if args.video_length is not None:
         versions.check_video_length(args.video_length)
     if args.aspect_ratio is not None:
@@ -177,9 +197,11 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
-    attention = choose_attention(attention_mode(args), run.device, dtype)
+    attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args))
     compiled = run.device.type == "cuda" and not args.no_compile
-    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1)
+    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1, args.cfg_parallel)
+    if attention.name == versions.SPARSE_ATTN_MODE and not version.sparse:
+        run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
 
     with run.part("load"):

@@ -1,26 +1,29 @@
 """Attention behind one signature, its kernel chosen once per run.
 
-attention(q, k, v): each [B, N, H, D] → [B, N, H, D]; no mask, because no padding ever gets here.
+attention(q, k, v): each [1, N, H, D] → [1, N, H, D]; no mask, because no padding ever gets here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hunyuan_staged import InputError
-from hunyuan_staged.versions import ATTN_MODES
+from hunyuan_staged import InputError, sparse
+from hunyuan_staged.versions import ATTN_MODES, DEFAULT_ATTN_MODE, SPARSE_ATTN_MODE
 
 HALF = (torch.float16, torch.bfloat16)
 HOPPER = (9, 0)
 AMPERE = (8, 0)
 
-LATER = {
-    "sageattn": "INT8 attention",
-    "flex-block-attn": "block-sparse attention (SSTA)",
+# What must be importable for a mode, and how to get it.
+PACKAGES = {
+    "flash3": ("flash_attn_interface", "build it from the hopper folder of the flash-attention repository"),
+    "flash4": ("flash_attn.cute", "pip install 'hunyuan-staged[flash]'"),
+    "sageattn": ("sageattention", "pip install 'hunyuan-staged[sage]'"),
 }
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,15 +31,34 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class AttentionMode:
-    """A kernel, its name, and why it was taken; callable as attention(q, k, v)."""
+    """A kernel, its name, and why it was taken.
+
+    make(grid) gives the kernel for a grid of T x h x w video tokens, which dense kernels do not care about. With
+    `blocks`, only those blocks of the transformer run it, and the others run `elsewhere`.
+    """
 
     name: str
     reason: str
-    kernel: Kernel
+    make: Callable[[Sequence[int]], Kernel]
+    blocks: range | None = None
+    elsewhere: "AttentionMode | None" = None
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        # A rank that holds no head (more sequence shards than heads) has nothing to compute.
-        return self.kernel(q, k, v) if q.shape[2] else torch.zeros_like(q)
+    def kernels(self, grid: Sequence[int], count: int) -> list[Kernel]:
+        """The kernel of each of a transformer's `count` blocks."""
+        own = partial(_nothing_for_no_heads, self.make(grid))
+        if self.blocks is None or self.elsewhere is None:
+            return [own] * count
+        others = self.elsewhere.kernels(grid, count)
+        return [own if index in self.blocks else others[index] for index in range(count)]
+
+
+def _nothing_for_no_heads(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A rank that holds no head (more sequence shards than heads) has nothing to compute."""
+    return kernel(q, k, v) if q.shape[2] else torch.zeros_like(q)
+
+
+def _dense(kernel: Kernel) -> Callable[[Sequence[int]], Kernel]:
+    return lambda grid: kernel
 
 
 def _sdpa(*backends: SDPBackend) -> Kernel:
@@ -50,6 +72,11 @@ def _sdpa(*backends: SDPBackend) -> Kernel:
     return attend
 
 
+def _first(result: torch.Tensor | tuple) -> torch.Tensor:
+    """The output alone, of kernels that in some versions also return the log-sum-exp."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def _flash_attn_2() -> Kernel:
     from flash_attn import flash_attn_func
 
@@ -59,59 +86,100 @@ def _flash_attn_2() -> Kernel:
 def _flash_attn_3() -> Kernel:
     from flash_attn_interface import flash_attn_func
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return attend
+    return lambda q, k, v: _first(flash_attn_func(q, k, v))
 
 
-def choose_attention(mode: str, device: torch.device, dtype: torch.dtype) -> AttentionMode:
+def _flash_attn_4() -> Kernel:
+    from flash_attn.cute import flash_attn_func
+
+    return lambda q, k, v: _first(flash_attn_func(q, k, v))
+
+
+def _sageattention() -> Kernel:
+    from sageattention import sageattn
+
+    return lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD")
+
+
+def _installed(package: str) -> bool:
+    """Whether a package, or one inside another, can be imported; the parent may be absent, too."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def choose_attention(
+    mode: str, device: torch.device, dtype: torch.dtype, sage_blocks: range | None = None
+) -> AttentionMode:
     """The kernel for a mode on this device and dtype. Only "flash" chooses; any other mode is honoured or refused.
 
-    Raises InputError with the reason and the modes that would work where the mode cannot run.
+    sage_blocks: which blocks of the transformer run sageattn; the others run flash. All by default. Raises InputError
+    with the reason and the modes that would work where the mode cannot run.
     """
-    if mode in LATER:
-        raise InputError(f"--attn_mode {mode}: {LATER[mode]} is not part of this release yet; use flash or torch")
     if mode not in ATTN_MODES:
         raise InputError(f"--attn_mode {mode!r} is unknown; known: {', '.join(ATTN_MODES)}")
     if mode == "torch":
-        return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", _sdpa())
+        return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", _dense(_sdpa()))
+    if mode == SPARSE_ATTN_MODE:
+        core, reason = sparse.fastest_core(device)
+        return AttentionMode(mode, reason, partial(sparse.SparseAttention, device=device, core=core))
     if device.type != "cuda":
-        if mode == "flash":
-            return AttentionMode("torch", "no GPU: torch's scaled_dot_product_attention", _sdpa())
+        if mode == DEFAULT_ATTN_MODE:
+            return AttentionMode("torch", "no GPU: torch's scaled_dot_product_attention", _dense(_sdpa()))
         raise InputError(f"--attn_mode {mode} needs a GPU, and this run is on a {device.type}; use flash or torch")
     capability = torch.cuda.get_device_capability(device)
     obstacle = None
     if dtype not in HALF:
-        obstacle = f"flash kernels take float16 and bfloat16, not {dtype}"
+        obstacle = f"it takes float16 and bfloat16, not {dtype}"
     elif capability < AMPERE:
-        obstacle = f"flash kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
-    if mode == "flash":
+        obstacle = f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if mode == DEFAULT_ATTN_MODE:
         return _fastest(capability, obstacle)
+    if mode in ("flash3", "flash4", "cudnn") and capability < HOPPER:
+        obstacle = (
+            f"it needs a Hopper GPU or newer, and this one has compute capability {capability[0]}.{capability[1]}"
+        )
+    if mode in PACKAGES and not _installed(PACKAGES[mode][0]):
+        package, remedy = PACKAGES[mode]
+        obstacle = f"the package {package} is not installed ({remedy})"
     if obstacle:
         raise InputError(f"--attn_mode {mode}: {obstacle}; use flash or torch")
+    if mode == "flash2":
+        return _flash2("as asked")
     if mode == "flash3":
-        if find_spec("flash_attn_interface") is None:
-            raise InputError(
-                "--attn_mode flash3: the package flash_attn_interface is not installed; use flash or torch"
-            )
-        if capability < HOPPER:
-            raise InputError("--attn_mode flash3 needs a Hopper GPU (compute capability 9.0); use flash or torch")
-        return AttentionMode("flash3", "as asked: the flash_attn_interface package", _flash_attn_3())
-    if find_spec("flash_attn") is not None:
-        return AttentionMode("flash2", "as asked: the flash-attn package", _flash_attn_2())
-    return AttentionMode("flash2", "as asked: torch's own FlashAttention-2", _sdpa(SDPBackend.FLASH_ATTENTION))
+        return AttentionMode(mode, "as asked: the flash_attn_interface package", _dense(_flash_attn_3()))
+    if mode == "flash4":
+        return AttentionMode(mode, "as asked: the flash-attn-4 package", _dense(_flash_attn_4()))
+    if mode == "cudnn":
+        return AttentionMode(mode, "as asked: cuDNN, through torch", _dense(_sdpa(SDPBackend.CUDNN_ATTENTION)))
+    return AttentionMode(
+        mode,
+        "as asked: the sageattention package, INT8, not exact",
+        _dense(_sageattention()),
+        sage_blocks,
+        _fastest(capability, None),
+    )
+
+
+def _flash2(why: str) -> AttentionMode:
+    # flash-attn-4 puts a folder of the same name there, without the module that version 2 has.
+    if _installed("flash_attn.flash_attn_interface"):
+        return AttentionMode("flash2", f"{why}: the flash-attn package", _dense(_flash_attn_2()))
+    return AttentionMode("flash2", f"{why}: torch's own FlashAttention-2", _dense(_sdpa(SDPBackend.FLASH_ATTENTION)))
 
 
 def _fastest(capability: tuple[int, int], obstacle: str | None) -> AttentionMode:
-    """The fastest exact kernel of this GPU (../shared/measured.md: flash3 and cuDNN before FlashAttention-2 on Hopper)."""
+    """The fastest exact kernel of this GPU. On Hopper flash4 is 1.2 times as fast as cuDNN, and that 1.6 times as fast
+    as FlashAttention-2 (../shared/measured.md)."""
     if obstacle:
-        return AttentionMode("torch", obstacle, _sdpa())
+        return AttentionMode("torch", f"no flash kernel here: {obstacle}", _dense(_sdpa()))
     if capability >= HOPPER:
-        if find_spec("flash_attn_interface") is not None:
-            return AttentionMode("flash3", "Hopper or newer, and flash_attn_interface is installed", _flash_attn_3())
-        return AttentionMode("cudnn", "Hopper or newer: cuDNN is the fastest here", _sdpa(SDPBackend.CUDNN_ATTENTION))
-    if find_spec("flash_attn") is not None:
-        return AttentionMode("flash2", "the flash-attn package is installed", _flash_attn_2())
-    return AttentionMode("flash2", "torch's own FlashAttention-2", _sdpa(SDPBackend.FLASH_ATTENTION))
+        why = "the fastest exact kernel that is installed"
+        if _installed(PACKAGES["flash4"][0]):
+            return AttentionMode("flash4", why, _dense(_flash_attn_4()))
+        if _installed(PACKAGES["flash3"][0]):
+            return AttentionMode("flash3", why, _dense(_flash_attn_3()))
+        why += f"; flash4 would be faster: {PACKAGES['flash4'][1]}"
+        return AttentionMode("cudnn", why, _dense(_sdpa(SDPBackend.CUDNN_ATTENTION)))
+    return _flash2("the fastest exact kernel before Hopper")

@@ -5,8 +5,11 @@ Warm-up is apart, both sides of every timing are synchronised, the median is pri
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from hunyuan_staged import versions
@@ -43,6 +46,82 @@ def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
     return model
 
 
+class Stopwatch:
+    """Device seconds spent in some calls, by CUDA events, so that nothing waits while the work goes on."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[Any, Any]] = []
+
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its calls on the clock from now on."""
+        import torch
+
+        def watched(*args: Any) -> Any:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            result = function(*args)
+            end.record()
+            self.spans.append((start, end))
+            return result
+
+        return watched
+
+    def seconds(self) -> float:
+        """The sum so far; waits for the device."""
+        import torch
+
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
+
+
+def parts_of_a_step(step: Callable[[], None], forward: Any) -> dict[str, float]:
+    """Device seconds of one more step: attention by events, products and communication by their kernels' names."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    watch, kernels = Stopwatch(), forward.attention
+    forward.attention = [watch.watch(kernel) for kernel in kernels]
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+    forward.attention = kernels
+    attention = watch.seconds()
+    sums = {"linear": 0.0, "communication": 0.0, "all": 0.0}
+    for event in profiled.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        name, seconds = event.name.lower(), event.self_device_time_total / 1e6
+        sums["all"] += seconds
+        if "nccl" in name:
+            sums["communication"] += seconds
+        elif any(word in name for word in ("gemm", "nvjet", "cutlass_80", "cublas")):
+            sums["linear"] += seconds
+    rest = sums["all"] - attention - sums["linear"] - sums["communication"]
+    parts = {"attention": attention, "linear": sums["linear"], "communication": sums["communication"], "rest": rest}
+    return {name: round(seconds, 3) for name, seconds in parts.items()}
+
+
+def mask_seconds(forward: Any, heads: int, width: int, device: Any, dtype: Any) -> float:
+    """Device seconds of one of SSTA's masks with its lists, without the attention: the median of five."""
+    import torch
+
+    from hunyuan_staged import sparse
+
+    attention = sparse.SparseAttention(forward.grid, device, "torch")
+    q, k = torch.randn(2, forward.total + TEXT_TOKENS, heads, width, device=device, dtype=dtype)
+    q, k = attention.tiles.gather(q), attention.tiles.gather(k)
+    times = []
+    for _ in range(6):
+        watch = Stopwatch()
+
+        def build() -> None:
+            mask = sparse.block_mask(q, k, attention.tiles, attention.window, attention.top_k)
+            sparse.block_lists(mask, 3, 2, 1)
+
+        watch.watch(build)()
+        times.append(watch.seconds())
+    return statistics.median(times[1:])
+
+
 def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of a denoising step of the full-size transformer, over whole guided steps."""
     import torch
@@ -56,8 +135,9 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     height, width = versions.size_for_ratio(args.resolution, args.aspect_ratio)
     shape = versions.latent_shape(args.video_length, height, width, 32)
     rows = 2 if args.guidance_scale != 1 else 1
-    layout = parallel.make_layout(world, rows)
-    attention = choose_attention(args.attn_mode, device, dtype)
+    layout = parallel.make_layout(world, rows, args.cfg_parallel)
+    sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
+    attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
     model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
     blocks = offload.stream_blocks(model, device) if args.enable_offloading else None
     if cuda:
@@ -117,6 +197,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "offloaded": args.enable_offloading,
         "guidance_rows": rows,
         "step_seconds": round(seconds, 4),
+        "first_step_extra_seconds": round(warmup[0] - seconds, 2) if warmup else None,
         "all_steps": [round(t, 4) for t in timed],
         "warmup_seconds": [round(t, 4) for t in warmup],
         "tflops_per_gpu": round(flops / seconds / 1e12 / world.size, 1),
@@ -124,6 +205,12 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "weights_gib": round(weights, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
     }
+    if cuda and not args.no_parts:
+        result["seconds_by_part"] = parts_of_a_step(step, forward)
+    if cuda and attention.name == versions.SPARSE_ATTN_MODE:
+        result["mask_seconds"] = round(
+            mask_seconds(forward, config.num_attention_heads, config.attention_head_dim, device, dtype), 5
+        )
     parallel.stop_world(world)
     return result if world.is_main else {}
 
@@ -137,6 +224,15 @@ def build_parser() -> argparse.ArgumentParser:
     stage2.add_argument("--video_length", type=int, default=121)
     stage2.add_argument("--guidance_scale", type=float, default=6.0)
     stage2.add_argument("--attn_mode", default=versions.DEFAULT_ATTN_MODE, choices=versions.ATTN_MODES)
+    stage2.add_argument("--sage_blocks_range", default=versions.DEFAULT_SAGE_BLOCKS)
+    stage2.add_argument(
+        "--cfg_parallel",
+        default=versions.DEFAULT_CFG_PARALLEL,
+        choices=versions.CFG_PARALLEL,
+        help="guidance rows apart",
+    )
+    stage2.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
+    stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
     stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
     stage2.add_argument("--enable_offloading", action="store_true", help="stream the blocks from host memory")
@@ -148,6 +244,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.gpus > 1 and "RANK" not in os.environ:
+        from torch.distributed.run import main as torchrun
+
+        words = ["--standalone", "--nproc-per-node", str(args.gpus), "-m", "hunyuan_staged.bench", *sys.argv[1:]]
+        torchrun(words)
+        return
     result = args.run(args)
     if result:
         width = max(map(len, result))

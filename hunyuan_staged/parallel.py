@@ -1,6 +1,6 @@
 """The layout of a run over processes: guidance rows x sequence shards, and the few collectives that it needs.
 
-On one process every method here returns its input, so callers never ask how many there are.
+On one process the methods here return their input, so callers seldom ask how many there are.
 
 Letters: S video tokens of the whole video, s of this rank's shard; H heads, h this rank's; L text tokens; D head width.
 """
@@ -12,6 +12,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from hunyuan_staged import InputError
+from hunyuan_staged.versions import DEFAULT_CFG_PARALLEL
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -119,10 +122,8 @@ class Layout:
         """Before attention: token shards with all heads become whole sequences with a share of the heads.
 
         qkv [3, s, H, D] of the video and text_qkv [3, L, H, D], the same on every rank → [3, S + L, h, D]. Text needs
-        no communication here: each rank has it all and takes its own heads.
+        no communication here: each rank has it all and takes its own heads. For more than one shard.
         """
-        if self.shards == 1:
-            return torch.cat([qkv, text_qkv], dim=1)
         three, mine, heads, width = qkv.shape
         tokens, head_shares = shares(total, self.shards), shares(heads, self.shards)
         own = head_shares[self.shard]
@@ -161,15 +162,22 @@ class Layout:
         return incoming
 
 
-def plan_layout(world_size: int, guidance_rows: int) -> tuple[int, int]:
-    """(rows side by side, shards) for a run: two rows side by side where there are two and the ranks halve evenly."""
-    rows = 2 if guidance_rows == 2 and world_size % 2 == 0 else 1
+def plan_layout(world_size: int, guidance_rows: int, cfg_parallel: str = DEFAULT_CFG_PARALLEL) -> tuple[int, int]:
+    """(rows side by side, shards) for a run. "auto": two rows side by side where there are two and the ranks halve.
+
+    Raises InputError where "on" asks for what this world cannot do.
+    """
+    fits = guidance_rows == 2 and world_size % 2 == 0
+    if cfg_parallel == "on" and not fits:
+        reason = "there is one guidance row" if guidance_rows != 2 else f"the number of processes, {world_size}, is odd"
+        raise InputError(f"--cfg_parallel on: {reason}; use auto or off")
+    rows = 2 if fits and cfg_parallel != "off" else 1
     return rows, world_size // rows
 
 
-def make_layout(world: World, guidance_rows: int) -> Layout:
+def make_layout(world: World, guidance_rows: int, cfg_parallel: str = DEFAULT_CFG_PARALLEL) -> Layout:
     """The layout of a run with 1 or 2 guidance rows on this world; creates the groups (every rank must call it)."""
-    rows, shards = plan_layout(world.size, guidance_rows)
+    rows, shards = plan_layout(world.size, guidance_rows, cfg_parallel)
     if world.size == 1:
         return Layout()
     row, shard = divmod(world.rank, shards)

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from hunyuan_staged.attention import AttentionMode
 from hunyuan_staged.parallel import Layout
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 LANGUAGE, GLYPH, IMAGE = 0, 1, 2  # rows of cond_type_embed
 
@@ -118,10 +117,32 @@ def project_qkv(x: torch.Tensor, projections: tuple, norms: tuple, heads: int) -
     return [norms[0](q), norms[1](k), v]
 
 
+@torch.library.custom_op("hunyuan_staged::linear_gelu", mutates_args=())
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(x W^T + b), tanh form, [1, s, C] → [1, s, F], on a GPU with the activation inside the product (cuBLASLt).
+
+    As an op of its own, because a compiler would take it apart again, and write and read the product once more.
+    """
+    if x.is_cuda:
+        return torch._addmm_activation(bias, x[0], weight.mT, use_gelu=True)[None]
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+@linear_gelu.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(1, x.shape[1], weight.shape[0])
+
+
+def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' FeedForward with gelu-approximate, [1, s, C] → [1, s, C]."""
+    first, last = ff.net[0].proj, ff.net[2]
+    return last(linear_gelu(x, first.weight, first.bias))
+
+
 def before_attention(
     block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block up to its attention: video [1, s, C] and text [1, L, C] → their q, k, v, [3, s, H, D] and [3, L, H, D]."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A block up to its attention: q, k, v [1, s, H, D] of the video [1, s, C], and [1, L, H, D] of the text [1, L, C]."""
     attn = block.attn
     shift, scale = modulation(block.norm1, temb)[:2]
     q, k, v = project_qkv(
@@ -137,7 +158,18 @@ def before_attention(
         (attn.norm_added_q, attn.norm_added_k),
         attn.heads,
     )
-    return torch.cat([apply_rope(q, rope), apply_rope(k, rope), v]), torch.cat(text_qkv)
+    return [apply_rope(q, rope), apply_rope(k, rope), v], text_qkv
+
+
+def joint_qkv(*args: Any) -> tuple[torch.Tensor, ...]:
+    """before_attention where all tokens are here: q, k, v [1, S + L, H, D], text behind video."""
+    return tuple(torch.cat(pair, dim=1) for pair in zip(*before_attention(*args), strict=True))
+
+
+def packed_qkv(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """before_attention for an exchange: [3, s, H, D] of the video and [3, L, H, D] of the text."""
+    video, text = before_attention(*args)
+    return torch.cat(video), torch.cat(text)
 
 
 def after_attention(
@@ -151,17 +183,17 @@ def after_attention(
     """The rest of a block, from what attention gave: [s, H, D] and [L, H, D] → video [1, s, C] and text [1, L, C]."""
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.norm1, temb)
     video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * gate
-    video = video + block.ff(modulate(video, block.norm2, mlp_shift, mlp_scale)) * mlp_gate
+    video = video + feed_forward(block.ff, modulate(video, block.norm2, mlp_shift, mlp_scale)) * mlp_gate
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.norm1_context, temb)
     text = text + block.attn.to_add_out(text_out.flatten(1)[None]) * gate
-    text = text + block.ff_context(modulate(text, block.norm2_context, mlp_shift, mlp_scale)) * mlp_gate
+    text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, mlp_shift, mlp_scale)) * mlp_gate
     return video, text
 
 
 class Transformer:
     """The forward of one loaded model on one layout, with what stays the same from step to step computed once.
 
-    model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: [1, N, h, D] x 3 → [1, N, h, D].
+    model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: what choose_attention gave.
     latent_size: (frames, height, width) of the latents. blocks: what yields the model's blocks in order, once a forward,
     each with its weights in place (offload.StreamedBlocks); by default the model's own list. compile: let torch.compile
     fuse what is around attention. Both halves of a block are compiled once, for all blocks and every text length.
@@ -170,23 +202,25 @@ class Transformer:
     def __init__(
         self,
         model: Any,
-        attention: Attention,
+        attention: AttentionMode,
         latent_size: tuple[int, int, int],
         layout: Layout | None = None,
         blocks: Iterable[Any] | None = None,
         *,
         compile: bool = False,
     ) -> None:
-        self.model, self.attention, self.layout = model, attention, layout or Layout()
+        self.model, self.layout = model, layout or Layout()
         self.blocks = model.transformer_blocks if blocks is None else blocks
-        self.before, self.after = before_attention, after_attention
+        self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
+        self.after: Callable[..., Any] = after_attention
         if compile:
-            self.before = torch.compile(before_attention, fullgraph=True)
-            self.after = torch.compile(after_attention, fullgraph=True)
+            self.before = torch.compile(self.before, fullgraph=True)
+            self.after = torch.compile(self.after, fullgraph=True)
         config = model.config
         self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
         self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
+        self.attention = attention.kernels(self.grid, len(model.transformer_blocks))
         weight = model.x_embedder.proj.weight
         self.device, self.dtype = weight.device, weight.dtype
         cos, sin = rope_table(model, *self.grid)
@@ -214,11 +248,11 @@ class Transformer:
         )
         embed = model.x_embedder.proj
         video = F.linear(layout.scatter(patches), embed.weight.flatten(1), embed.bias)
-        for block in self.blocks:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
             torch._dynamo.mark_dynamic(text, 1)
-            qkv, text_qkv = self.before(block, video, text, temb, self.rope)
-            joint = layout.tokens_to_heads(qkv, text_qkv, self.total)  # [3, S + L, h, D]
-            attended = self.attention(*joint[:, None]).squeeze(0)
+            q, k, v = self._query_key_value(block, video, text, temb)
+            attended = attention(q, k, v).squeeze(0)
+            del q, k, v
             video_out, text_out = layout.heads_to_tokens(attended, block.attn.heads, self.total)
             torch._dynamo.mark_dynamic(text_out, 0)
             video, text = self.after(block, video, text, video_out, text_out, temb)
@@ -233,3 +267,12 @@ class Transformer:
             w=columns,
             **self.patch,
         )
+
+    def _query_key_value(
+        self, block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+    ) -> Iterable[torch.Tensor]:
+        """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
+        if self.layout.shards == 1:
+            return self.before(block, video, text, temb, self.rope)
+        qkv, text_qkv = self.before(block, video, text, temb, self.rope)
+        return self.layout.tokens_to_heads(qkv, text_qkv, self.total)[:, None]

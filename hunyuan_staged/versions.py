@@ -17,8 +17,12 @@ DEFAULT_RESOLUTION = "720p"
 DEFAULT_DTYPE = "auto"  # bf16 on a GPU, fp32 on a CPU
 DEFAULT_ASPECT_RATIO = "16:9"
 DEFAULT_SEED = 42
-ATTN_MODES = ("flash", "flash2", "flash3", "sageattn", "flex-block-attn", "torch")
+ATTN_MODES = ("flash", "flash2", "flash3", "flash4", "cudnn", "sageattn", "flex-block-attn", "torch")
+SPARSE_ATTN_MODE = "flex-block-attn"
 DEFAULT_ATTN_MODE = "flash"
+CFG_PARALLEL = ("auto", "on", "off")
+DEFAULT_CFG_PARALLEL = "auto"
+DEFAULT_SAGE_BLOCKS = "0-53"  # of the 54, as in the official code: all
 DEFAULT_FPS = 24
 DEFAULT_TILE_SIZE = 256
 DEFAULT_TILE_OVERLAP = 0.25
@@ -187,3 +191,11 @@ def check_video_length(num_frames: int) -> int:
 def latent_shape(num_frames: int, height: int, width: int, channels: int) -> tuple[int, int, int, int, int]:
     """[1, C, (T-1)/4+1, H/16, W/16], the shape of a video's latents."""
     return (1, channels, (num_frames - 1) // TEMPORAL_RATIO + 1, height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+
+
+def parse_block_range(flag: str, text: str) -> range:
+    """Which blocks "FIRST-LAST" means, both included, counted from 0; InputError names the flag."""
+    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise InputError(f"{flag} {text!r} is not FIRST-LAST with FIRST <= LAST, e.g. {DEFAULT_SAGE_BLOCKS}")
+    return range(int(match[1]), int(match[2]) + 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from hunyuan_staged import InputError
 from hunyuan_staged.parallel import Layout, World, make_layout, plan_layout, shares
 
 
@@ -27,11 +28,25 @@ def test_shares_are_whole_and_even(total, parts):
 def test_one_process_moves_nothing():
     layout, tokens = Layout(), torch.randn(1, 7, 4)
     assert layout.scatter(tokens) is tokens and layout.gather(tokens, 7) is tokens
-    qkv, text = torch.randn(3, 7, 2, 4), torch.randn(3, 3, 2, 4)
-    joint = layout.tokens_to_heads(qkv, text, 7)
-    assert torch.equal(joint, torch.cat([qkv, text], dim=1))
-    video, back = layout.heads_to_tokens(joint[0], 2, 7)
-    assert torch.equal(video, qkv[0]) and torch.equal(back, text[0])
+    attended = torch.randn(10, 2, 4)
+    video, text = layout.heads_to_tokens(attended, 2, 7)
+    assert torch.equal(torch.cat([video, text]), attended) and len(video) == 7
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "wish", "plan"),
+    [(4, 2, "auto", (2, 2)), (4, 2, "off", (1, 4)), (6, 2, "on", (2, 3)), (1, 2, "off", (1, 1)), (3, 1, "off", (1, 3))],
+)
+def test_cfg_parallel_is_followed(world, rows, wish, plan):
+    assert plan_layout(world, rows, wish) == plan
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "reason"), [(3, 2, "the number of processes, 3, is odd"), (4, 1, "there is one guidance row")]
+)
+def test_cfg_parallel_on_is_refused_where_it_cannot_be(world, rows, reason):
+    with pytest.raises(InputError, match=f"--cfg_parallel on: {reason}; use auto or off"):
+        plan_layout(world, rows, "on")
 
 
 def exchange(world: World, total: int, heads: int, length: int) -> dict:

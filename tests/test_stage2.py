@@ -135,8 +135,10 @@ def test_an_image_sets_the_size_and_a_ratio_against_it_is_refused(tmp_path, tiny
             ["--attn_mode", "torch", "--use_sageattn"],
             "--attn_mode torch and --use_sageattn ask for different attention",
         ),
-        (["--use_sageattn"], "--attn_mode sageattn: INT8 attention is not part of this release yet"),
-        (["--attn_mode", "flex-block-attn"], "block-sparse attention (SSTA) is not part of this release yet"),
+        (["--use_sageattn"], "--attn_mode sageattn needs a GPU"),
+        (["--sage_blocks_range", "0-9"], "--sage_blocks_range belongs to --attn_mode sageattn, not to flash"),
+        (["--use_sageattn", "--sage_blocks_range", "9-0"], "--sage_blocks_range '9-0' is not FIRST-LAST"),
+        (["--cfg_parallel", "on"], "--cfg_parallel on: the number of processes, 1, is odd; use auto or off"),
         (["--attn_mode", "flash3"], "--attn_mode flash3 needs a GPU"),
         (["--attn_mode", "quick"], "--attn_mode"),
         (["--enable_offloading", "--disable_offloading"], "not allowed with argument"),
@@ -155,6 +157,17 @@ def test_refusals_are_one_line_and_change_nothing(done, tmp_path, args, message)
     assert len(errors) == 1
     assert not (tmp_path / "out").exists()
     assert before == {path.name: path.stat().st_mtime_ns for path in done[0].iterdir()}
+
+
+def test_ssta_runs_on_a_cpu_with_a_warning(done, tmp_path):
+    result = call("--input_dir", done[0], "--output_dir", tmp_path, *SMALL, "--attn_mode", "flex-block-attn")
+    assert result.returncode == 0, result.stderr
+    assert "was not trained for flex-block-attn; --sparse_attn takes weights that were" in result.stderr
+    latents, metadata = artifacts.load_latents(tmp_path)
+    assert metadata["attn_mode"] == "flex-block-attn" and torch.isfinite(latents).all()
+    # One tile in all: every token attends to every other, and to the zeros of the padding, so it is close to dense.
+    dense = artifacts.load_latents(done[0])[0]
+    assert 0 < (latents - dense).norm() / dense.norm() < 0.5
 
 
 def test_a_missing_stage_1_is_named(tmp_path):
