@@ -10,16 +10,18 @@ Letters: B clips of a batch; L language tokens, G glyph tokens, N image tokens; 
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -67,14 +69,121 @@ class Budget:
     """Wall-clock seconds of a phase, over all calls, and what they say about the learning rate."""
 
     seconds: float
-    peak: float
     spent: float = 0.0
     warmup: int = 100
 
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero by the share of the time that is spent."""
+    def share(self, step: int) -> float:
+        """Of the peak learning rate: linear warm-up, then a cosine to zero by the share of the time that is spent."""
         done = min(1.0, self.spent / self.seconds)
-        return self.peak * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Optimizer:
+    """Muon for the matrices inside, AdamW for all else; rates are tensors, so that a recorded step follows them.
+
+    Muon: momentum, then the nearest orthogonal matrix by five Newton-Schulz steps (Jordan et al. 2024, whose
+    coefficients these are). Convolutions count as matrices [out, in * kernel]. Equal shapes are treated as one batch.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    MOMENTUM = 0.95
+
+    def __init__(self, matrices: Sequence[nn.Parameter], rest: Sequence[nn.Parameter], peaks: tuple[float, float]):
+        self.device = rest[0].device
+        cuda = self.device.type == "cuda"
+        self.peaks = peaks
+        self.rate = torch.zeros((), device=self.device)
+        self.adam_rate = torch.zeros((), device=self.device) if cuda else torch.zeros(())
+        self.adam = torch.optim.AdamW(
+            rest, lr=self.adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=cuda, capturable=cuda
+        )
+        groups: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for parameter in matrices:
+            groups.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+        self.groups = groups
+        self.momenta = {
+            shape: torch.zeros(len(group), *shape, device=self.device) for shape, group in self.groups.items()
+        }
+
+    def set_rate(self, share: float) -> None:
+        """The share of the peak rates that the next steps use."""
+        self.rate.fill_(self.peaks[0] * share)
+        self.adam_rate.fill_(self.peaks[1] * share)
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        for parameter in itertools.chain(*self.groups.values()):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adam.step()
+        for shape, group in self.groups.items():
+            gradients = torch.stack([self._gradient(parameter).flatten(1) for parameter in group])
+            momentum = self.momenta[shape]
+            momentum.lerp_(gradients, 1 - self.MOMENTUM)
+            update = self._orthogonal(gradients.lerp(momentum, self.MOMENTUM))
+            update *= -self.rate * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_add_([*group], [u.view_as(p) for u, p in zip(update.to(group[0]), group, strict=True)])
+
+    @staticmethod
+    def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+        assert parameter.grad is not None, "a matrix that the loss does not depend on belongs to the rest"
+        return parameter.grad
+
+    def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Each matrix with its singular values drawn to about 1; [n, r, c] → the same."""
+        x = matrices.to(torch.bfloat16) if self.device.type == "cuda" else matrices
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        wide = x.shape[1] <= x.shape[2]
+        x = x if wide else x.mT
+        a, b, c = self.COEFFICIENTS
+        for _ in range(5):
+            square = x @ x.mT
+            x = a * x + (b * square + c * square @ square) @ x
+        return x if wide else x.mT
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adam": self.adam.state_dict(), "momenta": list(self.momenta.values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:
+            group["lr"] = self.adam_rate
+        for momentum, kept in zip(self.momenta.values(), state["momenta"], strict=True):
+            momentum.copy_(kept)
+
+
+class Recorded:
+    """A training step that, on a GPU, is recorded once as a CUDA graph and then replayed: these steps are so short that
+    launching their kernels one by one would take longer than running them."""
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[[], torch.Tensor], device: torch.device) -> None:
+        self.step, self.device, self.calls = step, device, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result = torch.tensor(math.nan)
+
+    def __call__(self) -> torch.Tensor:
+        """Run the step; what it returns is overwritten by the next one."""
+        self.calls += 1
+        if self.device.type != "cuda":
+            return self.step()
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.calls <= self.WARM_UP:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.result = self.step()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.step()
+            self.graph.replay()
+        return self.result
 
 
 class Average:
@@ -152,24 +261,74 @@ def vae_step(vae: Any, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return squared * 4 + F.l1_loss(decoded, clips) + LATENT_PULL * pull, squared
 
 
-def some_clips(scenes: random.Random, batch: int, device: torch.device, *, whole: bool) -> torch.Tensor:
-    """Rendered clips: whole ones, or 9 frames of a 64 x 64 window."""
-    drawn = [world.draw_scene(scenes) for _ in range(batch)]
-    if whole:
-        return world.render(drawn, device=device)
-    start, y, x = scenes.randrange(0, 25, 4), scenes.randrange(0, 33), scenes.randrange(0, 97)
-    window = {"frames": slice(start, start + 9), "rows": slice(y, y + 64), "columns": slice(x, x + 64)}
-    return world.render(drawn, device=device, **window)
+class Clips:
+    """Rendered clips in 8 bits on the device, and where in each there is something to see; renewed bit by bit."""
+
+    FRAMES, SIDE, JITTER = 9, 64, 40  # of a window, and how far its middle may be from what it shows
+
+    def __init__(self, size: int, device: torch.device, seed: int) -> None:
+        self.scenes, self.size, self.next, self.device = random.Random(seed), size, 0, device
+        self.pixels = torch.zeros(size, 3, world.FRAMES, world.HEIGHT, world.WIDTH, dtype=torch.uint8, device=device)
+        self.focus = torch.zeros(size, world.FRAMES, 2, device=device)  # y, x
+
+    def renew(self, count: int) -> None:
+        """Replace the oldest clips by new ones."""
+        drawn = [world.draw_scene(self.scenes) for _ in range(count)]
+        slots = torch.arange(self.next, self.next + count, device=self.device) % self.size
+        self.next = (self.next + count) % self.size
+        self.pixels[slots] = world.to_8bit(world.render(drawn, device=self.device))
+        middle = np.tile([world.WIDTH / 2, world.HEIGHT / 2], (world.FRAMES, 1))
+        shown = [self.scenes.choice(scene.things).centers if scene.things else middle for scene in drawn]
+        self.focus[slots] = torch.from_numpy(np.stack(shown)[..., ::-1].copy()).to(self.device, torch.float32)
+
+    def fill(self, chunk: int) -> None:
+        for start in range(0, self.size, chunk):
+            self.renew(min(chunk, self.size - start))
+
+    def whole(self, batch: int) -> torch.Tensor:
+        """[batch, 3, T, H, W] in [-1, 1]."""
+        return self.pixels[torch.randint(self.size, (batch,), device=self.device)].float() / 127.5 - 1
+
+    def windows(self, batch: int) -> torch.Tensor:
+        """[batch, 3, 9, 64, 64] in [-1, 1], each about something that moves or a card."""
+        rows = torch.randint(self.size, (batch,), device=self.device)
+        start = 4 * torch.randint((world.FRAMES - self.FRAMES) // 4 + 1, (batch,), device=self.device)
+        middle = self.focus[rows, start + self.FRAMES // 2]
+        corner = middle + (torch.rand(batch, 2, device=self.device) * 2 - 1) * self.JITTER - self.SIDE / 2
+        y = corner[:, 0].clamp(0, world.HEIGHT - self.SIDE).long()
+        x = corner[:, 1].clamp(0, world.WIDTH - self.SIDE).long()
+        steps, side = torch.arange(self.FRAMES, device=self.device), torch.arange(self.SIDE, device=self.device)
+        found = self.pixels[
+            rows[:, None, None, None],
+            :,
+            (start[:, None] + steps)[:, :, None, None],
+            (y[:, None] + side)[:, None, :, None],
+            (x[:, None] + side)[:, None, None, :],
+        ]
+        return found.movedim(-1, 1).float() / 127.5 - 1
+
+
+def start_vae(vae: nn.Module) -> None:
+    """Initial weights for training: each residual block begins as the identity."""
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d):
+            module.reset_parameters()
+            if name.endswith(("conv2.conv", "proj_out")):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
 
 
 def train_vae(
-    vae: Any, budget: Budget, state: dict, deadline: float, device: torch.device, batch: int, fuse: bool
+    vae: Any, clips: Clips, budget: Budget, state: dict, deadline: float, batch: int, peaks: tuple[float, float]
 ) -> bool:
     """Train until the budget or the deadline is over; True when the phase is done."""
+    device = clips.device
     vae.train().requires_grad_(True)
-    if fuse:
+    if device.type == "cuda":
         fuse_norms(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    inside = [p for n, p in vae.named_parameters() if p.ndim == 5 and "conv_in" not in n and "conv_out" not in n]
+    rest = [p for p in vae.parameters() if all(p is not other for other in inside)]
+    optimizer = Optimizer(inside, rest, peaks)
     average = Average([vae], 0.998)
     if "vae_optimizer" in state:
         optimizer.load_state_dict(state["vae_optimizer"])
@@ -177,24 +336,30 @@ def train_vae(
             mean.copy_(kept)
         average.count = 1000
     step = state.get("vae_step", 0)
-    scenes = random.Random(1000 + step)
-    started, last = time.time(), budget.spent
-    while budget.spent < budget.seconds and time.time() < deadline:
-        # The last quarter on whole clips: attention in the middle block then sees what it will see.
-        whole = budget.spent > 0.75 * budget.seconds
-        clips = some_clips(scenes, max(1, batch // 8) if whole else batch, device, whole=whole)
-        for group in optimizer.param_groups:
-            group["lr"] = budget.rate(step)
+
+    def learn(draw: Callable[[int], torch.Tensor], count: int) -> torch.Tensor:
+        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared = vae_step(vae, clips)
-        optimizer.zero_grad(set_to_none=True)
+            loss, squared = vae_step(vae, draw(count))
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
+        return squared.detach()
+
+    windows = Recorded(lambda: learn(clips.windows, batch), device)
+    whole = Recorded(lambda: learn(clips.whole, max(1, batch // 8)), device)
+    started, last = time.time(), budget.spent
+    while budget.spent < budget.seconds and time.time() < deadline:
+        optimizer.set_rate(budget.share(step))
+        # Windows are the cheaper teacher, but attention and the later frames must see whole clips, too: every third step,
+        # and the last quarter.
+        squared = (whole if step % 3 == 2 or budget.spent > 0.75 * budget.seconds else windows)()
         average.update()
+        if step % 8 == 7:
+            clips.renew(16)
         budget.spent = last + time.time() - started
-        if step % 250 == 0:
-            log("vae", step, loss=loss.item(), psnr=10 * math.log10(4 / squared.item()), seconds=budget.spent)
+        if step % 252 in (0, 2):
+            log("vae", step, psnr=10 * math.log10(4 / squared.item()), seconds=budget.spent)
         step += 1
     done = budget.spent >= budget.seconds
     state |= {"vae_step": step, "vae_spent": budget.spent}
@@ -306,9 +471,9 @@ class Pool:
         for start in range(0, self.size, chunk):
             self.renew(min(chunk, self.size - start))
 
-    def batch(self, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        rows = torch.randint(self.size, (size,), device=self.device, generator=generator)
-        wording = torch.randint(WORDINGS, (size,), device=self.device, generator=generator)
+    def batch(self, size: int) -> dict[str, torch.Tensor]:
+        rows = torch.randint(self.size, (size,), device=self.device)
+        wording = torch.randint(WORDINGS, (size,), device=self.device)
         return {
             "latents": self.latents[rows].float(),
             "ids": self.ids[rows, wording],
@@ -376,6 +541,8 @@ class Learner(nn.Module):
         self.language.layers = self.language.layers[:-SKIPPED_LAYERS]
         self.language.norm = nn.Identity()
         self.block = torch.compile(joint_block, dynamic=False) if compile else joint_block
+        grid = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)[2:]
+        self.rope: tuple[torch.Tensor, ...] = rope_table(self.transformer, *grid)
 
     def whole_language_model(self) -> None:
         """Put back the layers that training left out."""
@@ -416,29 +583,27 @@ class Learner(nn.Module):
         first[:, :, :1] = shown
         video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))
         mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
-        cos, sin = (table.to(video.device) for table in rope_table(model, *noisy.shape[2:]))
+        cos, sin = self.rope
         for block in model.transformer_blocks:
             video, texts = self.block(block, video, texts, temb, cos, sin, mask)
         out = model.proj_out(model.norm_out(video, temb))
         return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
 
 
-def flow_loss(
-    learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor], generator: torch.Generator
-) -> torch.Tensor:
+def flow_loss(learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean squared error of the velocity noise - latents at random noise levels; some rows lose their text."""
     latents = batch["latents"]
     count, device = len(latents), latents.device
-    dropped = torch.rand(count, device=device, generator=generator) < TEXT_DROPPED
+    dropped = torch.rand(count, device=device) < TEXT_DROPPED
     batch = batch | {
         "ids": torch.where(dropped[:, None], empty["ids"], batch["ids"]),
         "valid": torch.where(dropped, empty["valid"], batch["valid"]),
         "glyph_valid": torch.where(dropped, 0, batch["glyph_valid"]),
     }
-    image_given = torch.rand(count, device=device, generator=generator) < IMAGE_GIVEN
-    uniform = torch.rand(count, device=device, generator=generator)
+    image_given = torch.rand(count, device=device) < IMAGE_GIVEN
+    uniform = torch.rand(count, device=device)
     sigma = TRAINING_SHIFT * uniform / (1 + (TRAINING_SHIFT - 1) * uniform)
-    noise = torch.randn(latents.shape, device=device, generator=generator)
+    noise = torch.randn_like(latents)
     level = sigma[:, None, None, None, None]
     velocity = learner(latents + level * (noise - latents), sigma * 1000, batch, image_given)
     return F.mse_loss(velocity.float(), noise - latents)
@@ -462,6 +627,18 @@ def start_learning(learner: Learner) -> None:
     nn.init.normal_(learner.language.embed_tokens.weight, std=0.1)
 
 
+# Outside Muon: what reads or writes the model's edges, and the modulation, whose gates begin shut.
+_EDGES: tuple[str, ...] = ("embed_tokens", "shared", "position_embedding", "patch_embedding", "x_embedder")
+_EDGES += (
+    "cond_type_embed",
+    "proj_out",
+    "norm1.linear",
+    "norm1_context.linear",
+    "norm_out.linear",
+    "relative_attention_bias",
+)
+
+
 def train_transformer(
     learner: Learner,
     pool: Pool,
@@ -471,15 +648,20 @@ def train_transformer(
     *,
     batch: int,
     refresh: int,
+    peaks: tuple[float, float],
     save: Any,
 ) -> bool:
     """Train until the budget or the deadline is over; True when the phase is done."""
     device = pool.device
     learner.train().requires_grad_(True)
     learner.glyph.eval()  # T5's dropout has nothing to add here
-    optimizer = torch.optim.AdamW(
-        learner.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-    )
+    last = f"transformer_blocks.{len(learner.transformer.transformer_blocks) - 1}"
+    # The pooling head and what the last block does to the text never reach the loss: AdamW passes over such weights.
+    outside = (*_EDGES, "image.head", f"{last}.attn.to_add_out", f"{last}.ff_context")
+    named = list(learner.named_parameters())
+    inside = [p for n, p in named if p.ndim == 2 and not any(part in n for part in outside)]
+    rest = [p for n, p in named if p.ndim != 2 or any(part in n for part in outside)]
+    optimizer = Optimizer(inside, rest, peaks)
     average = Average([learner], 0.9995)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
@@ -489,9 +671,20 @@ def train_transformer(
     step = state.get("step", 0)
     ids, valid = pool.words.language([""])
     empty = {"ids": ids.to(device), "valid": valid.to(device)}
-    generator = torch.Generator(device).manual_seed(step + 1)
+    torch.manual_seed(step + 1)
     started, before, saved = time.time(), budget.spent, time.time()
     loss = torch.tensor(math.nan)
+
+    def learn() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = flow_loss(learner, pool.batch(batch), empty)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    recorded = Recorded(learn, device)
 
     def keep() -> None:
         state.update(
@@ -504,19 +697,13 @@ def train_transformer(
         save(state)
 
     while budget.spent < budget.seconds and time.time() < deadline:
-        for group in optimizer.param_groups:
-            group["lr"] = budget.rate(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(learner, pool.batch(batch, generator), empty, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
+        optimizer.set_rate(budget.share(step))
+        loss = recorded()
         average.update()
         if refresh and step % 16 == 15:
             pool.renew(refresh)
         if step % 200 == 0:
-            log("transformer", step, loss=loss.item(), rate=budget.rate(step), seconds=budget.spent)
+            log("transformer", step, loss=loss.item(), share=budget.share(step), seconds=budget.spent)
         budget.spent = before + time.time() - started
         step += 1
         if time.time() - saved > 120:
@@ -583,15 +770,13 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--vae_batch", type=int, default=24)
-    parser.add_argument(
-        "--vae_rate", type=float, default=1e-3, help="peak learning rate of the VAE (default: %(default)s)"
-    )
-    parser.add_argument("--pool", type=int, default=12288, help="encoded clips at hand (default: %(default)s)")
-    parser.add_argument("--refresh", type=int, default=64, help="clips renewed every 16 steps (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=6144, help="rendered clips for the VAE (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=16384, help="encoded clips at hand (default: %(default)s)")
+    parser.add_argument("--refresh", type=int, default=32, help="clips renewed every 16 steps (default: %(default)s)")
     parser.add_argument("--unseen", type=int, default=48, help="clips that measure the VAE (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--muon_rate", type=float, default=0.02, help="peak for matrices (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak for all else (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_compile", action="store_true")
     args = parser.parse_args()
     begun = time.time()
     deadline = begun + args.stop_after
@@ -616,12 +801,15 @@ def main() -> None:
     if "vae" in state:
         vae.load_state_dict(state["vae"])
     else:
-        for module in vae.modules():
-            if isinstance(module, nn.Conv3d):
-                module.reset_parameters()
+        start_vae(vae)
+    peaks = (args.muon_rate, args.rate)
     if not state.get("vae_done"):
-        budget = Budget(args.vae_minutes * 60, args.vae_rate, state.get("vae_spent", 0.0))
-        state["vae_done"] = train_vae(vae, budget, state, deadline, device, args.vae_batch, not args.no_compile)
+        budget = Budget(args.vae_minutes * 60, state.get("vae_spent", 0.0))
+        clips = Clips(args.clips, device, seed=1000 + state.get("vae_step", 0))
+        clips.fill(48)
+        log("clips", args.clips, seconds=time.time() - begun)
+        state["vae_done"] = train_vae(vae, clips, budget, state, deadline, args.vae_batch, peaks)
+        del clips
         if state["vae_done"]:
             measured = finish_vae(vae, device, args.unseen)
             state["vae_measured"] = measured
@@ -634,9 +822,10 @@ def main() -> None:
     vae.eval().requires_grad_(False)
 
     words = Words(modules.tokenizer, modules.glyph_tokenizer)
-    learner = Learner(modules, words.crop, compile=not args.no_compile)
+    learner = Learner(modules, words.crop, compile=device.type == "cuda")
     start_learning(learner)
     learner.to(device)
+    learner.rope = tuple(table.to(device) for table in learner.rope)
     if "learner" in state:
         learner.load_state_dict(state["learner"])
     pool = Pool(args.pool, words, vae, device, seed=2000 + state.get("step", 0))
@@ -649,8 +838,10 @@ def main() -> None:
         torch.save({name: getattr(pool, name) for name in tensors}, pool_file)
     log("pool", args.pool, seconds=time.time() - begun)
 
-    budget = Budget(args.minutes * 60, args.rate, state.get("spent", 0.0), warmup=300)
-    done = train_transformer(learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, save=save)
+    budget = Budget(args.minutes * 60, state.get("spent", 0.0), warmup=300)
+    done = train_transformer(
+        learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, peaks=peaks, save=save
+    )
     learner.whole_language_model()
     learner.cpu()
     vae.cpu()

@@ -365,6 +365,11 @@ def render(
     return clips / 127.5 - 1
 
 
+def to_8bit(clips: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] → uint8."""
+    return ((clips + 1) * 127.5).round().clamp(0, 255).byte()
+
+
 def _card(
     scene: Scene, still: torch.Tensor, letters: torch.Tensor, ink: torch.Tensor, row: int, column: int
 ) -> torch.Tensor:
