@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, versions
+from hunyuan_staged import InputError, check_output_dir, versions
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--step_distilled excludes --cfg_distilled and --sparse_attn: no such weights are published")
     if args.image_path and not Path(args.image_path).is_file():
         raise InputError(f"--image_path {args.image_path} does not exist")
-    utils.check_output_dir("--output_dir", args.output_dir)
+    check_output_dir("--output_dir", args.output_dir)
 
 
 def demo_checkpoint(run: utils.Run) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, versions
+from hunyuan_staged import InputError, check_output_dir, versions
 
 if TYPE_CHECKING:
     from hunyuan_staged.versions import Version
@@ -120,7 +120,7 @@ def check(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**64:
         raise InputError(f"--seed {args.seed} is outside 0 to 2^64 - 1")
     if args.output_dir is not None:
-        utils.check_output_dir("--output_dir", args.output_dir)
+        check_output_dir("--output_dir", args.output_dir)
 
 
 @dataclass(frozen=True)

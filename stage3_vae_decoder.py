@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from hunyuan_staged import InputError, tiles, versions
+from hunyuan_staged import InputError, check_output_dir, tiles, versions
 
 EXAMPLE = """\
 examples:
@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> None:
     if args.output_video and (Path(args.output_video).suffix != ".mp4" or Path(args.output_video).is_dir()):
         raise InputError(f"--output_video {args.output_video} is not the name of an .mp4 file")
     if args.output_video:
-        utils.check_output_dir("--output_video", Path(args.output_video).parent)
+        check_output_dir("--output_video", Path(args.output_video).parent)
 
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:

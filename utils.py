@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import os
-import re
 import resource
 import sys
 import time
@@ -16,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hunyuan_staged import InputError, versions
+from hunyuan_staged import InputError, one_line, versions
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +29,6 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024
 # torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
 SILENCE_SECONDS = 5.0
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-def one_line(text: object) -> str:
-    """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
-    flat = " ".join(str(text).split())
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], flat)
 
 
 def is_first() -> bool:
@@ -76,17 +67,6 @@ def _speak(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(SILENCE_SECONDS)
-
-
-def check_output_dir(flag: str, folder: str | Path) -> None:
-    """InputError where a folder cannot be made or written, before the work whose result it is for."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"{flag} {folder}: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: {place} cannot be written")
 
 
 def make_parser(prog: str, description: str, example: str) -> Parser:

@@ -1,11 +1,33 @@
 """The engine of the staged HunyuanVideo-1.5 suite: everything but flags, logs and reports."""
 
+import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class InputError(ValueError):
     """Something a user gave cannot be used. One line: the culprit, what was given, what is allowed."""
+
+
+def one_line(text: object) -> str:
+    """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
+    flat = " ".join(str(text).split())
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], flat)
+
+
+def check_output_dir(flag: str, folder: str | Path) -> None:
+    """InputError where a folder cannot be made or written, before the work whose result it is for."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{flag} {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: {place} cannot be written")
 
 
 def quiet(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:

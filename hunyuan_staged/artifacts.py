@@ -143,19 +143,26 @@ def _require_file(path: Path) -> None:
         raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """safe_open, whose complaints become InputError."""
+    _require_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+
+
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file, on the CPU, in the dtype that dtype_info records.
 
     Raises InputError for a file that is absent, cut short or no safetensors file, and for an unknown recorded dtype.
     """
     path = Path(path)
-    _require_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     for name, dtype in _dtypes(path, metadata).items():
         if name in tensors:
             tensors[name] = tensors[name].to(dtype)
@@ -256,6 +263,31 @@ def load_frames(folder: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
     """(frames [1, 3, T, H, W] in [0, 1], metadata) of stage 3; InputError where they break the contract."""
     tensors, metadata = _load(folder, FRAMES_FILE, FRAMES_RULES)
     return tensors["frames"], metadata
+
+
+def open_frames(folder: str | Path) -> tuple[tuple[int, int, int], dict[str, str], Iterator[torch.Tensor]]:
+    """((T, H, W), metadata, frames) of stage 3, one frame [3, H, W] at a time, in the dtype that is stored.
+
+    For what need not have the whole video in memory. InputError where the file breaks the contract, from the call, and
+    where a frame is not in [0, 1], from the iterator.
+    """
+    path = Path(folder) / FRAMES_FILE
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no iterator)
+    check_tensors(path, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, FRAMES_RULES)
+    num_frames, height, width = shapes["frames"][2:]
+
+    def frames() -> Iterator[torch.Tensor]:
+        with _opened(path) as file:
+            stored = file.get_slice("frames")
+            for number in range(num_frames):
+                frame = stored[:, :, number : number + 1][0, :, 0]
+                if not (frame.min() >= 0 and frame.max() <= 1):
+                    raise InputError(f"{path}: frame {number} is not in [0, 1]")
+                yield frame
+
+    return (num_frames, height, width), metadata, frames()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

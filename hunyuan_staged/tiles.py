@@ -72,6 +72,15 @@ class TilePlan:
         """The tiles row by row, the order in which they are blended."""
         return [Tile(i, j, y, x) for i, y in enumerate(self.rows) for j, x in enumerate(self.columns)]
 
+    def borders_px(self, spans: Sequence[Span]) -> list[int]:
+        """Where a seam can show along the axis of `spans` (rows or columns): the px just behind each border.
+
+        A tile begins to fade in where it starts, and stands alone where its blend ends; without overlap the two are one.
+        """
+        starts = [(span.start * self.spatial_ratio, span.size * self.spatial_ratio) for span in spans[1:]]
+        borders = {px for start, size in starts for px in (start, start + min(self.blend_px, size))}
+        return sorted(borders - {spans[-1].stop * self.spatial_ratio})
+
 
 def _spans(length: int, tile: int, step: int) -> tuple[Span, ...]:
     sizes = [(start, min(tile, length - start)) for start in range(0, length, step)]

@@ -3,7 +3,8 @@
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import IO
@@ -83,20 +84,52 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, heig
     return count
 
 
-def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """(frames uint8 [T, H, W, 3] RGB, frames per second) of a video file; InputError if it is absent or no video."""
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says of itself: H and W in px, frames per second."""
+
+    height: int
+    width: int
+    fps: float
+
+
+def open_video(path: str | Path) -> tuple[VideoInfo, Iterator[np.ndarray]]:
+    """(info, frames) of a video file: uint8 [H, W, 3] RGB each, read-only, decoded as they are asked for.
+
+    InputError if the file is absent or no video, from the call or, where only its frames are broken, from the iterator.
+    """
     ffmpeg_path()
     import imageio_ffmpeg
 
     if not Path(path).is_file():
         raise InputError(f"video {path} does not exist")
+    unreadable = f"{path} is no video that ffmpeg can read"
     reader = imageio_ffmpeg.read_frames(str(path))
     try:
         meta = next(reader)
-        width, height = meta["size"]
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+        info = VideoInfo(meta["size"][1], meta["size"][0], float(meta["fps"]))
     except (OSError, RuntimeError, KeyError, IndexError) as error:
-        raise InputError(f"{path} is no video that ffmpeg can read") from error
-    if not frames:
-        raise InputError(f"{path} is no video that ffmpeg can read")
-    return np.stack(frames), float(meta["fps"])
+        raise InputError(unreadable) from error
+
+    def frames() -> Iterator[np.ndarray]:
+        count = 0
+        with contextlib.closing(reader):
+            while True:
+                try:
+                    frame = next(reader, None)
+                except (OSError, RuntimeError) as error:
+                    raise InputError(unreadable) from error
+                if frame is None:
+                    break
+                count += 1
+                yield np.frombuffer(frame, np.uint8).reshape(info.height, info.width, 3)
+        if not count:
+            raise InputError(unreadable)
+
+    return info, frames()
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """(frames uint8 [T, H, W, 3] RGB, frames per second) of a video file; InputError as open_video."""
+    info, frames = open_video(path)
+    return np.stack(list(frames)), info.fps

@@ -8,9 +8,11 @@ from conftest import ROOT
 import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
+from hunyuan_staged import compare
 
 READMES = ("README.md", "README.zh.md")
-STAGES = {1: stage1_text_encoder, 2: stage2_transformer, 3: stage3_vae_decoder}
+# In the order of their tables
+COMMANDS = (stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare)
 
 
 def flags_of(parser) -> set[str]:
@@ -29,12 +31,12 @@ def tables(readme: str) -> list[set[str]]:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_flag_tables_are_the_parsers(readme):
-    assert tables(readme) == [flags_of(module.build_parser()) for module in STAGES.values()]
+    assert tables(readme) == [flags_of(module.build_parser()) for module in COMMANDS]
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_every_flag_in_the_text_exists(readme):
-    known = set().union(*(flags_of(module.build_parser()) for module in STAGES.values()))
+    known = set().union(*(flags_of(module.build_parser()) for module in COMMANDS))
     # torchrun's, the hub's and modelscope's own, the launchers', and bench's
     others = {"--gpus", "--help", "--nproc", "--local", "--local_dir", "--model"}
     bench = {"--steps", "--warmup", "--layers"}

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import utils
-from hunyuan_staged import InputError
+from hunyuan_staged import InputError, check_output_dir
 
 ARGS = argparse.Namespace(debug=False)
 
@@ -133,16 +133,16 @@ def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name in ("file", "file/x/y"):
         with pytest.raises(InputError, match=f"--output_dir {tmp_path / name}: {tmp_path / 'file'} is not a folder"):
-            utils.check_output_dir("--output_dir", tmp_path / name)
-    utils.check_output_dir("--output_dir", tmp_path / "new" / "x")
-    utils.check_output_dir("--output_dir", "")
+            check_output_dir("--output_dir", tmp_path / name)
+    check_output_dir("--output_dir", tmp_path / "new" / "x")
+    check_output_dir("--output_dir", "")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(InputError, match=f"--output_dir {tmp_path}/new: {tmp_path} cannot be written"):
-        utils.check_output_dir("--output_dir", tmp_path / "new")
+        check_output_dir("--output_dir", tmp_path / "new")
 
 
 FOLDER = ["--input_dir=./stage_outputs"]
