@@ -22,8 +22,8 @@ AMPERE = (8, 0)
 # What must be importable for a mode, and how to get it.
 PACKAGES = {
     "flash3": ("flash_attn_interface", "build it from the hopper folder of the flash-attention repository"),
-    "flash4": ("flash_attn.cute", "pip install 'hunyuan-staged[flash]'"),
-    "sageattn": ("sageattention", "pip install 'hunyuan-staged[sage]'"),
+    "flash4": ("flash_attn.cute", "pip install --pre flash-attn-4"),
+    "sageattn": ("sageattention", "pip install sageattention"),
 }
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
