@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hunyuan_staged import InputError, checkpoints
 from hunyuan_staged.checkpoints import TRANSFORMER_MAP, VAE_MAP, open_model, to_diffusers, to_official
+from hunyuan_staged.demo import draw
+from hunyuan_staged.versions import BUCKET_BASE, parse_version
 
 CPU = torch.device("cpu")
 F32 = {"device": CPU, "dtype": torch.float32}
@@ -658,6 +660,30 @@ def test_a_diffusers_transformer_of_unknown_size_is_refused(tmp_path):
 def test_a_version_that_the_folder_lacks_is_refused_with_those_it_holds(tiny_official):
     with pytest.raises(InputError, match=r"has no transformer 720p_t2v; it holds demo_i2v, demo_t2v$"):
         open_model(tiny_official, ()).load_transformer("720p_t2v", **F32)
+
+
+PUBLISHED = (
+    *(f"{size}_{task}{kind}" for size in ("480p", "720p") for task in ("t2v", "i2v") for kind in ("", "_distilled")),
+    "480p_i2v_step_distilled",
+    "720p_i2v_distilled_sparse",
+    "720p_t2v_distilled_sparse",
+)
+
+
+def test_every_published_version_loads_in_both_layouts(tmp_path):
+    """The diffusers layout has one version a folder, and no way to say that it is sparse."""
+    modules = draw.build_modules(draw.TINY, 0, PUBLISHED)
+    official = open_model(draw.save_official(tmp_path / "official", modules), ())
+    assert official.versions() == sorted(PUBLISHED)
+    for name in PUBLISHED:
+        version = parse_version(name)
+        model = official.load_transformer(name, **F32)
+        assert model.config.use_meanflow == version.step_distilled
+        assert (model.config.target_size, model.config.task_type) == (BUCKET_BASE[version.resolution], version.task)
+        if not version.sparse:
+            other = open_model(draw.save_diffusers(tmp_path / name, modules, version=name), ())
+            assert other.versions() == [name] and other.flow_shift(name) == version.flow_shift
+            assert same(model.state_dict(), other.load_transformer(name, **F32).state_dict())
 
 
 def test_the_shift_is_the_diffusers_schedulers(tiny_official, tiny_diffusers, tmp_path):
