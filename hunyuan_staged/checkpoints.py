@@ -6,6 +6,7 @@ official weights are renamed on the way. A map is data, serves both ways, and is
 that a module lacks, or that is missing for a module is an error.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -28,6 +29,8 @@ Named = tuple[str, torch.Tensor]
 # The names that weights go by in a part's folder; with .index.json behind them they are sharded.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 MAPPED_BYTES = 2**30
+# Of each file a fingerprint reads so many pieces of so many bytes.
+SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -441,6 +444,20 @@ def is_version(name: str) -> bool:
     return True
 
 
+def _sampled(path: Path) -> bytes:
+    """The hash of a file's size and of SAMPLES pieces of it, evenly spread, its beginning and its end among them."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    try:
+        with path.open("rb") as file:
+            for index in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+                found.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return found.digest()
+
+
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """A diffusers config without the bookkeeping that from_config would drop."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
@@ -508,6 +525,32 @@ class ModelFolder:
         guidance = _read_json(guider).get("guidance_scale") if guider.is_file() else None
         meanflow = bool(config.get("use_meanflow"))
         return version(bases[base], str(task), step_distilled=meanflow, cfg_distilled=guidance == 1 and not meanflow)
+
+    def fingerprint(self, parts: Sequence[str], version: str | None = None) -> str:
+        """A hash that tells these weights from others: names, sizes and samples of all files of the parts.
+
+        parts: keys of PARTS; of "transformer" only the version's folder counts. Where the folder lies and when it was
+        written do not count. It reads about a megabyte of each file.
+        """
+        files = []
+        for part in parts:
+            folders = [folder for folder in self.folders(part) if folder.is_dir()]
+            if part == "transformer":
+                assert version is not None
+                self._transformer_files(version)  # a hub repository's are downloaded now
+                folders = [self._transformer_folder(version)]
+            # hf download keeps its own notes in hidden folders.
+            files += [
+                (f"{part}/{path.relative_to(folder).as_posix()}", path)
+                for folder in folders
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+            ]
+        total = hashlib.sha256()
+        for name, path in sorted(files):
+            total.update(f"{name}\0".encode())
+            total.update(_sampled(path))
+        return total.hexdigest()
 
     def resolutions(self) -> list[str]:
         """The resolutions of the versions in the folder."""
@@ -660,7 +703,7 @@ class ModelFolder:
         _read_json(encoder / "config.json")
         _read_json(processor / "preprocessor_config.json")
         weight_files(encoder)
-        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype).to(device)
+        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype, use_safetensors=True).to(device)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # out of the file's map, as in assign_weights
         return SiglipImageProcessorPil.from_pretrained(processor), model.eval().requires_grad_(False)
@@ -709,7 +752,8 @@ def _tokenizer(folder: Path, *files: str) -> Any:
     if not any((folder / name).is_file() for name in files):
         raise InputError(f"{folder} holds no tokenizer: {' or '.join(files)}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Said outright: left to itself transformers asks the user whether to run code that the folder brings.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} holds no tokenizer that transformers can read ({reason})") from error
@@ -775,7 +819,10 @@ def open_model(model_path: str | Path, parts: Sequence[str], progress: Progress 
     the path is neither a folder in one of the two layouts nor a hub id, and where the hub cannot be reached.
     """
     assert all(part in PARTS for part in parts), parts
-    path, repo = Path(model_path).expanduser(), None
+    try:
+        path, repo = Path(model_path).expanduser(), None
+    except RuntimeError as error:
+        raise InputError(f"{model_path}: there is no such user") from error
     if not path.exists():
         repo = str(model_path)
         path = _download(repo, parts)

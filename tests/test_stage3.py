@@ -93,6 +93,7 @@ def test_processes_give_the_bits_of_one(done, tmp_path, processes, flags):
 def test_whole_frames_under_another_name_and_rate(done, tmp_path):
     folder = copy_of(done, tmp_path)
     target = tmp_path / "videos" / "whole.mp4"
+    target.parent.mkdir()
     result = call("--input_dir", folder, "--disable_tiling", "--output_video", target, "--fps", "12.5")
     assert result.returncode == 0, result.stderr
     clip, fps = video.read_video(target)

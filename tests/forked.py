@@ -1,0 +1,83 @@
+"""Stages as processes of their own that start at once: forked from one that has imported everything.
+
+A stage that starts from nothing imports for seconds, and does its work on the tiny checkpoint in less than one. Signals,
+locks, killing and the exit status are the real thing; what a script prints goes to a file.
+"""
+
+import multiprocessing
+import os
+import sys
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch.distributed as dist
+
+SCRIPTS = {1: "stage1_text_encoder", 2: "stage2_transformer", 3: "stage3_vae_decoder"}
+END = 120.0  # seconds that any of these runs may take
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["warm"])
+
+
+def _child(stage: int, argv: list[str], said: str, environment: dict[str, str]) -> None:
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(environment)
+    sys.exit(import_module(SCRIPTS[stage]).main(argv))
+
+
+class Forked:
+    """One run of a stage. said(): what it has printed so far."""
+
+    def __init__(self, stage: int, *args: object, said: Path, **environment: str) -> None:
+        self.file = said
+        self.file.unlink(missing_ok=True)
+        self.process: BaseProcess = _context.Process(
+            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment)
+        )
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def said(self) -> str:
+        return self.file.read_text() if self.file.exists() else ""
+
+    def status(self) -> int:
+        """Wait for the end. As a shell gives it: 128 and the number for a process that a signal ended."""
+        self.process.join(END)
+        code = self.process.exitcode
+        assert code is not None, f"still running after {END} s: {self.said()}"
+        return code if code >= 0 else 128 - code
+
+
+def run_stage(stage: int, *args: object, said: Path) -> tuple[int, str]:
+    """(status, what it printed) of a stage."""
+    forked = Forked(stage, *args, said=said)
+    return forked.status(), forked.said()
+
+
+def run_ranks(stage: int, size: int, *args: object, said: Path) -> list[Forked]:
+    """A stage on several processes, as torchrun would start them, but that nobody looks after."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [
+        Forked(
+            stage,
+            *args,
+            said=said.with_suffix(f".{rank}"),
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.store = store  # which lives as long as they do
+    return ranks
