@@ -242,4 +242,5 @@ class Keeper:
 
     def remove(self) -> None:
         """Remove the state: the latents are written."""
-        self.path.unlink(missing_ok=True)
+        if self.path.is_file():
+            self.path.unlink()

@@ -4,14 +4,22 @@ A stage that starts from nothing imports for seconds, and does its work on the t
 locks, killing and the exit status are the real thing; what a script prints goes to a file.
 """
 
+import functools
+import itertools
 import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from conftest import ROOT
 
 SCRIPTS = {1: "stage1_text_encoder", 2: "stage2_transformer", 3: "stage3_vae_decoder"}
 END = 120.0  # seconds that any of these runs may take
@@ -20,22 +28,67 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["warm"])
 
 
-def _child(stage: int, argv: list[str], said: str, environment: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Moment:
+    """When a stage gets signals: in the call number `call` of a function that it uses. The function itself still runs."""
+
+    function: str  # module.name
+    call: int
+    signals: tuple[int, ...]
+    pause: float = 0.0  # seconds to stay in that call after the signals
+
+    def arrange(self) -> None:
+        """Have this process send itself the signals."""
+        module, _, name = self.function.rpartition(".")
+        owner = import_module(module)
+        function, calls = getattr(owner, name), itertools.count(1)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if next(calls) == self.call:
+                for number in self.signals:
+                    os.kill(os.getpid(), number)
+                time.sleep(self.pause)
+            return function(*args, **options)
+
+        setattr(owner, name, wrapped)
+
+
+@functools.cache
+def _warm() -> None:
+    """Start the process that stages are forked from; it finds our modules only through PYTHONPATH."""
+    former = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if former is not None:
+            os.environ["PYTHONPATH"] = former
+
+
+def _child(stage: int, argv: list[str], said: str, environment: dict[str, str], moment: Moment | None) -> None:
+    assert "warm" in sys.modules, "nothing was imported beforehand"
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.update(environment)
+    if moment:
+        moment.arrange()
     sys.exit(import_module(SCRIPTS[stage]).main(argv))
 
 
 class Forked:
     """One run of a stage. said(): what it has printed so far."""
 
-    def __init__(self, stage: int, *args: object, said: Path, **environment: str) -> None:
-        self.file = said
+    def __init__(
+        self, stage: int, *args: object, said: Path, moment: Moment | None = None, **environment: str
+    ) -> None:
+        self.file, self.store = said, None
+        _warm()
         self.file.unlink(missing_ok=True)
         self.process: BaseProcess = _context.Process(
-            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment)
+            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment)
         )
         self.process.start()
 
@@ -55,20 +108,23 @@ class Forked:
         return code if code >= 0 else 128 - code
 
 
-def run_stage(stage: int, *args: object, said: Path) -> tuple[int, str]:
+def run_stage(stage: int, *args: object, said: Path, moment: Moment | None = None) -> tuple[int, str]:
     """(status, what it printed) of a stage."""
-    forked = Forked(stage, *args, said=said)
+    forked = Forked(stage, *args, said=said, moment=moment)
     return forked.status(), forked.said()
 
 
-def run_ranks(stage: int, size: int, *args: object, said: Path) -> list[Forked]:
-    """A stage on several processes, as torchrun would start them, but that nobody looks after."""
+def run_ranks(
+    stage: int, size: int, *args: object, said: Path, moments: Mapping[int, Moment] | None = None
+) -> list[Forked]:
+    """A stage on several processes, as torchrun would start them, but that nobody looks after. moments: by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         Forked(
             stage,
             *args,
             said=said.with_suffix(f".{rank}"),
+            moment=(moments or {}).get(rank),
             RANK=str(rank),
             WORLD_SIZE=str(size),
             LOCAL_RANK=str(rank),
@@ -79,5 +135,5 @@ def run_ranks(stage: int, size: int, *args: object, said: Path) -> list[Forked]:
         for rank in range(size)
     ]
     for rank in ranks:
-        rank.store = store  # which lives as long as they do
+        rank.store = store  # it must live as long as they do
     return ranks
