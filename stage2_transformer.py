@@ -254,8 +254,6 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
     attention = choose_attention(attention_mode(args), run.device, dtype)
-    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1)
-    run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
     model_config = folder.transformer_config(version.name)
     check_widths(embeddings, model_config, version)
     shape = versions.latent_shape(
@@ -280,6 +278,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         warn=run.log.warning,
     )
     done, kept = keeper.load(shape, resume=args.resume)
+    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1)
+    run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
 
     with run.part("load"):
         home = torch.device("cpu") if args.enable_offloading else run.device

@@ -302,7 +302,8 @@ def _is_the_cause(error: BaseException, world: World, interrupts: Interrupts) ->
 def _failed_exchange(error: BaseException) -> bool:
     """Whether an exception comes from torch.distributed: by its class, or, with gloo, by where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    return type(error).__name__.startswith("Dist") or "/torch/distributed/" in (frames[-1].filename if frames else "")
+    last = frames[-1].filename if frames else ""
+    return type(error).__name__.startswith(("Dist", "PeerFailed")) or "/torch/distributed/" in last
 
 
 def _wait_until(condition: Callable[[], bool]) -> bool:

@@ -24,6 +24,10 @@ PATIENCE_SECONDS = 20.0
 POLL_SECONDS = 0.05
 
 
+class PeerFailed(RuntimeError):
+    """Another process has failed, and said why."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of the run, and the device that it owns. store: what the processes tell each other."""
@@ -41,13 +45,16 @@ class World:
         """Wait for every process of the run, however long it takes. Each name serves once.
 
         Through the store, not the process group: what is waited for may be the writing of a video, or its decoding by
-        other ranks, for which no time-out is right. A process that dies ends the run another way.
+        other ranks, for which no time-out is right. Raises PeerFailed where another process ends with an error; one
+        that is killed ends the run another way.
         """
         if self.store is None:
             return
         if self.store.add(f"{name}/arrived", 1) == self.size:
             self.store.set(f"{name}/all", "yes")
         while not self.store.check([f"{name}/all"]):
+            if self.heard():
+                raise PeerFailed("another process of the run has failed")
             time.sleep(POLL_SECONDS)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:

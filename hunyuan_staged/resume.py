@@ -89,14 +89,16 @@ class Keeper:
     def load(self, shape: Sequence[int], *, resume: bool) -> tuple[int, torch.Tensor | None]:
         """(steps done, latents of this shape after them, float32, on the CPU); (0, None) where the run begins anew.
 
-        Without `resume` it does, and a state that is there is only mentioned. Raises InputError on rank 0 for a state
-        that is broken, and for one of other settings, with the difference.
+        Without `resume` it does, and a state that is there is only mentioned. Every rank waits here for the others, so
+        that one's bad input ends all before weights are loaded or anything is exchanged. Raises InputError on rank 0 for
+        a state that is broken, and for one of other settings, with the difference.
         """
+        step, latents = self._read(shape) if resume and self.world.is_main else (0, None)
+        self.world.barrier("inputs read")
         if not resume:
             if self.world.is_main and self.path.is_file():
                 self.warn(f"{self.path} holds the state of a run that was stopped; --resume would go on from it")
             return 0, None
-        step, latents = self._read(shape) if self.world.is_main else (0, None)
         step = int(self.world.broadcast(torch.tensor([step]))[0])
         if not step:
             self.tell(f"no state of a stopped run in {self.path.parent}: starting from the beginning")

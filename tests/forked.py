@@ -4,10 +4,12 @@ A stage that starts from nothing imports for seconds, and does its work on the t
 locks, killing and the exit status are the real thing; what a script prints goes to a file.
 """
 
+import ctypes
 import functools
 import itertools
 import multiprocessing
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -30,12 +32,13 @@ _context.set_forkserver_preload(["warm"])
 
 @dataclass(frozen=True)
 class Moment:
-    """When a stage gets signals: in the call number `call` of a function that it uses. The function itself still runs."""
+    """When a stage gets signals: in the call number `call` of a function that it uses, which otherwise does its work."""
 
     function: str  # module.name
     call: int
     signals: tuple[int, ...]
     pause: float = 0.0  # seconds to stay in that call after the signals
+    fails: bool = False  # then raise ZeroDivisionError
 
     def arrange(self) -> None:
         """Have this process send itself the signals."""
@@ -49,6 +52,8 @@ class Moment:
                 for number in self.signals:
                     os.kill(os.getpid(), number)
                 time.sleep(self.pause)
+                if self.fails:
+                    raise ZeroDivisionError("ours")
             return function(*args, **options)
 
         setattr(owner, name, wrapped)
@@ -67,7 +72,40 @@ def _warm() -> None:
             os.environ["PYTHONPATH"] = former
 
 
-def _child(stage: int, argv: list[str], said: str, environment: dict[str, str], moment: Moment | None) -> None:
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A folder that holds `size` bytes at most, for one process.
+
+    A tmpfs that only this process sees. Where the machine allows no mounting: the kernel's limit on the size of a file.
+    """
+
+    folder: Path
+    size: int
+
+    def mount(self) -> None:
+        """Put it in its place, for this process and what it starts."""
+        libc = ctypes.CDLL(None)
+        user, group = os.getuid(), os.getgid()
+        if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0:
+            Path("/proc/self/setgroups").write_text("deny")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+            if libc.mount(b"tmpfs", bytes(self.folder), b"tmpfs", 0, f"size={self.size}".encode()) == 0:
+                return
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+def _child(
+    stage: int,
+    argv: list[str],
+    said: str,
+    environment: dict[str, str],
+    moment: Moment | None,
+    disk: SmallDisk | None,
+) -> None:
     assert "warm" in sys.modules, "nothing was imported beforehand"
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -75,20 +113,31 @@ def _child(stage: int, argv: list[str], said: str, environment: dict[str, str], 
     os.environ.update(environment)
     if moment:
         moment.arrange()
-    sys.exit(import_module(SCRIPTS[stage]).main(argv))
+    if disk:
+        disk.mount()
+    status = import_module(SCRIPTS[stage]).main(argv)
+    if disk:
+        print("left:", sorted(path.name for path in disk.folder.iterdir()), flush=True)
+    sys.exit(status)
 
 
 class Forked:
     """One run of a stage. said(): what it has printed so far."""
 
     def __init__(
-        self, stage: int, *args: object, said: Path, moment: Moment | None = None, **environment: str
+        self,
+        stage: int,
+        *args: object,
+        said: Path,
+        moment: Moment | None = None,
+        disk: SmallDisk | None = None,
+        **environment: str,
     ) -> None:
         self.file, self.store = said, None
         _warm()
         self.file.unlink(missing_ok=True)
         self.process: BaseProcess = _context.Process(
-            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment)
+            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment, disk)
         )
         self.process.start()
 
@@ -108,21 +157,32 @@ class Forked:
         return code if code >= 0 else 128 - code
 
 
-def run_stage(stage: int, *args: object, said: Path, moment: Moment | None = None) -> tuple[int, str]:
+def run_stage(
+    stage: int, *args: object, said: Path, moment: Moment | None = None, disk: SmallDisk | None = None
+) -> tuple[int, str]:
     """(status, what it printed) of a stage."""
-    forked = Forked(stage, *args, said=said, moment=moment)
+    forked = Forked(stage, *args, said=said, moment=moment, disk=disk)
     return forked.status(), forked.said()
 
 
 def run_ranks(
-    stage: int, size: int, *args: object, said: Path, moments: Mapping[int, Moment] | None = None
+    stage: int,
+    size: int,
+    *args: object,
+    said: Path,
+    moments: Mapping[int, Moment] | None = None,
+    more: Mapping[int, list[object]] | None = None,
 ) -> list[Forked]:
-    """A stage on several processes, as torchrun would start them, but that nobody looks after. moments: by rank."""
+    """A stage on several processes, as torchrun would start them, but that nobody looks after.
+
+    moments, and more arguments, by rank.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         Forked(
             stage,
             *args,
+            *(more or {}).get(rank, []),
             said=said.with_suffix(f".{rank}"),
             moment=(moments or {}).get(rank),
             RANK=str(rank),

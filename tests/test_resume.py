@@ -73,14 +73,10 @@ def stopped(inputs: Path, folder: Path, *more: object, step: int = 3) -> Path:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [1, 4, STEPS])
-def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(
-    inputs, folder, unstopped, number, status, step
-):
+def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(inputs, folder, unstopped, number, status, step):
     code, said = run(inputs, folder, moment=Moment(STEP, step, (number,)))
     assert code == status, said
-    assert errors(said) == [
-        f"error: stage 2 was interrupted by {number.name} after step {step} of {STEPS}; {GO_ON}"
-    ]
+    assert errors(said) == [f"error: stage 2 was interrupted by {number.name} after step {step} of {STEPS}; {GO_ON}"]
     assert "Traceback" not in said
     assert names(folder) == {artifacts.STATE_FILE}
     assert artifacts.load_state(folder)[1]["step"] == str(step)
@@ -317,14 +313,16 @@ def keeper(folder: Path, interrupts: Interrupts, **options) -> tuple[Keeper, lis
 
 def test_a_signal_whose_state_cannot_be_saved_says_so(tmp_path):
     (tmp_path / artifacts.STATE_FILE / "x").mkdir(parents=True)
-    with Interrupts() as interrupts:
-        kept, told = keeper(tmp_path, interrupts)
-        with (
-            pytest.raises(Interrupted, match="after step 1 of 4, whose state could not be saved: cannot write"),
-            kept.watching() as on_step,
-        ):
+
+    def loop() -> None:
+        with kept.watching() as on_step:
             signal.raise_signal(signal.SIGTERM)
             on_step(0, torch.zeros(1, 32, 1, 2, 2))
+
+    with Interrupts() as interrupts:
+        kept, told = keeper(tmp_path, interrupts)
+        with pytest.raises(Interrupted, match="after step 1 of 4, whose state could not be saved: cannot write"):
+            loop()
     assert any("cannot write" in line for line in told)
 
 
