@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading the model."""
+    utils.check_paths(args)
     if args.resolution is not None and args.resolution not in versions.BUCKET_BASE:
         raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(versions.BUCKET_BASE)}")
     if args.step_distilled and (args.cfg_distilled or args.sparse_attn):

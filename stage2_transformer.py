@@ -100,6 +100,7 @@ def attention_mode(args: argparse.Namespace) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
+    utils.check_paths(args)
     attention_mode(args)
     if args.video_length is not None:
         versions.check_video_length(args.video_length)
@@ -236,6 +237,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     from hunyuan_staged.attention import choose_attention
 
     output_dir = Path(args.output_dir or args.input_dir)
+    artifacts.require_file(Path(args.input_dir) / artifacts.CONFIG_FILE)
     run.claim(output_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[2])
     config = artifacts.read_config(args.input_dir)
     embeddings, metadata = artifacts.load_embeddings(args.input_dir)

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
+    utils.check_paths(args)
     if not 1 <= args.fps <= 240:
         raise InputError(f"--fps {args.fps:g} is outside 1 to 240")
     if not args.disable_tiling:
@@ -82,6 +83,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     input_dir = Path(args.input_dir)
     output_video = Path(args.output_video or input_dir / artifacts.VIDEO_FILE)
+    artifacts.require_file(input_dir / artifacts.LATENTS_FILE)
     run.claim(input_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[3])
     if args.output_video:
         run.claim(output_video.with_name(f".{output_video.name}{artifacts.LOCK_FILE}"), [output_video.name])

@@ -75,6 +75,23 @@ def _speak(line: str) -> None:
         time.sleep(SILENCE_SECONDS)
 
 
+PATH_FLAGS = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """InputError for a path flag that is empty, or whose value the file system cannot even look up."""
+    for name in PATH_FLAGS:
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not value.strip():
+            raise InputError(f"--{name} is empty")
+        try:
+            Path(value).exists()
+        except OSError as error:
+            raise InputError(f"--{name} {value}: {error.strerror}") from error
+
+
 def check_output_dir(flag: str, folder: str | Path) -> None:
     """InputError where a folder cannot be made or written, before the work whose result it is for."""
     place = Path(folder)

@@ -273,7 +273,7 @@ def _order_metadata(path: Path) -> None:
         file.write(ordered)
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
     """InputError where a stage's file is absent, with the stage that writes it, or is no file."""
     if not path.is_file():
         where = path if path.parent.is_dir() else path.parent
@@ -288,7 +288,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     Raises InputError for a file that is absent, cut short or no safetensors file, and for an unknown recorded dtype.
     """
     path = Path(path)
-    _require_file(path)
+    require_file(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -443,7 +443,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     unknown or has a value of the wrong kind.
     """
     path = Path(folder) / CONFIG_FILE
-    _require_file(path)
+    require_file(path)
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:

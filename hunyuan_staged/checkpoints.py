@@ -6,6 +6,7 @@ official weights are renamed on the way. A map is data, serves both ways, and is
 that a module lacks, or that is missing for a module is an error.
 """
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -305,9 +306,25 @@ def assign_weights(
     return module.eval()
 
 
-def _on_meta(build: Callable[[], Any]) -> Any:
-    """A module that has shapes but no memory yet."""
-    with torch.device("meta"):
+# What Python and torch raise over arguments that make no module.
+_UNBUILDABLE = (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def _describing(origin: Path) -> Iterator[None]:
+    """InputError where what `origin` says, a config, makes no model."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _UNBUILDABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{origin} does not describe a model that this suite can build ({reason})") from error
+
+
+def _on_meta(build: Callable[[], Any], origin: Path) -> Any:
+    """A module that has shapes but no memory yet; origin: the config that it is built from."""
+    with _describing(origin), torch.device("meta"):
         return build()
 
 
@@ -387,6 +404,10 @@ _OFFICIAL_VAE = {
     "upsample_match_channel": "upsample_match_channel",
     "scaling_factor": "scaling_factor",
 }
+
+
+# What decoding computes with, beside the module itself.
+_VAE_NUMBERS = ("scaling_factor", "latent_channels", "spatial_compression_ratio", "temporal_compression_ratio")
 
 
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str], origin: str | Path) -> dict[str, Any]:
@@ -580,7 +601,8 @@ class ModelFolder:
         shape = next((shape for shape in shapes if shape), None)
         if shape is None:
             raise InputError(f"{folder} lacks {_GLYPH_IN}, from which the glyph encoder's width is read")
-        return official_transformer_config(config, shape[-1], folder / "config.json")
+        with _describing(folder / "config.json"):
+            return official_transformer_config(config, shape[-1], folder / "config.json")
 
     def load_transformer(
         self, version: str, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
@@ -590,7 +612,7 @@ class ModelFolder:
 
         folder = self._transformer_folder(version)
         config = self.transformer_config(version)
-        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config))
+        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), folder / "config.json")
         files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
         tensors = _tensors(files, lambda _: True, device)
         return assign_weights(model, self._renamed(tensors, TRANSFORMER_MAP, folder), dtype, device, folder)
@@ -619,14 +641,21 @@ class ModelFolder:
         """diffusers' arguments of the VAE: scaling_factor, latent_channels, the compression ratios, and the widths."""
         (folder,) = self.require("vae")
         config = _read_json(folder / "config.json")
-        return official_vae_config(config, folder / "config.json") if self.official else _arguments(config)
+        arguments = official_vae_config(config, folder / "config.json") if self.official else _arguments(config)
+        for name in _VAE_NUMBERS:
+            if not isinstance(arguments.get(name), (int, float)) or not arguments[name] > 0:
+                raise InputError(
+                    f"{folder / 'config.json'}: {name} is {arguments.get(name)!r}; allowed is a number above 0"
+                )
+        return arguments
 
     def _load_coder(self, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
         from diffusers import AutoencoderKLHunyuanVideo15
 
         (folder,) = self.require("vae")
         config = self.vae_config()
-        model = _on_meta(lambda: AutoencoderKLHunyuanVideo15(**config)).get_submodule(coder)
+        whole = _on_meta(lambda: AutoencoderKLHunyuanVideo15(**config), folder / "config.json")
+        model = whole.get_submodule(coder)
         files = progress(weight_files(folder), desc=f"loading VAE {coder}", unit="shard")
         other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
         tensors = _tensors(files, lambda name: not name.startswith(other), device)
@@ -660,7 +689,7 @@ class ModelFolder:
 
         folders = self.require("text")
         config, kept = _language_config(folders[0] / "config.json")
-        model = _on_meta(lambda: Qwen2_5_VLTextModel(config))
+        model = _on_meta(lambda: Qwen2_5_VLTextModel(config), folders[0] / "config.json")
         model.norm = nn.Identity()
         # Its frequencies are computed, not stored.
         model.rotary_emb = type(model.rotary_emb)(config).to(device)
@@ -691,7 +720,7 @@ class ModelFolder:
                 (_GLYPH_SHARED if name == "shared.weight" else name.removeprefix("encoder."), tensor)
                 for name, tensor in _tensors(weight_files(origin), lambda _: True, device)
             )
-        model = _on_meta(lambda: T5EncoderModel(config).encoder)
+        model = _on_meta(lambda: T5EncoderModel(config).encoder, folders[0] / "config.json")
         return tokenizer, assign_weights(model, tensors, dtype, device, origin)
 
     def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
@@ -821,9 +850,12 @@ def open_model(model_path: str | Path, parts: Sequence[str], progress: Progress 
     assert all(part in PARTS for part in parts), parts
     try:
         path, repo = Path(model_path).expanduser(), None
+        present = path.exists()
     except RuntimeError as error:
         raise InputError(f"{model_path}: there is no such user") from error
-    if not path.exists():
+    except OSError as error:
+        raise InputError(f"{model_path}: {error.strerror}") from error
+    if not present:
         repo = str(model_path)
         path = _download(repo, parts)
     layout = _layout(path)
