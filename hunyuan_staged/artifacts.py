@@ -349,12 +349,14 @@ def check_values(path: str | Path, tensors: Mapping[str, torch.Tensor], rules: M
     """InputError for a tensor whose dtype is not what its rule says, for NaN and Inf, and for a mask that masks all."""
     for name, tensor in tensors.items():
         least = rules[name].mask
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise InputError(f"{path}: {name} is {tensor.dtype}; allowed are {', '.join(DTYPES)}")
         if least is None:
             if not tensor.is_floating_point():
                 raise InputError(f"{path}: {name} is {tensor.dtype}; allowed are floating-point numbers")
             if not torch.isfinite(tensor).all():
                 raise InputError(f"{path}: {name} holds NaN or Inf")
-        elif tensor.is_complex() or not ((tensor == 0) | (tensor == 1)).all():
+        elif not ((tensor == 0) | (tensor == 1)).all():
             raise InputError(f"{path}: {name} holds other numbers than 0 and 1")
         elif int(tensor.sum()) < least:
             raise InputError(f"{path}: {name} marks no token")
