@@ -139,6 +139,7 @@ class Forked:
         self.process: BaseProcess = _context.Process(
             target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment, disk)
         )
+        self.process.daemon = True  # ended with the tests, should one of them fail
         self.process.start()
 
     @property

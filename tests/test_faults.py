@@ -194,7 +194,7 @@ def test_one_ranks_error_is_said_once_and_ends_all(tmp_path, tiny_official, faul
 
 def test_two_runs_at_once(whole, tmp_path, tiny_official):
     after, _ = whole
-    folder = shutil.copytree(after[1], tmp_path / "run")
+    folder = shutil.copytree(after[2], tmp_path / "run")
     argv = calls(tiny_official, folder)
     first = Forked(2, *argv[2], said=tmp_path / "first", moment=Moment(STEP, 2, (), pause=600))
     while f"process {first.pid}" not in (
