@@ -77,14 +77,37 @@ done
 gpus=${gpus:-$(visible_gpus)}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "--gpus $gpus is not a positive number"
 
+# SIGTERM and Ctrl-C go on to the stage, which says what becomes of it, and whose status is then this script's.
+child=
+signalled=
+forward() {
+    if [[ -z $child ]]; then exit "$2"; fi
+    signalled=yes
+    kill -s "$1" "$child" 2>/dev/null || true
+}
+trap 'forward TERM 143' TERM
+trap 'forward INT 130' INT
+
 run_stage() {
-    local script=$here/${scripts[$1 - 1]}
+    local script=$here/${scripts[$1 - 1]} status=0 code
     shift
+    set -m # a process group of its own: a terminal's Ctrl-C reaches the stage once, from here
     if ((gpus == 1)); then
-        "$python" "$script" "$@"
+        "$python" "$script" "$@" &
     else
-        "$python" "$here/utils.py" launch "$gpus" "$script" "$@"
+        "$python" "$here/utils.py" launch "$gpus" "$script" "$@" &
     fi
+    child=$!
+    set +m
+    signalled=yes
+    while [[ -n $signalled ]]; do # a signal ends the wait, not the stage
+        signalled=
+        code=0
+        wait "$child" || code=$?
+        if ((code != 127)); then status=$code; fi # 127: it has been waited for already
+    done
+    child=
+    return "$status"
 }
 
 find_python

@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading the model."""
+    utils.check_paths(args)
     if args.resolution is not None and args.resolution not in versions.BUCKET_BASE:
         raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(versions.BUCKET_BASE)}")
     if args.step_distilled and (args.cfg_distilled or args.sparse_attn):
@@ -161,6 +162,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
     picture = image.load_image(args.image_path) if args.image_path else None
+    run.claim(Path(args.output_dir) / artifacts.LOCK_FILE, artifacts.STAGE_FILES[1])
     parts = ["text"] + ["glyph"] * bool(text.glyph_text(args.prompt)) + ["image", "vae"] * bool(picture)
     model_path = args.model_path or demo_checkpoint(run)
     folder = checkpoints.open_model(model_path, [*parts, "transformer"], run.progress)
@@ -174,13 +176,18 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
     with run.part("write"):
         about = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "task_type": version.task}
-        path = artifacts.save_embeddings(args.output_dir, tensors, about | {"model": recorded, "version": version.name})
+        metadata = about | {"model": recorded, "version": version.name}
+        source = about | {"version": version.name, "dtype": str(dtype), "weights": folder.fingerprint(parts)}
+        source["image"] = artifacts.sha256(args.image_path) if args.image_path else None
+        metadata[artifacts.MADE_FROM] = artifacts.digest(source)
+        path = artifacts.save_embeddings(args.output_dir, tensors, metadata)
         additions = {
             "model_path": recorded,
             "resolution": version.resolution,
             "transformer_version": version.name,
             "image_path": args.image_path,
             "dtype": args.dtype,
+            artifacts.EMBEDDINGS_HASH: artifacts.sha256(path),
         }
         config = artifacts.update_config(args.output_dir, about | additions)
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)

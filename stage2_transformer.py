@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import utils
 from hunyuan_staged import InputError, check_output_dir, versions
 
 if TYPE_CHECKING:
+    from hunyuan_staged.resume import Facts
     from hunyuan_staged.versions import Version
 
 EXAMPLE = """\
@@ -33,6 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--output_dir", help="where the latents go (default: --input_dir)")
     files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
+    utils.add_strict_flag(files)
+    kept = parser.add_argument_group("stopping and going on")
+    kept.add_argument(
+        "--checkpoint_every",
+        type=int,
+        default=versions.DEFAULT_CHECKPOINT_EVERY,
+        help="save the state every so many steps, for --resume; 0: never (default: %(default)s)",
+    )
+    kept.add_argument(
+        "--resume", action="store_true", help="go on from the state of a run that was stopped, if there is one"
+    )
     video = parser.add_argument_group("video")
     video.add_argument(
         "--aspect_ratio",
@@ -107,14 +119,19 @@ def sage_blocks(args: argparse.Namespace) -> range:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
+    utils.check_paths(args)
     attention_mode(args)
     sage_blocks(args)
     if args.video_length is not None:
         versions.check_video_length(args.video_length)
     if args.aspect_ratio is not None:
-        versions.size_for_ratio(versions.DEFAULT_RESOLUTION, args.aspect_ratio)
+        versions.check_aspect_ratio(args.aspect_ratio)
     if args.num_inference_steps is not None and args.num_inference_steps < 1:
         raise InputError(f"--num_inference_steps {args.num_inference_steps} is not a positive number")
+    if args.num_inference_steps is not None and args.num_inference_steps > versions.MAX_STEPS:
+        raise InputError(f"--num_inference_steps {args.num_inference_steps} is more than {versions.MAX_STEPS}")
+    if args.checkpoint_every < 0:
+        raise InputError(f"--checkpoint_every {args.checkpoint_every} is neither 0 (never) nor a number of steps")
     if args.guidance_scale is not None and not 1 <= args.guidance_scale < 100:
         raise InputError(f"--guidance_scale {args.guidance_scale} is outside 1 to 100")
     if not 0 <= args.seed < 2**64:
@@ -175,16 +192,82 @@ def pick_version(config: dict[str, Any], offered: Sequence[str], *, sparse: bool
     return version
 
 
+# Which tensor of the embeddings is as wide as which entry of the transformer's config.
+WIDTHS = {
+    "prompt_embeds": "text_embed_dim",
+    "negative_prompt_embeds": "text_embed_dim",
+    "prompt_embeds_2": "text_embed_2_dim",
+    "negative_prompt_embeds_2": "text_embed_2_dim",
+    "image_embeds": "image_embed_dim",
+}
+
+
+def check_widths(embeddings: dict[str, Any], model_config: dict[str, Any], version: Version) -> None:
+    """InputError for embeddings that another model's encoders made, before the transformer is loaded."""
+    for name, entry in WIDTHS.items():
+        if name in embeddings and entry in model_config and embeddings[name].shape[2] != model_config[entry]:
+            raise InputError(
+                f"{name} is {embeddings[name].shape[2]} wide, and the transformer {version.name} takes "
+                f"{model_config[entry]}; the embeddings belong to another model"
+            )
+
+
+def facts_of(
+    run: utils.Run,
+    args: argparse.Namespace,
+    settings: Settings,
+    dtype: Any,
+    attention: Any,
+    hashes: dict[str, tuple[str, str]],
+) -> Facts:
+    """All that the latents follow from, and what only rounds them. hashes: of what goes in, each with where it lies."""
+    import torch
+
+    from hunyuan_staged import artifacts, schedule
+    from hunyuan_staged.resume import Facts
+
+    sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
+    chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(dtype), "seed": args.seed}
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
+    return Facts(
+        chosen
+        | {
+            "attn_mode": attention_mode(args),
+            "sage_blocks_range": args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS,
+            "sigmas": artifacts.digest({"sigmas": sigmas}),
+        }
+        | {name: value for name, (value, _) in hashes.items()},
+        {
+            "processes": run.world.size,
+            "cfg_parallel": args.cfg_parallel,
+            "attention": attention.name,
+            "device": device,
+            "compiled": compiled(run, args),
+            "torch": torch.__version__,
+        },
+        {"sigmas": "the schedule"} | {name: origin for name, (_, origin) in hashes.items()},
+    )
+
+
+def compiled(run: utils.Run, args: argparse.Namespace) -> bool:
+    """Whether torch.compile fuses the blocks."""
+    return run.device.type == "cuda" and not args.no_compile
+
+
 def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Read the embeddings, load the transformer, denoise, write the latents."""
     import torch
 
-    from hunyuan_staged import artifacts, checkpoints, denoise, offload, parallel, schedule, transformer
+    from hunyuan_staged import artifacts, checkpoints, denoise, offload, parallel, resume, schedule, transformer
     from hunyuan_staged.attention import choose_attention
 
     output_dir = Path(args.output_dir or args.input_dir)
+    artifacts.require_file(Path(args.input_dir) / artifacts.CONFIG_FILE)
+    run.claim(output_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[2])
     config = artifacts.read_config(args.input_dir)
-    embeddings, _ = artifacts.load_embeddings(args.input_dir)
+    embeddings, metadata = artifacts.load_embeddings(args.input_dir)
+    embeddings_hash = artifacts.sha256(Path(args.input_dir) / artifacts.EMBEDDINGS_FILE)
+    run.doubt(artifacts.doubt_embeddings(args.input_dir, config, metadata, embeddings_hash), strict=args.strict)
     image_latents = embeddings.get("image_latents")
     model_path = args.model_path or config.get("model_path")
     if not model_path:
@@ -198,17 +281,39 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
     attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args))
-    compiled = run.device.type == "cuda" and not args.no_compile
-    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1, args.cfg_parallel)
     if attention.name == versions.SPARSE_ATTN_MODE and not version.sparse:
         run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
+    model_config = folder.transformer_config(version.name)
+    check_widths(embeddings, model_config, version)
+    shape = versions.latent_shape(
+        settings.video_length,
+        settings.height,
+        settings.width,
+        model_config.get("out_channels", versions.LATENT_CHANNELS),
+    )
+    hashes = {
+        "weights": (folder.fingerprint(["transformer"], version.name), model_path),
+        artifacts.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
+    }
+    facts = facts_of(run, args, settings, dtype, attention, hashes)
+    keeper = resume.Keeper(
+        output_dir,
+        facts,
+        steps=settings.num_inference_steps,
+        every=args.checkpoint_every,
+        world=run.world,
+        interrupts=run.interrupts,
+        tell=run.log.info,
+        warn=run.log.warning,
+    )
+    done, kept = keeper.load(shape, resume=args.resume)
+    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1, args.cfg_parallel)
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
 
     with run.part("load"):
         home = torch.device("cpu") if args.enable_offloading else run.device
         model: Any = folder.load_transformer(version.name, device=home, dtype=dtype, progress=run.progress)
         blocks = offload.stream_blocks(model, run.device) if args.enable_offloading else None
-    shape = versions.latent_shape(settings.video_length, settings.height, settings.width, model.config.out_channels)
     run.log.info(
         f"{version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
@@ -216,26 +321,29 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     )
     with run.part("compute"):
         started = time.perf_counter()
-        forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled)
+        forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, args))
         prefixes = ("negative_", "") if settings.guidance_scale != 1 else ("",)
         rows = [transformer.conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
         noise = denoise.draw_noise(shape, args.seed, dtype).to(run.device)
-        latents = denoise.denoise(
-            forward,
-            noise,
-            denoise.condition_channels(noise, image_latents),
-            rows,
-            schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
-            guidance_scale=settings.guidance_scale,
-            use_meanflow=model.config.use_meanflow,
-            layout=layout,
-            progress=run.progress,
-        ).cpu()
+        with keeper.watching() as on_step:
+            latents = denoise.denoise(
+                forward,
+                noise if kept is None else kept.to(run.device),
+                denoise.condition_channels(noise, image_latents),
+                rows,
+                schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
+                guidance_scale=settings.guidance_scale,
+                use_meanflow=model.config.use_meanflow,
+                layout=layout,
+                start=done,
+                progress=run.progress,
+                on_step=on_step,
+            ).cpu()
         elapsed = time.perf_counter() - started
     if not run.world.is_main:
         return
     if not torch.isfinite(latents).all():
-        raise FloatingPointError("the latents hold NaN or Inf; nothing was written")
+        raise InputError(keeper.not_finite(settings.num_inference_steps))
     with run.part("write"):
         chosen = {
             "height": settings.height,
@@ -245,18 +353,20 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             "flow_shift": settings.flow_shift,
             "seed": args.seed,
         }
-        metadata = {
+        about = {
             "num_frames": settings.video_length,
             "attn_mode": attention.name,
-            "embeddings_sha256": artifacts.sha256(Path(args.input_dir) / artifacts.EMBEDDINGS_FILE),
+            artifacts.EMBEDDINGS_HASH: embeddings_hash,
+            artifacts.MADE_FROM: facts.digest(),
         }
-        path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | metadata).items()})
+        path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
         additions = {
             "aspect_ratio": args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO,
             "video_length": settings.video_length,
             "stage2_elapsed_time": round(elapsed, 3),
         }
         artifacts.update_config(output_dir, chosen | additions, source=args.input_dir)
+        keeper.remove()
     run.wrote(path, f"latents {list(latents.shape)} {latents.dtype}")
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import utils
 from hunyuan_staged import InputError, check_output_dir, tiles, versions
 
+MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
+
 EXAMPLE = """\
 examples:
   python stage3_vae_decoder.py --input_dir stage_outputs
@@ -29,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
     files.add_argument("--output_video", help="the mp4 to write (default: output_video.mp4 in --input_dir)")
     files.add_argument("--save_frames", action="store_true", help="also write stage3_frames.safetensors to --input_dir")
+    utils.add_strict_flag(files)
     video = parser.add_argument_group("video")
     video.add_argument(
         "--fps", type=float, default=versions.DEFAULT_FPS, help="frames per second (default: %(default)s)"
@@ -55,14 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
+    utils.check_paths(args)
     if not 1 <= args.fps <= 240:
         raise InputError(f"--fps {args.fps:g} is outside 1 to 240")
     if not args.disable_tiling:
         tiles.check_tiling(args.tile_size, args.tile_overlap, versions.SPATIAL_RATIO)
-    if args.output_video and (Path(args.output_video).suffix != ".mp4" or Path(args.output_video).is_dir()):
-        raise InputError(f"--output_video {args.output_video} is not the name of an .mp4 file")
-    if args.output_video:
-        check_output_dir("--output_video", Path(args.output_video).parent)
+    if args.output_video is not None:
+        target = Path(args.output_video)
+        if target.suffix != ".mp4" or target.is_dir():
+            raise InputError(f"--output_video {args.output_video} is not the name of an .mp4 file")
+        if len(target.name.encode()) > MAX_NAME_BYTES:
+            raise InputError(f"--output_video {args.output_video} is a name of more than {MAX_NAME_BYTES} bytes")
+        check_output_dir("--output_video", target.parent)
+        if not target.parent.exists():
+            raise InputError(f"--output_video {args.output_video}: {target.parent} does not exist")
 
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:
@@ -74,8 +83,14 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     input_dir = Path(args.input_dir)
     output_video = Path(args.output_video or input_dir / artifacts.VIDEO_FILE)
-    latents, _ = artifacts.load_latents(input_dir)
+    artifacts.require_file(input_dir / artifacts.LATENTS_FILE)
+    run.claim(input_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[3])
+    if args.output_video:
+        run.claim(output_video.with_name(f".{output_video.name}{artifacts.LOCK_FILE}"), [output_video.name])
+    latents, metadata = artifacts.load_latents(input_dir)
     config = artifacts.read_config(input_dir)
+    run.doubt(artifacts.doubt_latents(input_dir, config, metadata), strict=args.strict)
+    latents_hash = artifacts.sha256(input_dir / artifacts.LATENTS_FILE)
     model_path = args.model_path or config.get("model_path")
     if not model_path:
         raise InputError(f"{args.input_dir} records no model_path; give --model_path")
@@ -109,9 +124,14 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     with run.part("write"):
         video.write_video(output_video, decoded.frames.numpy(), args.fps, height, width)
         if decoded.floats is not None:
-            path = artifacts.save_frames(input_dir, decoded.floats, {"fps": f"{args.fps:g}"})
+            about = {"fps": f"{args.fps:g}", artifacts.LATENTS_HASH: latents_hash}
+            path = artifacts.save_frames(input_dir, decoded.floats, about)
             run.wrote(path, f"frames {list(decoded.floats.shape)} {decoded.floats.dtype}")
-        additions = {"stage3_decode_time": round(elapsed, 3), "output_video": str(output_video)}
+        additions = {
+            "stage3_decode_time": round(elapsed, 3),
+            "output_video": str(output_video),
+            artifacts.LATENTS_HASH: latents_hash,
+        }
         artifacts.update_config(input_dir, additions)
     run.wrote(output_video, f"{num_frames} frames of {width}x{height} at {args.fps:g} frames per second")
 

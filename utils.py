@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged import InputError, one_line, versions
+from hunyuan_staged.interrupt import SIGNALLED, SIGNALS, Interrupted, Interrupts
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel import World
 
 BAD_INPUT = 2
-INTERRUPTED = 130
-SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
+FAULT = 1  # what Python itself ends with after a traceback
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024
 # torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
@@ -69,6 +70,23 @@ def _speak(line: str) -> None:
         time.sleep(SILENCE_SECONDS)
 
 
+PATH_FLAGS = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """InputError for a path flag that is empty, or whose value the file system cannot even look up."""
+    for name in PATH_FLAGS:
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not value.strip():
+            raise InputError(f"--{name} is empty")
+        try:
+            Path(value).exists()
+        except OSError as error:
+            raise InputError(f"--{name} {value}: {error.strerror}") from error
+
+
 def make_parser(prog: str, description: str, example: str) -> Parser:
     """A parser with the suite's manners: the description, then groups of flags, then an example as it stands."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -79,6 +97,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script has."""
     group = parser.add_argument_group("other")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_strict_flag(group: Any) -> None:
+    """The flag of the stages that read what another stage wrote."""
+    group.add_argument(
+        "--strict", action="store_true", help="refuse files that do not belong together, rather than warn of them"
+    )
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -96,24 +121,56 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Run:
-    """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote."""
+    """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote.
 
-    def __init__(self, name: str, world: World) -> None:
+    As a context it ends the bars and lets go of the folders that were claimed.
+    """
+
+    def __init__(self, name: str, world: World, interrupts: Interrupts) -> None:
         from loguru import logger
 
         self.name, self.world, self.device, self.log = name, world, world.device, logger
+        self.interrupts = interrupts
         self.seconds: dict[str, float] = {}
         self.written: list[str] = []
+        self._bars: list[Any] = []
+        self._claims = contextlib.ExitStack()
         logger.remove()
+        # What users gave may be in a message: it stays one line, and does nothing to a terminal.
+        logger.configure(patcher=_tidy)
         if world.is_main:
             # Through tqdm, so that a line does not tear a bar apart.
             logger.add(_write_line, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO", backtrace=False)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars:
+            bar.close()
+        self._claims.close()
+
+    def claim(self, lock: str | Path, files: Sequence[str]) -> None:
+        """Be the only run that writes these files beside the path `lock`, until this run ends; see artifacts.claimed."""
+        from hunyuan_staged import artifacts
+
+        if self.world.is_main:
+            self._claims.enter_context(artifacts.claimed(lock, files))
+
+    def doubt(self, reason: str | None, *, strict: bool) -> None:
+        """Warn of files that do not belong together; with --strict, InputError."""
+        if reason and strict:
+            raise InputError(f"{reason}; --strict refuses that")
+        if reason:
+            self.log.warning(reason)
 
     def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
         """A tqdm bar with the time left, on the first process alone."""
         from tqdm import tqdm
 
-        return tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
+        bar = tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
+        self._bars.append(bar)
+        return bar
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -143,6 +200,10 @@ class Run:
         self.log.info(f"{self.name} done: {parts}; peak memory: {memory}")
 
 
+def _tidy(record: Any) -> None:
+    record["message"] = one_line(record["message"])
+
+
 def _write_line(message: str) -> None:
     from tqdm import tqdm
 
@@ -161,33 +222,99 @@ def run_stage(
 
     check(args) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
     process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, with
-    --debug its traceback before it; every other exception is our fault and keeps its traceback.
+    --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our fault and
+    keeps its traceback. On several processes the first that fails says so, and all of them end.
     """
     if not is_first() and not every_rank:
         return 0
-    try:
-        checked = check(args) if check else None
-        from hunyuan_staged import parallel
-
-        world = parallel.start_world() if every_rank else parallel.lone_world()
+    world = None
+    with Interrupts() as interrupts:
         try:
-            run = Run(name, world)
-            body(run, checked)
-            world.barrier()
-            run.report()
-        finally:
+            checked = check(args) if check else None
+            from hunyuan_staged import parallel
+
+            world = parallel.start_world() if every_rank else parallel.lone_world()
+            interrupts.patience = parallel.PATIENCE_SECONDS if world.size > 1 else None
+            with Run(name, world, interrupts) as run:
+                body(run, checked)
+                world.barrier("end")
+                run.report()
             parallel.stop_world(world)
-    except InputError as error:
-        if args.debug:
-            traceback.print_exc()
+        except BaseException as error:
+            if world is not None and world.size > 1:
+                _leave(name, error, args.debug, world, interrupts)
+            return _status(name, error, args.debug)
+    return 0
+
+
+def _status(name: str, error: BaseException, debug: bool) -> int:
+    """Say in one line why a stage ends, on the first process, and return its status; a fault of ours is raised again."""
+    if isinstance(error, InputError):
+        if debug:
+            traceback.print_exception(error)
         # The others fail the same check; one of them speaks.
         _speak(f"error: {one_line(error)}")
         return BAD_INPUT
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted(signal.SIGINT)
+    if isinstance(error, Interrupted):
         if is_first():
-            print(f"error: {name} was interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+            print(f"error: {name} {one_line(error)}", file=sys.stderr, flush=True)
+        return error.status
+    raise error
+
+
+def _leave(name: str, error: BaseException, debug: bool, world: World, interrupts: Interrupts) -> NoReturn:
+    """End this process of several. Of all that fail, the first one speaks, the others are silent and give it the time.
+
+    Without the interpreter's own end: taking down the process group waits for processes that are gone.
+    """
+    interrupts.ignore()
+    if isinstance(error, Interrupted):
+        # All have been told to stop, or have agreed to; but torchrun also ends the others so when one has failed.
+        speaks, status = world.is_main and not world.heard(), error.status
+    else:
+        speaks, status = _is_the_cause(error, world, interrupts), BAD_INPUT if isinstance(error, InputError) else FAULT
+    if speaks and (status == FAULT or (debug and status == BAD_INPUT)):
+        traceback.print_exception(error)
+    if speaks and status != FAULT:
+        line = f"{name} {one_line(error)}" if isinstance(error, Interrupted) else one_line(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if speaks:
+        world.said()
+    else:
+        _wait_until(world.heard)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_the_cause(error: BaseException, world: World, interrupts: Interrupts) -> bool:
+    """Whether this process's error is the one to show: its own, and the first of the run.
+
+    An exchange that failed is most often the consequence of another process's error or death. That process, or torchrun,
+    then says so; if nobody does, the failed exchange is all that there is to show.
+    """
+    if _failed_exchange(error) and _wait_until(lambda: bool(interrupts.received) or world.heard()):
+        return False
+    return world.first_to_fail()
+
+
+def _failed_exchange(error: BaseException) -> bool:
+    """Whether an exception comes from torch.distributed: by its class, or, with gloo, by where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1].filename if frames else ""
+    return type(error).__name__.startswith(("Dist", "PeerFailed")) or "/torch/distributed/" in last
+
+
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    """Wait for a condition, SILENCE_SECONDS at most; whether it came true."""
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 # -- the launchers: checks before anything is started or installed, and which flag belongs to which stage --
@@ -259,25 +386,41 @@ def check_flags(stage: str, argv: Sequence[str]) -> None:
 def launch(processes: int, script: str, argv: Sequence[str]) -> int:
     """Run a script on several processes of this machine, as torchrun would; the status is that of the first to fail.
 
-    torchrun itself would end with status 1 and pages about its own workings, whatever the script had said.
+    torchrun itself would end with status 1 and pages about its own workings, whatever the script had said. SIGTERM and
+    Ctrl-C go to the processes, which say what becomes of the run; the status is then 143 or 130.
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for module in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     try:
         run(parse_args(["--standalone", "--nproc-per-node", str(processes), script, *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode
-        if status != BAD_INPUT:  # a refusal has been said already
+        if status not in (BAD_INPUT, *(SIGNALLED + number for number in SIGNALS)):  # those have been said already
             print(
                 f"error: {Path(script).name}: process {rank} of {processes} ended with status {status}", file=sys.stderr
             )
         return status if status > 0 else SIGNALLED - status
+    except SignalException as error:
+        _signal_children(error.sigval)
+        return SIGNALLED + error.sigval
+    except KeyboardInterrupt:
+        return SIGNALLED + signal.SIGINT
     return 0
+
+
+def _signal_children(signum: int) -> None:
+    """Pass a signal on to the processes that are still there: after a second one torchrun waits for them no longer."""
+    for task in Path("/proc/self/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signum)  # torchrun gives each a group of its own
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,8 +15,7 @@ class InputError(ValueError):
 
 def one_line(text: object) -> str:
     """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
-    flat = " ".join(str(text).split())
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], flat)
+    return printable(" ".join(str(text).split()))
 
 
 def check_output_dir(flag: str, folder: str | Path) -> None:
@@ -33,3 +32,8 @@ def check_output_dir(flag: str, folder: str | Path) -> None:
 def quiet(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
     """The progress wrapper that shows nothing; takes tqdm's keywords and ignores them."""
     return iterable
+
+
+def printable(text: str) -> str:
+    """Text with every control character, line breaks included, replaced by its escape (\\x1b, \\n)."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)

@@ -4,11 +4,16 @@ Letters: T frames, H x W px; t = (T-1)/4+1, h = H/16, w = W/16 of the latents; L
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hunyuan_staged import InputError
+from hunyuan_staged import InputError, printable
 from hunyuan_staged.versions import LATENT_CHANNELS, SPATIAL_RATIO, TEMPORAL_RATIO
 
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
@@ -25,34 +30,54 @@ LATENTS_FILE = "stage2_latents.safetensors"
 FRAMES_FILE = "stage3_frames.safetensors"
 CONFIG_FILE = "generation_config.json"
 VIDEO_FILE = "output_video.mp4"
+# Where a stopped stage 2 goes on from; removed when the latents are there.
+STATE_FILE = "stage2_state.safetensors"
+LOCK_FILE = ".lock"
 
-DTYPE_INFO = "dtype_info"
-
-# Which stage decides which key of generation_config.json. A stage that runs again replaces its own keys, no others.
-CONFIG_KEYS = {
-    1: (
-        "prompt",
-        "negative_prompt",
-        "model_path",
-        "resolution",
-        "transformer_version",
-        "task_type",
-        "image_path",
-        "dtype",
-    ),
-    2: (
-        "aspect_ratio",
-        "video_length",
-        "num_inference_steps",
-        "guidance_scale",
-        "flow_shift",
-        "seed",
-        "height",
-        "width",
-        "stage2_elapsed_time",
-    ),
-    3: ("stage3_decode_time", "output_video"),
+# What each stage writes into its folder.
+STAGE_FILES = {
+    1: (EMBEDDINGS_FILE, CONFIG_FILE),
+    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE),
+    3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
 }
+
+# Metadata: the dtypes; the hash of everything that a file was made from; the hash of the file that it was made from.
+DTYPE_INFO = "dtype_info"
+MADE_FROM = "made_from_sha256"
+EMBEDDINGS_HASH = "embeddings_sha256"
+LATENTS_HASH = "latents_sha256"
+# Those that a folder may give its tensors; torch has more, which no stage can compute with.
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+# Which stage decides which key of generation_config.json, and what its value is; any may be null. A stage that runs
+# again replaces its own keys, no others.
+NUMBER = (int, float)
+CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
+    1: {
+        "prompt": str,
+        "negative_prompt": str,
+        "model_path": str,
+        "resolution": str,
+        "transformer_version": str,
+        "task_type": str,
+        "image_path": str,
+        "dtype": str,
+        EMBEDDINGS_HASH: str,
+    },
+    2: {
+        "aspect_ratio": str,
+        "video_length": int,
+        "num_inference_steps": int,
+        "guidance_scale": NUMBER,
+        "flow_shift": NUMBER,
+        "seed": int,
+        "height": int,
+        "width": int,
+        "stage2_elapsed_time": NUMBER,
+    },
+    3: {"stage3_decode_time": NUMBER, "output_video": str, LATENTS_HASH: str},
+}
+MAX_CONFIG_BYTES = 2**20
 # How the sibling suite calls what we call otherwise.
 SIBLING_KEYS = {"model_id": "model_path", "num_frames": "video_length"}
 
@@ -61,11 +86,13 @@ SIBLING_KEYS = {"model_id": "model_path", "num_frames": "video_length"}
 class TensorRule:
     """What a tensor of a file must look like: its axes, a number where the length is fixed, a letter where it is free.
 
-    A letter stands for one length throughout the file.
+    A letter stands for one length throughout the file. mask: zeros and ones of any dtype, at least so many of them ones;
+    every other tensor is of finite floating-point numbers.
     """
 
     axes: tuple[int | str, ...]
     required: bool = True
+    mask: int | None = None
 
 
 def _text_rules() -> dict[str, TensorRule]:
@@ -73,9 +100,10 @@ def _text_rules() -> dict[str, TensorRule]:
     for prefix in ("", "negative_"):
         rules |= {
             f"{prefix}prompt_embeds": TensorRule((1, "L", "W")),
-            f"{prefix}prompt_embeds_mask": TensorRule((1, "L")),
+            # The transformer takes the mean over these tokens.
+            f"{prefix}prompt_embeds_mask": TensorRule((1, "L"), mask=1),
             f"{prefix}prompt_embeds_2": TensorRule((1, "L2", "W2")),
-            f"{prefix}prompt_embeds_mask_2": TensorRule((1, "L2")),
+            f"{prefix}prompt_embeds_mask_2": TensorRule((1, "L2"), mask=0),
         }
     return rules
 
@@ -87,6 +115,8 @@ EMBEDDINGS_RULES = {
 }
 LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
 FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}
+# The state of a cache, once there is one, is more tensors beside the latents.
+STATE_RULES = LATENTS_RULES
 
 WRITTEN_BY = {
     EMBEDDINGS_FILE: "stage1_text_encoder.py",
@@ -101,7 +131,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, with its ending, that takes its place when the block ends well.
 
     A reader sees the old file or the new one, whole. If the block fails, nothing on disk has changed. The folder is
-    made if it is absent. Raises InputError where the folder cannot be written.
+    made if it is absent. Raises InputError where the folder cannot be written, and where the disk is full.
     """
     path = Path(path)
     try:
@@ -120,38 +150,152 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+# The machine's or the user's, not a fault of ours: no space, over the quota or the limit, read-only, no right, broken.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what `replacing` left beside `path` in a process that was killed. Only for who alone may write there."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.[a-z0-9_]{{8}}{re.escape(path.suffix)}")
+    for beside in path.parent.iterdir():
+        if pattern.fullmatch(beside.name):
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
+    """Be the only run that writes `files` into the folder of `lock`, a path, while the block runs.
+
+    The folder is made if it is absent, and removed again if it is then empty; what a killed process left half-written of
+    the files is removed. InputError where another run is at it, with its process id, and where the folder cannot be
+    written. The kernel drops a killed process's lock, so that none is left behind; on a file system without locks there
+    is none.
+    """
+    lock = Path(lock)
+    made: list[Path] = []
+    folder = lock.parent
+    try:
+        while not folder.exists():
+            made.append(folder)
+            folder = folder.parent
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {lock.parent}: {error.strerror}") from error
+    try:
+        handle = _lock(lock)
+        try:
+            for name in files:
+                remove_leftovers(lock.parent / name)
+            yield
+        finally:
+            # Once more, for an ffmpeg that outlived its killed parent.
+            for name in files:
+                remove_leftovers(lock.parent / name)
+            lock.unlink(missing_ok=True)  # before it is let go: see _lock
+            os.close(handle)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: the run wrote its files
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """An open file that is locked, with this process's id in it; InputError where another process has it."""
+    while True:
+        try:
+            # O_NOFOLLOW: the folder may be someone else's, and a link in it could lead anywhere.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"cannot write to {path.parent}: {error.strerror} ({path.name})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 300).decode(errors="replace").strip()
+            os.close(handle)
+            raise InputError(
+                f"{path.parent} is being written by another run ({owner or 'which is just starting'}); "
+                "wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(handle)
+                raise
+        # Its last owner may have removed it between the two calls: then it is no lock any more.
+        if path.exists() and os.path.samestat(os.fstat(handle), os.lstat(path)):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return handle
+        os.close(handle)
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file whole, each tensor in its own dtype, which dtype_info also records."""
+    """Write a safetensors file whole, each tensor in its own dtype, which dtype_info also records.
+
+    The same contents give the same bytes. Control characters in the metadata are replaced by their escapes. Raises
+    InputError where the file cannot be written.
+    """
     dtype_info = json.dumps({name: str(tensor.dtype) for name, tensor in tensors.items()})
+    noted = {name: printable(value) for name, value in metadata.items()} | {DTYPE_INFO: dtype_info}
     with replacing(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={**metadata, DTYPE_INFO: dtype_info},
-        )
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata=noted,
+            )
+        except SafetensorError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
+        _order_metadata(temporary)
     return Path(path)
 
 
-def _require_file(path: Path) -> None:
-    """InputError where a stage's file is absent, with the stage that writes it."""
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: the library writes them in an order that changes every time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length, "the same entries in another order are as long"
+        file.seek(8)
+        file.write(ordered)
+
+
+def require_file(path: Path) -> None:
+    """InputError where a stage's file is absent, with the stage that writes it, or is no file."""
     if not path.is_file():
         where = path if path.parent.is_dir() else path.parent
+        if where.exists():
+            raise InputError(f"{where} is not a {'file' if where == path else 'folder'}")
         raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """safe_open, whose complaints become InputError."""
-    _require_file(path)
+    require_file(path)
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # How safetensors fails on a dtype that this torch does not have, or does not read from a file.
+        raise InputError(f"{path} holds a tensor that torch cannot take ({error})") from error
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -176,13 +320,15 @@ def _dtypes(path: Path, metadata: Mapping[str, str]) -> dict[str, torch.dtype]:
     """
     try:
         recorded = json.loads(metadata.get(DTYPE_INFO, "{}"))
-        found = {name: getattr(torch, text.removeprefix("torch."), None) for name, text in recorded.items()}
+        found = {name: text.removeprefix("torch.") for name, text in recorded.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: its {DTYPE_INFO} is not a JSON object of dtype names ({error})") from error
-    dtypes = {name: dtype for name, dtype in found.items() if isinstance(dtype, torch.dtype)}
-    for name in found.keys() - dtypes.keys():
-        raise InputError(f"{path}: {DTYPE_INFO} gives {name} the dtype {recorded[name]!r}, which torch does not have")
-    return dtypes
+    for name, dtype in found.items():
+        if dtype not in DTYPES:
+            raise InputError(
+                f"{path}: {DTYPE_INFO} gives {name} the dtype {recorded[name]!r}; allowed are {', '.join(DTYPES)}"
+            )
+    return {name: getattr(torch, dtype) for name, dtype in found.items()}
 
 
 def check_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], rules: Mapping[str, TensorRule]) -> None:
@@ -208,6 +354,23 @@ def check_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], rules: 
         lengths |= {axis: size for axis, size in zip(rule.axes, shape, strict=True) if isinstance(axis, str)}
 
 
+def check_values(path: str | Path, tensors: Mapping[str, torch.Tensor], rules: Mapping[str, TensorRule]) -> None:
+    """InputError for a tensor whose dtype is not what its rule says, for NaN and Inf, and for a mask that masks all."""
+    for name, tensor in tensors.items():
+        least = rules[name].mask
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise InputError(f"{path}: {name} is {tensor.dtype}; allowed are {', '.join(DTYPES)}")
+        if least is None:
+            if not tensor.is_floating_point():
+                raise InputError(f"{path}: {name} is {tensor.dtype}; allowed are floating-point numbers")
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{path}: {name} holds NaN or Inf")
+        elif not ((tensor == 0) | (tensor == 1)).all():
+            raise InputError(f"{path}: {name} holds other numbers than 0 and 1")
+        elif int(tensor.sum()) < least:
+            raise InputError(f"{path}: {name} marks no token")
+
+
 def _save(folder: str | Path, name: str, tensors: Mapping, rules: Mapping, metadata: Mapping[str, str]) -> Path:
     path = Path(folder) / name
     check_tensors(path, tensors, rules)
@@ -220,6 +383,7 @@ def _load(
     path = Path(folder) / name
     tensors, metadata = load_tensors(path)
     check_tensors(path, tensors, rules)
+    check_values(path, tensors, rules)
     return tensors, metadata
 
 
@@ -290,23 +454,69 @@ def open_frames(folder: str | Path) -> tuple[tuple[int, int, int], dict[str, str
     return (num_frames, height, width), metadata, frames()
 
 
+def save_state(
+    folder: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    *,
+    rules: Mapping = STATE_RULES,
+) -> Path:
+    """Write what a stopped stage 2 goes on from and return the path."""
+    return _save(folder, STATE_FILE, tensors, rules, metadata)
+
+
+def load_state(
+    folder: str | Path, *, rules: Mapping[str, TensorRule] = STATE_RULES
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) of a stopped stage 2; InputError where they break the contract."""
+    return _load(folder, STATE_FILE, rules)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """generation_config.json of a folder, the sibling suite's keys under our names; keys that are missing stay so.
 
-    Raises InputError where the folder or the file is absent, or the file is not a JSON object.
+    Raises InputError where the folder or the file is absent, where the file is not a JSON object, and for a key that is
+    unknown or has a value of the wrong kind.
     """
     path = Path(folder) / CONFIG_FILE
-    _require_file(path)
+    require_file(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise InputError(f"{path} has {size} bytes; at most {MAX_CONFIG_BYTES} are allowed")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except InputError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} holds a JSON {type(config).__name__}, not an object")
     for theirs, ours in SIBLING_KEYS.items():
         if theirs in config:
-            config.setdefault(ours, config.pop(theirs))
+            theirs_value = config.pop(theirs)
+            config.setdefault(ours, theirs_value)
+    known = {name: kind for keys in CONFIG_KEYS.values() for name, kind in keys.items()}
+    for name, value in config.items():
+        if name not in known:
+            raise InputError(f"{path}: {name!a} is unknown; known: {', '.join((*known, *SIBLING_KEYS))}")
+        _check_entry(path, name, value, known[name])
     return config
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number that JSON has")
+
+
+def _check_entry(path: Path, name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    """InputError where an entry of the config is of another kind, or text that cannot be written as UTF-8."""
+    # In Python a bool is an int.
+    fits = isinstance(value, kind) and not isinstance(value, bool) and value not in (math.inf, -math.inf)
+    if value is not None and not fits:
+        wanted = {str: "text", int: "a whole number"}.get(kind, "a number") if isinstance(kind, type) else "a number"
+        shown = ascii(value)
+        raise InputError(f"{path}: {name} is {shown[:60]}{'…' * (len(shown) > 60)}; allowed is {wanted}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{path}: {name} is not UTF-8 text")
 
 
 def update_config(folder: str | Path, additions: Mapping[str, Any], source: str | Path | None = None) -> Path:
@@ -316,7 +526,7 @@ def update_config(folder: str | Path, additions: Mapping[str, Any], source: str 
     folder whose config is added to, where it is not `folder` itself. Raises InputError where that config is broken, or
     absent although the stage is not the first.
     """
-    stages = [stage for stage, keys in CONFIG_KEYS.items() if all(name in keys for name in additions)]
+    stages = [stage for stage, keys in CONFIG_KEYS.items() if additions.keys() <= keys.keys()]
     assert len(stages) == 1, f"no one stage decides {list(additions)}"
     source = Path(source or folder)
     first = stages[0] == 1 and not (source / CONFIG_FILE).is_file()
@@ -324,6 +534,8 @@ def update_config(folder: str | Path, additions: Mapping[str, Any], source: str 
     path = Path(folder) / CONFIG_FILE
     with replacing(path) as temporary:
         text = json.dumps({**kept, **additions}, indent=2, ensure_ascii=False)
+        # JSON escapes what is below a space; the other control characters would act on a terminal that shows the file.
+        text = re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
@@ -332,3 +544,58 @@ def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON object, in hexadecimal; the order of its keys does not count."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# What embeddings and config say of the same thing, under the names that each gives it.
+SAID_TWICE = {"prompt": "prompt", "negative_prompt": "negative_prompt", "version": "transformer_version"}
+
+
+def doubt_embeddings(
+    folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str], embeddings_hash: str
+) -> str | None:
+    """Why the embeddings in a folder are not those that its config describes; None where they are, or nothing tells.
+
+    metadata and embeddings_hash are the embeddings' own. The sibling suite records no hash.
+    """
+    embeddings, described = Path(folder) / EMBEDDINGS_FILE, Path(folder) / CONFIG_FILE
+    recorded = config.get(EMBEDDINGS_HASH)
+    if recorded == embeddings_hash:
+        return None
+    if recorded is not None:
+        return (
+            f"{embeddings} (sha256 {embeddings_hash[:12]}…) does not belong to {described}, "
+            f"which was written with sha256 {printable(recorded[:12])}…"
+        )
+    for theirs, ours in SAID_TWICE.items():
+        # Version and prompts may be absent on either side.
+        if config.get(ours) is not None and metadata.get(theirs, printable(config[ours])) != printable(config[ours]):
+            return (
+                f"{embeddings} ({theirs} {metadata[theirs][:60]!a}) does not belong to {described} "
+                f"({ours} {config[ours][:60]!a})"
+            )
+    return None
+
+
+def doubt_latents(folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
+    """Why the latents in a folder do not belong to its embeddings; None where they do, or nothing tells.
+
+    metadata is the latents' own. Where stage 2 wrote to another folder than stage 1, the config tells of the embeddings.
+    """
+    latents, embeddings = Path(folder) / LATENTS_FILE, Path(folder) / EMBEDDINGS_FILE
+    recorded = metadata.get(EMBEDDINGS_HASH)
+    if recorded is None:
+        return None
+    present, source = config.get(EMBEDDINGS_HASH), Path(folder) / CONFIG_FILE
+    if embeddings.is_file():
+        present, source = sha256(embeddings), embeddings
+    if present is None or present == recorded:
+        return None
+    return (
+        f"{latents} was made from embeddings with sha256 {recorded[:12]}…, "
+        f"which {source} has since replaced (sha256 {printable(present[:12])}…)"
+    )

@@ -6,6 +6,8 @@ official weights are renamed on the way. A map is data, serves both ways, and is
 that a module lacks, or that is missing for a module is an error.
 """
 
+import contextlib
+import hashlib
 import json
 import pickle
 import re
@@ -28,6 +30,8 @@ Named = tuple[str, torch.Tensor]
 # The names that weights go by in a part's folder; with .index.json behind them they are sharded.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 MAPPED_BYTES = 2**30
+# Of each file a fingerprint reads so many pieces of so many bytes.
+SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -302,9 +306,25 @@ def assign_weights(
     return module.eval()
 
 
-def _on_meta(build: Callable[[], Any]) -> Any:
-    """A module that has shapes but no memory yet."""
-    with torch.device("meta"):
+# What Python and torch raise over arguments that make no module.
+_UNBUILDABLE = (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def _describing(origin: Path) -> Iterator[None]:
+    """InputError where what `origin` says, a config, makes no model."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _UNBUILDABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{origin} does not describe a model that this suite can build ({reason})") from error
+
+
+def _on_meta(build: Callable[[], Any], origin: Path) -> Any:
+    """A module that has shapes but no memory yet; origin: the config that it is built from."""
+    with _describing(origin), torch.device("meta"):
         return build()
 
 
@@ -386,6 +406,10 @@ _OFFICIAL_VAE = {
 }
 
 
+# What decoding computes with, beside the module itself.
+_VAE_NUMBERS = ("scaling_factor", "latent_channels", "spatial_compression_ratio", "temporal_compression_ratio")
+
+
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str], origin: str | Path) -> dict[str, Any]:
     _refuse(f"{origin} lacks", [name for name in names if name not in config])
     return {ours: config[official] for official, ours in names.items()}
@@ -439,6 +463,20 @@ def is_version(name: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def _sampled(path: Path) -> bytes:
+    """The hash of a file's size and of SAMPLES pieces of it, evenly spread, its beginning and its end among them."""
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    try:
+        with path.open("rb") as file:
+            for index in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+                found.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return found.digest()
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,6 +547,32 @@ class ModelFolder:
         meanflow = bool(config.get("use_meanflow"))
         return version(bases[base], str(task), step_distilled=meanflow, cfg_distilled=guidance == 1 and not meanflow)
 
+    def fingerprint(self, parts: Sequence[str], version: str | None = None) -> str:
+        """A hash that tells these weights from others: names, sizes and samples of all files of the parts.
+
+        parts: keys of PARTS; of "transformer" only the version's folder counts. Where the folder lies and when it was
+        written do not count. It reads about a megabyte of each file.
+        """
+        files = []
+        for part in parts:
+            folders = [folder for folder in self.folders(part) if folder.is_dir()]
+            if part == "transformer":
+                assert version is not None
+                self._transformer_files(version)  # a hub repository's are downloaded now
+                folders = [self._transformer_folder(version)]
+            # hf download keeps its own notes in hidden folders.
+            files += [
+                (f"{part}/{path.relative_to(folder).as_posix()}", path)
+                for folder in folders
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+            ]
+        total = hashlib.sha256()
+        for name, path in sorted(files):
+            total.update(f"{name}\0".encode())
+            total.update(_sampled(path))
+        return total.hexdigest()
+
     def resolutions(self) -> list[str]:
         """The resolutions of the versions in the folder."""
         return sorted({parse_version(name).resolution for name in self.versions()})
@@ -537,7 +601,8 @@ class ModelFolder:
         shape = next((shape for shape in shapes if shape), None)
         if shape is None:
             raise InputError(f"{folder} lacks {_GLYPH_IN}, from which the glyph encoder's width is read")
-        return official_transformer_config(config, shape[-1], folder / "config.json")
+        with _describing(folder / "config.json"):
+            return official_transformer_config(config, shape[-1], folder / "config.json")
 
     def load_transformer(
         self, version: str, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
@@ -547,7 +612,7 @@ class ModelFolder:
 
         folder = self._transformer_folder(version)
         config = self.transformer_config(version)
-        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config))
+        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), folder / "config.json")
         files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
         tensors = _tensors(files, lambda _: True, device)
         return assign_weights(model, self._renamed(tensors, TRANSFORMER_MAP, folder), dtype, device, folder)
@@ -576,14 +641,21 @@ class ModelFolder:
         """diffusers' arguments of the VAE: scaling_factor, latent_channels, the compression ratios, and the widths."""
         (folder,) = self.require("vae")
         config = _read_json(folder / "config.json")
-        return official_vae_config(config, folder / "config.json") if self.official else _arguments(config)
+        arguments = official_vae_config(config, folder / "config.json") if self.official else _arguments(config)
+        for name in _VAE_NUMBERS:
+            if not isinstance(arguments.get(name), (int, float)) or not arguments[name] > 0:
+                raise InputError(
+                    f"{folder / 'config.json'}: {name} is {arguments.get(name)!r}; allowed is a number above 0"
+                )
+        return arguments
 
     def _load_coder(self, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
         from diffusers import AutoencoderKLHunyuanVideo15
 
         (folder,) = self.require("vae")
         config = self.vae_config()
-        model = _on_meta(lambda: AutoencoderKLHunyuanVideo15(**config)).get_submodule(coder)
+        whole = _on_meta(lambda: AutoencoderKLHunyuanVideo15(**config), folder / "config.json")
+        model = whole.get_submodule(coder)
         files = progress(weight_files(folder), desc=f"loading VAE {coder}", unit="shard")
         other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
         tensors = _tensors(files, lambda name: not name.startswith(other), device)
@@ -617,7 +689,7 @@ class ModelFolder:
 
         folders = self.require("text")
         config, kept = _language_config(folders[0] / "config.json")
-        model = _on_meta(lambda: Qwen2_5_VLTextModel(config))
+        model = _on_meta(lambda: Qwen2_5_VLTextModel(config), folders[0] / "config.json")
         model.norm = nn.Identity()
         # Its frequencies are computed, not stored.
         model.rotary_emb = type(model.rotary_emb)(config).to(device)
@@ -648,7 +720,7 @@ class ModelFolder:
                 (_GLYPH_SHARED if name == "shared.weight" else name.removeprefix("encoder."), tensor)
                 for name, tensor in _tensors(weight_files(origin), lambda _: True, device)
             )
-        model = _on_meta(lambda: T5EncoderModel(config).encoder)
+        model = _on_meta(lambda: T5EncoderModel(config).encoder, folders[0] / "config.json")
         return tokenizer, assign_weights(model, tensors, dtype, device, origin)
 
     def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
@@ -660,7 +732,7 @@ class ModelFolder:
         _read_json(encoder / "config.json")
         _read_json(processor / "preprocessor_config.json")
         weight_files(encoder)
-        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype).to(device)
+        model: Any = SiglipVisionModel.from_pretrained(encoder, dtype=dtype, use_safetensors=True).to(device)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # out of the file's map, as in assign_weights
         return SiglipImageProcessorPil.from_pretrained(processor), model.eval().requires_grad_(False)
@@ -709,7 +781,8 @@ def _tokenizer(folder: Path, *files: str) -> Any:
     if not any((folder / name).is_file() for name in files):
         raise InputError(f"{folder} holds no tokenizer: {' or '.join(files)}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Said outright: left to itself transformers asks the user whether to run code that the folder brings.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} holds no tokenizer that transformers can read ({reason})") from error
@@ -775,8 +848,14 @@ def open_model(model_path: str | Path, parts: Sequence[str], progress: Progress 
     the path is neither a folder in one of the two layouts nor a hub id, and where the hub cannot be reached.
     """
     assert all(part in PARTS for part in parts), parts
-    path, repo = Path(model_path).expanduser(), None
-    if not path.exists():
+    try:
+        path, repo = Path(model_path).expanduser(), None
+        present = path.exists()
+    except RuntimeError as error:
+        raise InputError(f"{model_path}: there is no such user") from error
+    except OSError as error:
+        raise InputError(f"{model_path}: {error.strerror}") from error
+    if not present:
         repo = str(model_path)
         path = _download(repo, parts)
     layout = _layout(path)

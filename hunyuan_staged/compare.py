@@ -310,16 +310,13 @@ def require_libraries(plot: bool) -> None:
 
 
 def compare_latents(a: Path, b: Path) -> dict[str, Any]:
-    """The "latents" of the JSON line; InputError where the two differ in shape or are not finite."""
+    """The "latents" of the JSON line; InputError where the two differ in shape."""
     from hunyuan_staged import artifacts
 
     latents = [artifacts.load_latents(folder)[0] for folder in (a, b)]
     if latents[0].shape != latents[1].shape:
         shapes = [f"{list(x.shape)} in {folder}" for x, folder in zip(latents, (a, b), strict=True)]
         raise InputError(f"{artifacts.LATENTS_FILE} differs in shape: {', '.join(shapes)}")
-    for folder, tensor in zip((a, b), latents, strict=True):
-        if not tensor.isfinite().all():
-            raise InputError(f"{folder / artifacts.LATENTS_FILE} holds NaN or Inf")
     overall, errors = latent_errors(*latents)
     worst = int(np.argmax(errors))
     return {

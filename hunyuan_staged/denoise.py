@@ -46,6 +46,7 @@ def denoise(
     guidance_scale: float = 1.0,
     use_meanflow: bool = False,
     layout: Layout | None = None,
+    start: int = 0,
     progress: Callable[..., Iterable[Any]] = quiet,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
@@ -53,13 +54,16 @@ def denoise(
 
     velocity: one transformer forward. condition [1, 33, T, h, w]: condition latents and mask. rows: one Conditioning
     without guidance, [negative, positive] with it. sigmas [steps + 1], from 1 to 0. With use_meanflow the transformer
-    also gets the timestep it steps to. on_step(i, latents) is called after step i.
+    also gets the timestep it steps to. start: how many steps have been done; noise is then the latents that on_step got
+    after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is called after step i, counted
+    from 0; it must not change the latents, which stay as they are after it.
     """
     layout = layout or Layout()
     latents, condition = noise.float(), condition.to(noise.device)
     levels = sigmas.tolist()
     timesteps = timesteps_of(sigmas).to(noise.device)
-    for i in progress(range(len(levels) - 1), desc="denoising", unit="step"):
+    steps = len(levels) - 1
+    for i in progress(range(start, steps), desc="denoising", unit="step", initial=start, total=steps):
         hidden_states = torch.cat([latents.to(condition.dtype), condition], dim=1)
         timestep_r = timesteps[i + 1 : i + 2] if use_meanflow else None
         mine = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_staged import InputError
+from hunyuan_staged.versions import MAX_TILE_SIZE
 
 MAX_OVERLAP = 0.5
 
@@ -18,6 +19,10 @@ def check_tiling(tile_size: int, tile_overlap: float, spatial_ratio: int) -> tup
     """
     if tile_size < spatial_ratio or tile_size % spatial_ratio:
         raise InputError(f"--tile_size {tile_size} is not a positive multiple of {spatial_ratio} px")
+    if tile_size > MAX_TILE_SIZE:
+        raise InputError(
+            f"--tile_size {tile_size} is more than {MAX_TILE_SIZE} px; --disable_tiling decodes whole frames"
+        )
     if not 0 <= tile_overlap <= MAX_OVERLAP:
         raise InputError(f"--tile_overlap {tile_overlap} is outside 0 to {MAX_OVERLAP}")
     tile = tile_size // spatial_ratio

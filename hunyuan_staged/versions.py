@@ -28,6 +28,12 @@ DEFAULT_TILE_SIZE = 256
 DEFAULT_TILE_OVERLAP = 0.25
 DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
+DEFAULT_CHECKPOINT_EVERY = 5  # steps; 0: never
+
+# What a flag may ask for at most: far beyond what the models were made for, and short of what no memory holds.
+MAX_STEPS = 1000
+MAX_VIDEO_LENGTH = 2401  # 100 s at 24 frames per second
+MAX_TILE_SIZE = 8192
 
 MAX_TEXT_TOKENS = 1000
 MAX_GLYPH_BYTES = 256
@@ -180,13 +186,27 @@ def size_for_ratio(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     return nearest_size(resolution, height / width)
 
 
+def check_aspect_ratio(aspect_ratio: str) -> str:
+    """A ratio itself where it is width:height and no more oblong than the buckets are, else InputError.
+
+    size_for_ratio takes any, as the official code does, and gives the most oblong bucket.
+    """
+    size_for_ratio(DEFAULT_RESOLUTION, aspect_ratio)
+    width, height = (float(part) for part in aspect_ratio.split(":"))
+    if not 1 / MAX_RATIO <= width / height <= MAX_RATIO:
+        raise InputError(f"--aspect_ratio {aspect_ratio} is outside 1:{MAX_RATIO:g} to {MAX_RATIO:g}:1")
+    return aspect_ratio
+
+
 def check_video_length(num_frames: int) -> int:
-    """The frame count itself where it is 4n + 1 with n >= 0, else InputError with the nearest two that are."""
+    """The frame count itself where it is 4n + 1 with n >= 0 and not too large, else InputError with what is allowed."""
     if num_frames < 1 or (num_frames - 1) % TEMPORAL_RATIO:
         below = max(1, (num_frames - 1) // TEMPORAL_RATIO * TEMPORAL_RATIO + 1)
         raise InputError(
             f"--video_length {num_frames} is not 4n+1; the nearest are {below} and {below + TEMPORAL_RATIO}"
         )
+    if num_frames > MAX_VIDEO_LENGTH:
+        raise InputError(f"--video_length {num_frames} is more than {MAX_VIDEO_LENGTH}")
     return num_frames
 
 

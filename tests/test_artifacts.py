@@ -70,8 +70,9 @@ def test_the_sibling_suites_bfloat16_in_float32_gets_its_dtype_back(tmp_path, sp
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [
-        ('{"latents": "torch.bfloat61"}', "gives latents the dtype 'torch.bfloat61', which torch does not have"),
-        ('{"latents": "torch.nn"}', "gives latents the dtype 'torch.nn', which torch does not have"),
+        ('{"latents": "torch.bfloat61"}', "gives latents the dtype 'torch.bfloat61'; allowed are float64, float32,"),
+        ('{"latents": "torch.nn"}', "gives latents the dtype 'torch.nn'; allowed are float64, float32,"),
+        ('{"latents": "torch.quint8"}', "gives latents the dtype 'torch.quint8'; allowed are float64, float32,"),
         ('["bfloat16"]', "its dtype_info is not a JSON object of dtype names"),
         ('{"latents": 16}', "its dtype_info is not a JSON object of dtype names"),
         ("bfloat16", "its dtype_info is not a JSON object of dtype names"),
@@ -275,13 +276,13 @@ def test_a_later_stage_needs_a_config_to_add_to(tmp_path):
 
 def test_the_sibling_suites_keys_are_read_and_kept_under_our_names(tmp_path):
     path = tmp_path / artifacts.CONFIG_FILE
-    path.write_text(json.dumps({"model_id": "a/b", "num_frames": 49, "frames": 7}))
-    assert artifacts.read_config(tmp_path) == {"model_path": "a/b", "video_length": 49, "frames": 7}
+    path.write_text(json.dumps({"model_id": "a/b", "num_frames": 49, "seed": 7}))
+    assert artifacts.read_config(tmp_path) == {"model_path": "a/b", "video_length": 49, "seed": 7}
     artifacts.update_config(tmp_path, {"output_video": "v.mp4"})
     assert json.loads(path.read_text()) == {
         "model_path": "a/b",
         "video_length": 49,
-        "frames": 7,
+        "seed": 7,
         "output_video": "v.mp4",
     }
 

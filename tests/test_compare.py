@@ -309,7 +309,7 @@ def refused(capsys, *args: object) -> str:
             "in common: a has output_video.mp4, stage2_latents.safetensors; empty has none",
         ),
         (["a", "b"], "error: stage2_latents.safetensors differs in shape: [1, 32, 2, 6, 10] in a, [1, 32, 1, 6, 10] in b"),
-        (["a", "nan"], "error: nan/stage2_latents.safetensors holds NaN or Inf"),
+        (["a", "nan"], "error: nan/stage2_latents.safetensors: latents holds NaN or Inf"),
         (
             ["a", "short"],
             "error: output_video.mp4 differs in shape: 3 frames of 160x96 px in a, 2 frames of 160x96 px in short",

@@ -1,8 +1,10 @@
 """The launchers: how many processes, which flags, which status; with a stand-in for Python that writes down its calls."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,37 @@ def test_an_old_python_is_refused(bare):
 def test_launchers_stop_at_errors_and_unset_variables():
     for script in sorted(Path(ROOT).glob("run_*.sh")):
         assert "set -euo pipefail" in script.read_text(), script.name
+
+
+# Waits for a signal as a stage does, and ends with its status.
+PATIENT = """\
+#!/usr/bin/env bash
+case "$*" in
+*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
+esac
+trap 'echo "got TERM" >>"$CALLS"; exit 143' TERM
+trap 'echo "got INT" >>"$CALLS"; exit 130' INT
+echo ready >>"$CALLS"
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130)])
+@pytest.mark.parametrize("script", ["run_staged.sh", "run_stage2.sh"])
+def test_a_signal_reaches_the_stage_and_its_status_comes_back(tmp_path, script, name, status):
+    """bash died of SIGTERM by itself, and left the stage running."""
+    stand_in, calls = tmp_path / "python", tmp_path / "calls"
+    stand_in.write_text(PATIENT)
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
+    command = ["bash", str(ROOT / script), "--gpus", "1"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
+    while not (calls.exists() and "ready" in calls.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    assert process.wait(60) == status
+    assert calls.read_text() == f"ready\ngot {name}\n", "once, and no stage after it"
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])

@@ -53,7 +53,9 @@ def test_embeddings_config_and_report(done, tiny_official):
         "task_type": "t2v",
         "image_path": None,
         "dtype": "auto",
+        "embeddings_sha256": artifacts.sha256(folder / artifacts.EMBEDDINGS_FILE),
     }
+    assert len(metadata["made_from_sha256"]) == 64
     assert "prompt_embeds [1, 1000, 64]" in result.stderr
     assert "stage 1 done: load " in result.stderr
 

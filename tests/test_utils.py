@@ -76,7 +76,7 @@ def test_ctrl_c_is_status_130(capfd):
         raise KeyboardInterrupt
 
     assert utils.run_stage("stage x", ARGS, body=interrupt) == 130
-    assert capfd.readouterr().err == "error: stage x was interrupted\n"
+    assert capfd.readouterr().err == "error: stage x was interrupted by SIGINT; run the same command again\n"
 
 
 def test_only_one_process_runs_a_stage_for_one(monkeypatch):

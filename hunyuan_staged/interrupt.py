@@ -1,0 +1,124 @@
+"""SIGTERM and Ctrl-C: the first one ends a run in good order, a second one at once.
+
+Python runs a signal's handler only when the main thread comes back from the call that it is in, which with a GPU can be
+a whole step later. So the bytes that the interpreter writes for each signal as it arrives are read by a thread of its
+own: it sees a second signal, and that patience has run out, whatever the main thread is doing.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
+
+
+class Interrupted(BaseException):
+    """A signal ends this run. `after` says how far it came and how to go on, for the one line that the user sees."""
+
+    def __init__(self, signum: int, after: str = "; run the same command again") -> None:
+        super().__init__(signum, after)
+        self.signum, self.after = signum, after
+
+    @property
+    def status(self) -> int:
+        """The exit status: 130 for Ctrl-C, 143 for SIGTERM."""
+        return SIGNALLED + self.signum
+
+    def __str__(self) -> str:
+        return f"was interrupted by {signal.Signals(self.signum).name}{self.after}"
+
+
+class Interrupts:
+    """Inside its context SIGTERM and SIGINT raise Interrupted, or, while they are deferred, are only noted.
+
+    A second signal ends the process at once. patience: so many seconds after the first one the process ends at once,
+    too; None waits for ever. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the first signal's number
+        self.patience: float | None = None
+        self._deferred = False
+        self._notice: Callable[[int], None] | None = None
+        self._restore: Callable[[], None] | None = None
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        handlers: dict[signal.Signals, Any] = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(read,), name="interrupts", daemon=True)
+        watcher.start()
+
+        def restore() -> None:
+            signal.set_wakeup_fd(former)
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            os.close(write)  # which ends the watcher
+            watcher.join()
+            os.close(read)
+
+        self._restore = restore
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._deferred = True
+        if self._restore:
+            self._restore()
+
+    @contextlib.contextmanager
+    def deferred(self, notice: Callable[[int], None] | None = None) -> Iterator[None]:
+        """Let a first signal only be noted in `received`; what is still unanswered at the end raises Interrupted.
+
+        notice(signum) is called when it arrives, on another thread.
+        """
+        self._deferred, self._notice = True, notice
+        try:
+            yield
+        finally:
+            self._deferred, self._notice = False, None
+        if self.received:
+            raise Interrupted(self.received)
+
+    def ignore(self) -> None:
+        """Raise nothing any more: the process is on its way out. A second signal still ends it at once."""
+        self._deferred = True
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.received:
+            return
+        self.received = signum
+        if not self._deferred:
+            raise Interrupted(signum)
+
+    def _watch(self, pipe: int) -> None:
+        first = None
+        while True:
+            left = None
+            if first is not None and self.patience is not None:
+                left = max(0.0, first[1] + self.patience - time.monotonic())
+            # Every second, since patience may change meanwhile.
+            ready = select.select([pipe], [], [], 1.0 if left is None else min(left, 1.0))[0]
+            if not ready:
+                if first is not None and left == 0.0:
+                    os._exit(SIGNALLED + first[0])
+                continue
+            data = os.read(pipe, 1)
+            if not data:
+                return
+            if data[0] not in SIGNALS:
+                continue
+            if first is not None:
+                os._exit(SIGNALLED + data[0])
+            first = data[0], time.monotonic()
+            if self._notice:
+                self._notice(data[0])
