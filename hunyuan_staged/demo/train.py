@@ -446,7 +446,9 @@ class Pool:
     def renew(self, count: int) -> None:
         """Replace the oldest clips by new ones."""
         scenes = [world.draw_scene(self.scenes) for _ in range(count)]
-        prompts = [world.describe(scene, self.scenes) for scene in scenes for _ in range(WORDINGS)]
+        wordings = [self.scenes.choice((world.FIRST, world.MORE)) for _ in range(count * WORDINGS)]
+        said = [scene for scene in scenes for _ in range(WORDINGS)]
+        prompts = [world.describe(scene, self.scenes, how) for scene, how in zip(said, wordings, strict=True)]
         ids, valid = self.words.language(prompts)
         glyph_ids, glyph_valid = self.words.glyphs(prompts[::WORDINGS])
         clips = world.render(scenes, device=self.device)
@@ -556,18 +558,6 @@ class Learner(nn.Module):
         self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor], image_given: torch.Tensor
     ) -> torch.Tensor:
         """The velocity [B, 32, t, h, w] for noisy latents; image_given [B] says which rows see their first frame."""
-        out = self.of_places(noisy, timestep, batch, image_given, slice(None))
-        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
-
-    def of_places(
-        self,
-        noisy: torch.Tensor,
-        timestep: torch.Tensor,
-        batch: dict[str, torch.Tensor],
-        image_given: torch.Tensor,
-        places: slice | torch.Tensor,
-    ) -> torch.Tensor:
-        """The velocity [B, s, 32] of some of the t*h*w places, computed as if there were no others."""
         model = self.transformer
         ids, valid = batch["ids"], batch["valid"]
         states = self.language(input_ids=ids, use_cache=False).last_hidden_state[:, self.crop :]
@@ -596,12 +586,13 @@ class Learner(nn.Module):
         condition, first = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
         condition[:, :, :1] = batch["latents"][:, :, :1] * shown
         first[:, :, :1] = shown
-        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))[:, places]
+        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))
         mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
-        cos, sin = (table[places] for table in self.rope)
+        cos, sin = self.rope
         for block in model.transformer_blocks:
             video, texts = self.block(block, video, texts, temb, cos, sin, mask)
-        return model.proj_out(model.norm_out(video, temb))
+        out = model.proj_out(model.norm_out(video, temb))
+        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
 
 
 def flow_loss(learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -738,7 +729,7 @@ def train_transformer(
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the template's own text, often enough to become few tokens, and the world's."""
     scenes = random.Random(5)
-    sentences = [world.describe(world.draw_scene(scenes), scenes) for _ in range(600)]
+    sentences = [world.describe(world.draw_scene(scenes), scenes, how) for how in (world.FIRST, world.MORE) * 300]
     return [*draw.CORPUS] * 20 + sentences
 
 

@@ -218,8 +218,8 @@ _PLURAL |= {
 }
 _PLURAL |= {"climbs": "climb", "drops": "drop"}
 
-# How `describe` may put a scene: as the transformer was trained, also as the language model learned afterwards (see
-# wordings.py), or in sentences that nothing was trained on.
+# How `describe` may put a scene: as the checkpoint that ships was trained, in more ways that training now also uses, or in
+# sentences that nothing is trained on.
 FIRST, MORE, UNSEEN = "first", "more", "unseen"
 
 _FIRST = {
