@@ -24,7 +24,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hunyuan_staged import InputError, float8, quiet
-from hunyuan_staged.versions import BUCKET_BASE, DEFAULT_RESOLUTION, Version, parse_version, version
+from hunyuan_staged.versions import (
+    BUCKET_BASE,
+    DEFAULT_RESOLUTION,
+    SKIPPED_LAYERS,
+    Version,
+    parse_version,
+    version,
+)
 
 Progress = Callable[..., Iterable[Any]]
 Named = tuple[str, torch.Tensor]
@@ -852,7 +859,6 @@ class ModelFolder:
 
 _VOCABULARY = ("tokenizer.json", "vocab.json")
 _BYTES = "tokenizer_config.json"  # a byte tokenizer has no vocabulary
-SKIPPED_LAYERS = 2  # hidden_states[-3]: the output of the third layer from the end
 
 
 def _language_config(path: Path) -> tuple[Any, int]:

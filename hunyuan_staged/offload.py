@@ -287,4 +287,6 @@ def load_offloaded(
     home = HostBlocks(own, spread(offloaded, len(own)), device, world, dtype)
     loaded = load(home.places(blocks))
     home.ready()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the loading left in pieces: memory is short here
     return loaded, StreamedBlocks(own, home, device)

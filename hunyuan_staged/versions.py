@@ -39,6 +39,7 @@ MAX_TILE_SIZE = 8192
 
 MAX_TEXT_TOKENS = 1000
 MAX_GLYPH_BYTES = 256
+SKIPPED_LAYERS = 2  # of the language model; hidden_states[-3]: the output of the third layer from the end
 
 LATENT_CHANNELS = 32
 SPATIAL_RATIO = 16
