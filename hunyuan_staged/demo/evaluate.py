@@ -126,21 +126,25 @@ def see_word(frames: np.ndarray, length: int) -> str:
     return word
 
 
-def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, bool]:
-    """What of a scene the frames uint8 [T, H, W, 3] show: of a card, its colour, background and word; else the shape."""
+def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
+    """What of a scene the frames uint8 [T, H, W, 3] show, 0 or 1 each: of a card, its colour, background and word.
+
+    Of a card's characters it is the share that is right; "single character" is there only where the word is one.
+    """
     background = see_background(frames)
     if scene.word:
         top, _, left, right = world.card_box(scene.word)
         rim = np.concatenate([frames[:, top + 1 : top + 5, left + 1 : right - 1].reshape(-1, 3)])
         color = _nearest(np.median(rim, axis=0), world.COLORS)
         read = see_word(frames, len(scene.word))
-        characters = sum(a == b for a, b in zip(read, scene.word, strict=True))
-        return {
+        same = [a == b for a, b in zip(read, scene.word, strict=True)]
+        seen: dict[str, float] = {
             "color": color == scene.card,
             "background": background == scene.background,
-            "characters": characters / len(scene.word),  # type: ignore[dict-item]
-            "word": read == scene.word,
+            "characters": sum(same) / len(same),
+            "word": all(same),
         }
+        return seen | ({"single character": same[0]} if len(same) == 1 else {})
     (thing,) = scene.things
     mask = _foreground(frames)
     color = _nearest(np.median(frames[mask], axis=0), world.COLORS) if mask.any() else ""
@@ -249,21 +253,24 @@ def _one_step_late(forward: Any, setting: Setting) -> Any:
     return late
 
 
-def held_out_prompts(kind: str, count: int, seed: int = SEED) -> list[tuple[world.Scene, str]]:
-    """(scene, prompt) pairs that training never saw, neither the combination nor the wording."""
+def held_out_prompts(
+    kind: str, count: int, seed: int = SEED, *, new_wording: bool = True
+) -> list[tuple[world.Scene, str]]:
+    """(scene, prompt) pairs that training never saw: not the combination, and with new_wording not the sentence."""
     draw = random.Random(f"{seed}/{kind}")
     scenes = [world.draw_scene(draw, kind, held_out=True) for _ in range(count)]
-    return [(scene, world.describe(scene, draw, held_out=True)) for scene in scenes]
+    return [(scene, world.describe(scene, draw, world.UNSEEN if new_wording else world.FIRST)) for scene in scenes]
 
 
 def score(
     generator: Generator, prompts: Sequence[tuple[world.Scene, str]], setting: Setting, progress: Any = quiet
 ) -> dict[str, float]:
-    """The share of prompts, in percent, of which each thing is right."""
-    verdicts = []
+    """The share of prompts, in percent, of which each thing is right; of those that are judged by it."""
+    verdicts: dict[str, list[float]] = {}
     for number, (scene, prompt) in enumerate(progress(prompts, desc="judging", unit="clip")):
-        verdicts.append(judge(generator.frames(prompt, SEED + number, setting), scene))
-    return {name: round(100 * float(np.mean([verdict[name] for verdict in verdicts])), 1) for name in verdicts[0]}
+        for name, right in judge(generator.frames(prompt, SEED + number, setting), scene).items():
+            verdicts.setdefault(name, []).append(right)
+    return {name: round(100 * float(np.mean(rights)), 1) for name, rights in verdicts.items()}
 
 
 # -- the contact sheet --
@@ -308,8 +315,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
-    parser.add_argument("--shapes", type=int, default=100, help="clips of one shape (default: %(default)s)")
-    parser.add_argument("--cards", type=int, default=50, help="clips of a card (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", type=int, default=100, help="clips of one shape in each wording (default: %(default)s)"
+    )
+    parser.add_argument("--cards", type=int, default=50, help="clips of a card in each wording (default: %(default)s)")
     parser.add_argument("--ablation", choices=ABLATIONS, default="none", help="break something, to see the score fall")
     parser.add_argument("--contact_sheet", type=Path, help="also write this PNG")
     args = parser.parse_args()
@@ -318,10 +327,12 @@ def main() -> None:
     setting = generator.setting(args.ablation)
     results: dict[str, Any] = {"ablation": args.ablation, "shapes": args.shapes, "cards": args.cards}
     for name, kind, count in (("shape clips", "single", args.shapes), ("card clips", "card", args.cards)):
-        if count:
-            results[name] = score(generator, held_out_prompts(kind, count), setting, tqdm)
-            for what, share in results[name].items():
-                print(f"{name:12} {what:12} {share:5.1f} %")
+        for wording in ("known", "new") if count else ():
+            prompts = held_out_prompts(kind, count, new_wording=wording == "new")
+            title = f"{name}, {wording} wording"
+            results[title] = score(generator, prompts, setting, tqdm)
+            for what, share in results[title].items():
+                print(f"{title:25} {what:12} {share:5.1f} %")
     if args.contact_sheet:
         contact_sheet(generator, args.contact_sheet, tqdm)
     print(json.dumps(results))

@@ -59,6 +59,7 @@ VERSION = "demo_t2v"
 SHARD_BYTES = 15_000_000  # files of the repository stay under 16 MB
 PROMPT_TOKENS, GLYPH_TOKENS = 56, 24  # behind the crop; longer prompts do not occur in the world
 WORDINGS = 4  # of each clip in the pool
+LATENT_GRID = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)[2:]
 TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
 TRAINING_SHIFT = 3.0  # of the noise levels: nearer to noise than uniform, as sampling with shift 5 dwells there
 LATENT_NOISE, LATENT_PULL = 0.05, 1e-3
@@ -215,11 +216,6 @@ def log(phase: str, step: int, **values: float) -> None:
 
 
 # -- VAE --
-
-
-def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of clips in [-1, 1], over all of them, in dB."""
-    return float(10 * torch.log10(4 / F.mse_loss(ours.float(), theirs.float())))
 
 
 def _rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
@@ -438,10 +434,8 @@ class Pool:
         self.scenes = random.Random(seed)
         self.size, self.next = size, 0
         length = words.crop + PROMPT_TOKENS
-        shape = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)
-        self.latents = torch.zeros(
-            size, *shape[1:], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None
-        )
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        self.latents = torch.zeros(size, versions.LATENT_CHANNELS, *LATENT_GRID, device=device, dtype=dtype)
         self.ids = torch.zeros(size, WORDINGS, length, device=device, dtype=torch.int64)
         self.valid = torch.zeros(size, WORDINGS, device=device, dtype=torch.int64)
         self.glyph_ids = torch.zeros(size, GLYPH_TOKENS, device=device, dtype=torch.int64)
@@ -528,31 +522,52 @@ def joint_block(
     return video, texts
 
 
+def without_unused(language: Any) -> tuple[nn.Module, nn.Module]:
+    """Take off the language model, and return, its last layers and its norm: stage 1 reads hidden_states[-3]."""
+    unused = (language.layers[-SKIPPED_LAYERS:], language.norm)
+    language.layers, language.norm = language.layers[:-SKIPPED_LAYERS], nn.Identity()
+    return unused
+
+
 class Learner(nn.Module):
-    """Language model, glyph encoder, image encoder and transformer as one module: conditions and noise to velocity."""
+    """Language model, glyph encoder, image encoder and transformer as one module: conditions and noise to velocity.
 
-    def __init__(self, modules: draw.Modules, crop: int, *, compile: bool) -> None:
+    language: without the layers that stage 1 never uses.
+    """
+
+    def __init__(
+        self,
+        language: Any,
+        glyph: Any,
+        image: Any,
+        transformer: Any,
+        crop: int,
+        *,
+        grid: Sequence[int] = LATENT_GRID,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
-        self.language, self.glyph, self.image = modules.language_model, modules.glyph_encoder, modules.image_encoder
-        self.transformer: Any = modules.transformers[VERSION]
+        self.language, self.glyph, self.image, self.transformer = language, glyph, image, transformer
         self.crop = crop
-        # hidden_states[-3] is what stage 1 takes: neither the last two layers nor the norm are ever used.
-        self.unused = (self.language.layers[-SKIPPED_LAYERS:], self.language.norm)
-        self.language.layers = self.language.layers[:-SKIPPED_LAYERS]
-        self.language.norm = nn.Identity()
         self.block = torch.compile(joint_block, dynamic=False) if compile else joint_block
-        grid = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)[2:]
         self.rope: tuple[torch.Tensor, ...] = rope_table(self.transformer, *grid)
-
-    def whole_language_model(self) -> None:
-        """Put back the layers that training left out."""
-        self.language.layers.extend(self.unused[0])
-        self.language.norm = self.unused[1]
 
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor], image_given: torch.Tensor
     ) -> torch.Tensor:
         """The velocity [B, 32, t, h, w] for noisy latents; image_given [B] says which rows see their first frame."""
+        out = self.of_places(noisy, timestep, batch, image_given, slice(None))
+        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
+
+    def of_places(
+        self,
+        noisy: torch.Tensor,
+        timestep: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        image_given: torch.Tensor,
+        places: slice | torch.Tensor,
+    ) -> torch.Tensor:
+        """The velocity [B, s, 32] of some of the t*h*w places, computed as if there were no others."""
         model = self.transformer
         ids, valid = batch["ids"], batch["valid"]
         states = self.language(input_ids=ids, use_cache=False).last_hidden_state[:, self.crop :]
@@ -581,13 +596,12 @@ class Learner(nn.Module):
         condition, first = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
         condition[:, :, :1] = batch["latents"][:, :, :1] * shown
         first[:, :, :1] = shown
-        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))
+        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))[:, places]
         mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
-        cos, sin = self.rope
+        cos, sin = (table[places] for table in self.rope)
         for block in model.transformer_blocks:
             video, texts = self.block(block, video, texts, temb, cos, sin, mask)
-        out = model.proj_out(model.norm_out(video, temb))
-        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
+        return model.proj_out(model.norm_out(video, temb))
 
 
 def flow_loss(learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -822,7 +836,9 @@ def main() -> None:
     vae.eval().requires_grad_(False)
 
     words = Words(modules.tokenizer, modules.glyph_tokenizer)
-    learner = Learner(modules, words.crop, compile=device.type == "cuda")
+    language, unused = modules.language_model, without_unused(modules.language_model)
+    parts = (language, modules.glyph_encoder, modules.image_encoder, modules.transformers[VERSION])
+    learner = Learner(*parts, words.crop, compile=device.type == "cuda")
     start_learning(learner)
     learner.to(device)
     learner.rope = tuple(table.to(device) for table in learner.rope)
@@ -842,7 +858,8 @@ def main() -> None:
     done = train_transformer(
         learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, peaks=peaks, save=save
     )
-    learner.whole_language_model()
+    language.layers.extend(unused[0])
+    language.norm = unused[1]
     learner.cpu()
     vae.cpu()
     write_checkpoint(modules, args.out / "checkpoint")

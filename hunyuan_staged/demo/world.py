@@ -208,33 +208,97 @@ _VERBS |= {
     for side in ("left", "right")
 }
 _PLURAL = {"moves": "move", "slides": "slide", "drifts": "drift", "goes": "go", "rises": "rise", "floats": "float"}
-_PLURAL |= {"sinks": "sink", "falls": "fall"}
+_PLURAL |= {
+    "sinks": "sink",
+    "falls": "fall",
+    "travels": "travel",
+    "glides": "glide",
+    "heads": "head",
+    "shifts": "shift",
+}
+_PLURAL |= {"climbs": "climb", "drops": "drop"}
 
-_SINGLE = (
-    "a {thing} {verb} over a {background} background",
-    "a {thing} {verb} on a {background} background",
-    "a {thing} that {verb}, {background} background",
-    "{background} background, a {thing} {verb}",
-    "on a {background} background a {thing} {verb}",
-    "the {thing} {verb} over a {background} background",
-    "a video of a {thing} that {verb} over a {background} background",
-    "in front of a {background} background, a {thing} {verb}",
-)
-_PAIR = (
-    "{things} {verb} over a {background} background",
-    "{things} {verb} on a {background} background",
-    "{background} background, {things} {verb}",
-    "on a {background} background {things} {verb}",
-)
-_CARD = (
-    'a {card} card with the text "{word}" on a {background} background',
-    'a {card} sign that says "{word}", {background} background',
-    'a {card} card that reads "{word}" over a {background} background',
-    'on a {background} background a {card} sign with "{word}"',
-    'a {card} sign showing "{word}" in front of a {background} background',
-)
-# Wordings that training never uses.
-_HELD_OUT = {
+# How `describe` may put a scene: as the transformer was trained, also as the language model learned afterwards (see
+# wordings.py), or in sentences that nothing was trained on.
+FIRST, MORE, UNSEEN = "first", "more", "unseen"
+
+_FIRST = {
+    "single": (
+        "a {thing} {verb} over a {background} background",
+        "a {thing} {verb} on a {background} background",
+        "a {thing} that {verb}, {background} background",
+        "{background} background, a {thing} {verb}",
+        "on a {background} background a {thing} {verb}",
+        "the {thing} {verb} over a {background} background",
+        "a video of a {thing} that {verb} over a {background} background",
+        "in front of a {background} background, a {thing} {verb}",
+    ),
+    "pair": (
+        "{things} {verb} over a {background} background",
+        "{things} {verb} on a {background} background",
+        "{background} background, {things} {verb}",
+        "on a {background} background {things} {verb}",
+    ),
+    "card": (
+        'a {card} card with the text "{word}" on a {background} background',
+        'a {card} sign that says "{word}", {background} background',
+        'a {card} card that reads "{word}" over a {background} background',
+        'on a {background} background a {card} sign with "{word}"',
+        'a {card} sign showing "{word}" in front of a {background} background',
+    ),
+}
+_MORE = {
+    "single": (
+        "a {thing} {verb} against a {background} backdrop",
+        "before a {background} background a {thing} {verb}",
+        "before a {background} wall, the {thing} {verb}",
+        "{background} backdrop, a {thing} {verb}",
+        "on a {background} backdrop a {thing} that {verb}",
+        "the background is {background} and a {thing} {verb}",
+        "a {thing} {verb}. The background is {background}.",
+        "there is a {thing} that {verb} before a {background} background",
+        "an animation of a {thing} that {verb} across a {background} background",
+        "we see a {thing}; it {verb} above a {background} ground",
+        "a {background} backdrop with a {thing} in front of it that {verb}",
+        "{thing} {verb}, {background} background",
+        "a clip in which the {thing} {verb}, everything behind it is {background}",
+    ),
+    "pair": (
+        "{things} {verb} on a {background} backdrop",
+        "against a {background} backdrop, {things} {verb}",
+        "{things} {verb}. The background is {background}.",
+        "there are {things} that {verb} across a {background} background",
+    ),
+    "card": (
+        'a {card} card with "{word}" on it before a {background} backdrop',
+        'a {card} card on a {background} background reads "{word}"',
+        '"{word}" is written on a {card} card, the background is {background}',
+        'the word "{word}" on a {card} sign against a {background} wall',
+        '{background} backdrop, a {card} sign with the letters "{word}"',
+    ),
+}
+_MORE_VERBS = {
+    "left": ("travels left", "glides to the left", "heads left", "shifts left", "moves from right to left"),
+    "right": ("travels right", "glides to the right", "heads right", "shifts right", "moves from left to right"),
+    "up": ("travels up", "climbs", "heads upwards", "moves from the bottom to the top"),
+    "down": ("travels down", "drops", "heads downwards", "moves from the top to the bottom"),
+    "circle": ("orbits", "moves in circles", "follows a circular path", "turns round in a circle"),
+    "grow": ("expands", "is growing", "swells", "gets larger and larger"),
+    "shrink": ("contracts", "is shrinking", "gets smaller and smaller", "dwindles"),
+    "apart": ("part", "separate", "go away from each other"),
+    "together": ("approach each other", "meet", "go towards each other"),
+}
+_MORE_VERBS |= {
+    f"{vertical} {side}": (
+        f"heads diagonally {vertical} {side}",
+        f"glides {vertical} and {side}",
+        f"moves towards the {'top' if vertical == 'up' else 'bottom'} {side} corner",
+    )
+    for vertical in ("up", "down")
+    for side in ("left", "right")
+}
+# Sentences that nothing is trained on, of words that are.
+_UNSEEN = {
     "single": ("a {thing} {verb} before a {background} backdrop", "over a {background} background, the {thing} {verb}"),
     "pair": ("in front of a {background} background {things} {verb}",),
     "card": (
@@ -251,20 +315,21 @@ def _background_words(draw: random.Random, scene: Scene) -> str:
     return f"two-tone {upper} and {lower}"
 
 
-def describe(scene: Scene, draw: random.Random, *, held_out: bool = False) -> str:
-    """The scene in words, in a random wording that training uses, or with held_out in one that it never does."""
-    return re.sub(r"\ba (?=orange)", "an ", _describe(scene, draw, held_out))
+def describe(scene: Scene, draw: random.Random, wording: str = FIRST) -> str:
+    """The scene in words, in a random sentence of a wording: FIRST, MORE or UNSEEN."""
+    return re.sub(r"\b([Aa]) (?=orange)", r"\1n ", _describe(scene, draw, wording))
 
 
-def _describe(scene: Scene, draw: random.Random, held_out: bool) -> str:
+def _describe(scene: Scene, draw: random.Random, wording: str) -> str:
     background = _background_words(draw, scene)
-    if scene.word:
-        pattern = draw.choice(_HELD_OUT["card"] if held_out else _CARD)
+    kind = "card" if scene.word else "single" if len(scene.things) == 1 else "pair"
+    pattern = draw.choice({FIRST: _FIRST, MORE: _MORE, UNSEEN: _UNSEEN}[wording][kind])
+    if kind == "card":
         return pattern.format(card=scene.card, word=scene.word, background=background)
-    verb = draw.choice(_VERBS[scene.motion])
-    if len(scene.things) == 1:
+    more = wording == MORE and draw.random() < 0.5
+    verb = draw.choice((_MORE_VERBS if more else _VERBS)[scene.motion])
+    if kind == "single":
         thing = f"{scene.things[0].color} {scene.things[0].shape}"
-        pattern = draw.choice(_HELD_OUT["single"] if held_out else _SINGLE)
         return pattern.format(thing=thing, verb=verb, background=background)
     first, second = scene.things
     if first.shape == second.shape and draw.random() < 0.5:
@@ -273,7 +338,6 @@ def _describe(scene: Scene, draw: random.Random, held_out: bool) -> str:
         things = f"a {first.color} {first.shape} and a {second.color} {second.shape}"
     word, _, rest = verb.partition(" ")
     verb = f"{_PLURAL.get(word, word)} {rest}".strip()
-    pattern = draw.choice(_HELD_OUT["pair"] if held_out else _PAIR)
     return pattern.format(things=things, verb=verb, background=background)
 
 
@@ -326,31 +390,23 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def render(
-    scenes: Sequence[Scene],
-    *,
-    device: torch.device | str = "cpu",
-    frames: slice = slice(None),
-    rows: slice = slice(0, HEIGHT),
-    columns: slice = slice(0, WIDTH),
-) -> torch.Tensor:
-    """Clips [B, 3, T, H, W] in [-1, 1], edges smoothed over one pixel; of some frames, rows and columns alone if asked."""
-    y = torch.arange(rows.start, rows.stop, device=device, dtype=torch.float32)[:, None] + 0.5
-    x = torch.arange(columns.start, columns.stop, device=device, dtype=torch.float32)[None, :] + 0.5
-    count = len(range(FRAMES)[frames])
+def render(scenes: Sequence[Scene], *, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1], edges smoothed over one pixel."""
+    y = torch.arange(HEIGHT, device=device, dtype=torch.float32)[:, None] + 0.5
+    x = torch.arange(WIDTH, device=device, dtype=torch.float32)[None, :] + 0.5
     # [B, 2, 3] → halves of the picture → [B, 3, T, H, W]
     halves = torch.tensor([[BACKGROUNDS[name] for name in scene.background] for scene in scenes], device=device).float()
     lower = (y >= HEIGHT / 2).float()
     picture = halves[:, 0, :, None, None] * (1 - lower) + halves[:, 1, :, None, None] * lower
-    clips = picture[:, :, None].expand(-1, -1, count, -1, len(range(columns.start, columns.stop))).clone()
+    clips = picture[:, :, None].expand(-1, -1, FRAMES, -1, WIDTH).clone()
     for shape in SHAPES:
         for slot in (0, 1):
             index = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
             if not index:
                 continue
             things = [scenes[i].things[slot] for i in index]
-            centers = torch.from_numpy(np.stack([t.centers[frames] for t in things])).to(device, torch.float32)
-            radii = torch.from_numpy(np.stack([t.radii[frames] for t in things])).to(device, torch.float32)
+            centers = torch.from_numpy(np.stack([t.centers for t in things])).to(device, torch.float32)
+            radii = torch.from_numpy(np.stack([t.radii for t in things])).to(device, torch.float32)
             dx = x - centers[..., 0, None, None]
             dy = y - centers[..., 1, None, None]
             cover = (0.5 - _distance(shape, dx, dy, radii[..., None, None])).clamp(0, 1)[:, None]
@@ -359,9 +415,7 @@ def render(
     ink, paper = torch.tensor(INK, device=device).float(), atlas().to(device)
     for i, scene in enumerate(scenes):
         if scene.word:
-            still = picture[i].expand(-1, -1, len(range(columns.start, columns.stop))).clone()
-            still = _card(scene, still, paper, ink, rows.start, columns.start)
-            clips[i] = still[:, None]
+            clips[i] = _card(scene, picture[i].expand(-1, -1, WIDTH), paper, ink)[:, None]
     return clips / 127.5 - 1
 
 
@@ -370,17 +424,14 @@ def to_8bit(clips: torch.Tensor) -> torch.Tensor:
     return ((clips + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def _card(
-    scene: Scene, still: torch.Tensor, letters: torch.Tensor, ink: torch.Tensor, row: int, column: int
-) -> torch.Tensor:
-    """Lay a scene's card and word over a still picture [3, H, W] whose corner is at (row, column) of the whole."""
-    whole = torch.zeros(2, HEIGHT, WIDTH, device=still.device)  # card, ink
+def _card(scene: Scene, still: torch.Tensor, letters: torch.Tensor, ink: torch.Tensor) -> torch.Tensor:
+    """A still picture [3, H, W] with the scene's card and word laid over it."""
+    card, word = torch.zeros(2, HEIGHT, WIDTH, device=still.device)
     top, bottom, left, right = card_box(scene.word)
-    whole[0, top:bottom, left:right] = 1
+    card[top:bottom, left:right] = 1
     for slot, character in enumerate(scene.word):
         x = left + 6 + slot * CELL_WIDTH
-        whole[1, top + 6 : bottom - 6, x : x + CELL_WIDTH] = letters[CHARACTERS.index(character)]
-    card, word = whole[:, row : row + still.shape[1], column : column + still.shape[2]]
+        word[top + 6 : bottom - 6, x : x + CELL_WIDTH] = letters[CHARACTERS.index(character)]
     color = torch.tensor(COLORS[scene.card], device=still.device).float()[:, None, None]
     still = still * (1 - card) + color * card
     return still * (1 - word) + ink[:, None, None] * word
