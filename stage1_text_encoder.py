@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, check_output_dir, versions
+from hunyuan_staged import InputError, check_output_dir, plan, versions
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights.add_argument("--cfg_distilled", action="store_true", help="the weights with guidance distilled into them")
     weights.add_argument("--step_distilled", action="store_true", help="the weights for 8 or 12 steps")
     weights.add_argument("--sparse_attn", action="store_true", help="the sparse weights (distilled, too)")
+    utils.add_offload_flags(parser.add_argument_group("memory"), blocks="layers of the language model")
     utils.add_run_flags(parser)
     return parser
 
@@ -109,6 +111,51 @@ def pick_version(args: argparse.Namespace, folder: ModelFolder) -> Version:
     return version
 
 
+def plan_memory(
+    run: utils.Run, args: argparse.Namespace, skeleton: Any, version: Version, dtype: torch.dtype
+) -> tuple[plan.Fit, dict[str, object]]:
+    """How the language model, the largest by far, is laid out in memory, and the rows that --dry_run prints.
+
+    InputError where it does not fit.
+    """
+    from hunyuan_staged import offload
+
+    weights = offload.weights_of(skeleton, skeleton.layers, dtype)
+    free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
+    remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
+    fit = plan.fit("the text encoder", weights, plan.LANGUAGE_WORKING, free, asked=asked, remedies=remedies)
+    return fit, {
+        "version": version.name,
+        "weights": f"{plan.gib(weights.total)} of the language model, {dtype}",
+        **fit.rows(weights.count, free, "layers"),
+        "ranks": 1,
+        "expected time": "unknown: not measured",
+    }
+
+
+def load_language_model(
+    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """(tokenizer, language model), with as many of its layers on the host as the flags or the memory ask for."""
+    from hunyuan_staged import checkpoints, offload
+
+    skeleton = folder.language_skeleton()
+    fit, _ = plan_memory(run, args, skeleton, version, dtype)
+    run.log.info(fit.describe(len(skeleton.layers), "layers"))
+
+    def load(places: checkpoints.Places) -> tuple[Any, Any]:
+        return folder.load_language_model(
+            device=run.device, dtype=dtype, progress=run.progress, skeleton=skeleton, places=places
+        )
+
+    (tokenizer, model), layers = offload.load_offloaded(
+        skeleton, "layers", fit.offloaded, load, device=run.device, dtype=dtype, world=run.world
+    )
+    if layers:
+        layers.hook()
+    return tokenizer, model
+
+
 def encode_text(
     run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -116,7 +163,7 @@ def encode_text(
     from hunyuan_staged import text
 
     with run.part("load"):
-        tokenizer, model = folder.load_language_model(device=run.device, dtype=dtype, progress=run.progress)
+        tokenizer, model = load_language_model(run, args, folder, version, dtype)
     for name, prompt in (("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)):
         dropped = text.tokenise(tokenizer, prompt).dropped
         if dropped:
@@ -124,6 +171,7 @@ def encode_text(
     with run.part("compute"):
         tensors = text.language_embeddings(tokenizer, model, args.prompt, args.negative_prompt)
     del tokenizer, model
+    gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
     glyph_tokenizer = glyph_model = None
     if text.glyph_text(args.prompt):
         with run.part("load"):
@@ -162,7 +210,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
     picture = image.load_image(args.image_path) if args.image_path else None
-    run.claim(Path(args.output_dir) / artifacts.LOCK_FILE, artifacts.STAGE_FILES[1])
+    if not args.dry_run:
+        run.claim(Path(args.output_dir) / artifacts.LOCK_FILE, artifacts.STAGE_FILES[1])
     parts = ["text"] + ["glyph"] * bool(text.glyph_text(args.prompt)) + ["image", "vae"] * bool(picture)
     model_path = args.model_path or demo_checkpoint(run)
     folder = checkpoints.open_model(model_path, [*parts, "transformer"], run.progress)
@@ -170,6 +219,9 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     for part in parts:
         folder.require(part)
     dtype = utils.torch_dtype(args.dtype, run.device)
+    if args.dry_run:
+        run.show_plan(plan_memory(run, args, folder.language_skeleton(), version, dtype)[1])
+        return
     run.log.info(f"transformer version {version.name}; encoding in {dtype} on {run.device}")
     tensors = encode_text(run, args, folder, version, dtype) | encode_image(run, picture, folder, version, dtype)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, check_output_dir, versions
+from hunyuan_staged import InputError, check_output_dir, plan, versions
 
 if TYPE_CHECKING:
     from hunyuan_staged.resume import Facts
@@ -90,9 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument(
         "--no_compile", action="store_true", help="start at once, without torch.compile (GPU; each step is slower)"
     )
-    offload = speed.add_mutually_exclusive_group()
-    offload.add_argument("--enable_offloading", action="store_true", help="keep the blocks in host memory until used")
-    offload.add_argument("--disable_offloading", action="store_true", help="keep all weights on the device (default)")
+    speed.add_argument(
+        "--weights_dtype",
+        choices=versions.WEIGHTS_DTYPES,
+        help="store the linear weights of the blocks in float8 and compute in --dtype: half the memory (default: --dtype)",
+    )
+    offloading = utils.add_offload_flags(speed, blocks="blocks")
+    offloading.add_argument("--offload_blocks", type=int, help="of so many blocks (default: as the GPU's memory asks)")
     utils.add_run_flags(parser)
     return parser
 
@@ -134,6 +139,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--checkpoint_every {args.checkpoint_every} is neither 0 (never) nor a number of steps")
     if args.guidance_scale is not None and not 1 <= args.guidance_scale < 100:
         raise InputError(f"--guidance_scale {args.guidance_scale} is outside 1 to 100")
+    if args.offload_blocks is not None and args.offload_blocks < 0:
+        raise InputError(f"--offload_blocks {args.offload_blocks} is not a number of blocks")
     if not 0 <= args.seed < 2**64:
         raise InputError(f"--seed {args.seed} is outside 0 to 2^64 - 1")
     if args.output_dir is not None:
@@ -236,6 +243,7 @@ def facts_of(
             "sage_blocks_range": args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS,
             "sigmas": artifacts.digest({"sigmas": sigmas}),
         }
+        | ({"weights_dtype": args.weights_dtype} if args.weights_dtype else {})
         | {name: value for name, (value, _) in hashes.items()},
         {
             "processes": run.world.size,
@@ -254,6 +262,82 @@ def compiled(run: utils.Run, args: argparse.Namespace) -> bool:
     return run.device.type == "cuda" and not args.no_compile
 
 
+def plan_memory(
+    run: utils.Run,
+    args: argparse.Namespace,
+    settings: Settings,
+    skeleton: Any,
+    dtype: Any,
+    attention: Any,
+    text_tokens: int,
+) -> tuple[plan.Fit, dict[str, object]]:
+    """How the transformer is laid out in memory, and the rows that --dry_run prints; InputError where it does not fit."""
+    import torch
+
+    from hunyuan_staged import offload, parallel
+
+    config = skeleton.config
+    rows, shards = parallel.plan_layout(run.world.size, guidance_rows(settings), args.cfg_parallel)
+    weights = offload.weights_of(skeleton, skeleton.transformer_blocks, dtype)
+    block = sum(tensor.numel() for tensor in skeleton.transformer_blocks[0].parameters()) * dtype.itemsize
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    denoising = plan.Denoising(
+        plan.video_tokens(settings.video_length, settings.height, settings.width, patch),
+        text_tokens,
+        config.num_attention_heads * config.attention_head_dim,
+        dtype.itemsize,
+        attention.name,
+        compiled(run, args),
+        shards,
+        block if args.weights_dtype else 0,
+    )
+    free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
+    fit = plan.fit(
+        f"{settings.width}x{settings.height}, {settings.video_length} frames",
+        weights,
+        denoising.working,
+        free,
+        asked=asked,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", run.world.size)),
+        remedies=plan.denoising_remedies(
+            weights,
+            denoising,
+            free,
+            asked=asked,
+            num_frames=settings.video_length,
+            float8=bool(args.weights_dtype),
+            resolution=settings.version.resolution,
+        ),
+    )
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    seconds = plan.expected_seconds(
+        gpu,
+        denoising,
+        fit.offloaded,
+        layers=weights.count,
+        rows=guidance_rows(settings),
+        ranks=run.world.size,
+        steps=settings.num_inference_steps,
+        float8=bool(args.weights_dtype),
+    )
+    return fit, {
+        "version": settings.version.name,
+        "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
+        "tokens": f"{denoising.video_tokens} of the video, {text_tokens} of the text",
+        "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
+        "weights": f"{plan.gib(weights.total)}, {args.weights_dtype or dtype}; computed in {dtype}",
+        "attention": f"{attention.name} ({attention.reason})",
+        "ranks": f"{run.world.size}: {parallel.Layout(rows, shards).describe()}",
+        **fit.rows(weights.count, free),
+        "expected time": "unknown: no such step has been measured" if seconds is None else f"{seconds:.0f} s ({gpu})",
+    }
+
+
+def guidance_rows(settings: Settings) -> int:
+    """2 with guidance, else 1."""
+    return 2 if settings.guidance_scale != 1 else 1
+
+
 def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Read the embeddings, load the transformer, denoise, write the latents."""
     import torch
@@ -263,7 +347,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     output_dir = Path(args.output_dir or args.input_dir)
     artifacts.require_file(Path(args.input_dir) / artifacts.CONFIG_FILE)
-    run.claim(output_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[2])
+    if not args.dry_run:
+        run.claim(output_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[2])
     config = artifacts.read_config(args.input_dir)
     embeddings, metadata = artifacts.load_embeddings(args.input_dir)
     embeddings_hash = artifacts.sha256(Path(args.input_dir) / artifacts.EMBEDDINGS_FILE)
@@ -291,6 +376,15 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         settings.width,
         model_config.get("out_channels", versions.LATENT_CHANNELS),
     )
+    prefixes = ("negative_", "") if guidance_rows(settings) == 2 else ("",)
+    skeleton = folder.transformer_skeleton(version.name, weights_dtype=args.weights_dtype)
+    text_tokens = max(
+        transformer.conditioning_of(embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
+        for prefix in prefixes
+    )
+    if args.dry_run:
+        run.show_plan(plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)[1])
+        return
     hashes = {
         "weights": (folder.fingerprint(["transformer"], version.name), model_path),
         artifacts.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
@@ -307,13 +401,27 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         warn=run.log.warning,
     )
     done, kept = keeper.load(shape, resume=args.resume)
-    layout = parallel.make_layout(run.world, 2 if settings.guidance_scale != 1 else 1, args.cfg_parallel)
+    fit, _ = plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)
+    layout = parallel.make_layout(run.world, guidance_rows(settings), args.cfg_parallel)
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
+    run.log.info(fit.describe(len(skeleton.transformer_blocks)))
 
     with run.part("load"):
-        home = torch.device("cpu") if args.enable_offloading else run.device
-        model: Any = folder.load_transformer(version.name, device=home, dtype=dtype, progress=run.progress)
-        blocks = offload.stream_blocks(model, run.device) if args.enable_offloading else None
+
+        def load(places: checkpoints.Places) -> Any:
+            return folder.load_transformer(
+                version.name, device=run.device, dtype=dtype, progress=run.progress, skeleton=skeleton, places=places
+            )
+
+        model, blocks = offload.load_offloaded(
+            skeleton,
+            "transformer_blocks",
+            fit.offloaded,
+            load,
+            device=run.device,
+            dtype=dtype,
+            world=run.world,
+        )
     run.log.info(
         f"{version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
@@ -322,7 +430,6 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     with run.part("compute"):
         started = time.perf_counter()
         forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, args))
-        prefixes = ("negative_", "") if settings.guidance_scale != 1 else ("",)
         rows = [transformer.conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
         noise = denoise.draw_noise(shape, args.seed, dtype).to(run.device)
         with keeper.watching() as on_step:
@@ -358,6 +465,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             "attn_mode": attention.name,
             artifacts.EMBEDDINGS_HASH: embeddings_hash,
             artifacts.MADE_FROM: facts.digest(),
+            **({"weights_dtype": args.weights_dtype} if args.weights_dtype else {}),
         }
         path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
         additions = {

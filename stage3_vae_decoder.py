@@ -8,9 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
-from hunyuan_staged import InputError, check_output_dir, tiles, versions
+from hunyuan_staged import InputError, check_output_dir, plan, tiles, versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from hunyuan_staged.checkpoints import ModelFolder
 
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
 
@@ -38,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tiling = parser.add_argument_group("tiles")
     tiling.add_argument(
-        "--tile_size", type=int, default=versions.DEFAULT_TILE_SIZE, help="side of a tile in px (default: %(default)s)"
+        "--tile_size",
+        type=int,
+        help=f"side of a tile in px (default: {versions.DEFAULT_TILE_SIZE}; {versions.SMALL_TILE_SIZE} where less "
+        "memory is free)",
     )
     tiling.add_argument(
         "--tile_overlap",
@@ -62,7 +71,7 @@ def check(args: argparse.Namespace) -> None:
     if not 1 <= args.fps <= 240:
         raise InputError(f"--fps {args.fps:g} is outside 1 to 240")
     if not args.disable_tiling:
-        tiles.check_tiling(args.tile_size, args.tile_overlap, versions.SPATIAL_RATIO)
+        tiles.check_tiling(tile_size_or_default(args), args.tile_overlap, versions.SPATIAL_RATIO)
     if args.output_video is not None:
         target = Path(args.output_video)
         if target.suffix != ".mp4" or target.is_dir():
@@ -72,6 +81,32 @@ def check(args: argparse.Namespace) -> None:
         check_output_dir("--output_video", target.parent)
         if not target.parent.exists():
             raise InputError(f"--output_video {args.output_video}: {target.parent} does not exist")
+
+
+def tile_size_or_default(args: argparse.Namespace) -> int:
+    """--tile_size, or what it is where there is memory enough."""
+    return versions.DEFAULT_TILE_SIZE if args.tile_size is None else args.tile_size
+
+
+def plan_memory(
+    run: utils.Run, args: argparse.Namespace, latents: torch.Tensor, folder: ModelFolder, itemsize: int
+) -> tuple[plan.Decoding, dict[str, object]]:
+    """The tile size, and the rows that --dry_run prints; InputError where it does not fit."""
+    config = folder.vae_config()
+    frames, height, width = latents.shape[2:]
+    ratio = int(config["spatial_compression_ratio"])
+    size = ((frames - 1) * int(config["temporal_compression_ratio"]) + 1, height * ratio, width * ratio)
+    weights = sum(tensor.numel() for tensor in folder.vae_skeleton("decoder").parameters()) * itemsize
+    # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
+    free = plan.free_memory(run.device) if args.disable_tile_parallelism else run.free_memory()
+    decoding = plan.fit_decoding(config, weights, itemsize, size, free, asked=args.tile_size, whole=args.disable_tiling)
+    held = ", ".join(f"{part} {plan.gib(number)}" for part, number in decoding.parts.items())
+    return decoding, {
+        "video": f"{size[2]}x{size[1]}, {size[0]} frames",
+        "tile size": f"{decoding.tile_size or 'whole frames'} ({decoding.reason})",
+        "memory": f"{plan.gib(decoding.total)}: {held}",
+        "free": free.describe(),
+    }
 
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:
@@ -84,8 +119,9 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     input_dir = Path(args.input_dir)
     output_video = Path(args.output_video or input_dir / artifacts.VIDEO_FILE)
     artifacts.require_file(input_dir / artifacts.LATENTS_FILE)
-    run.claim(input_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[3])
-    if args.output_video:
+    if not args.dry_run:
+        run.claim(input_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[3])
+    if args.output_video and not args.dry_run:
         run.claim(output_video.with_name(f".{output_video.name}{artifacts.LOCK_FILE}"), [output_video.name])
     latents, metadata = artifacts.load_latents(input_dir)
     config = artifacts.read_config(input_dir)
@@ -98,15 +134,22 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
     folder = checkpoints.open_model(model_path, ("vae",), run.progress)
     world = World(run.world.rank, 1, run.device) if args.disable_tile_parallelism else run.world
-    tiling = {"tile_size": None if args.disable_tiling else args.tile_size, "tile_overlap": args.tile_overlap}
-    plan = vae.plan_decode(latents, folder.vae_config(), **tiling)
-    if world.rank not in vae.tile_owners(plan, world.size):
-        return
-
+    vae.plan_decode(latents, folder.vae_config(), tile_size=None, tile_overlap=0)  # latents of another model
     dtype = torch.float16 if run.device.type == "cuda" else torch.float32
+    decoding, rows = plan_memory(run, args, latents, folder, dtype.itemsize)
+    tiling = {"tile_size": decoding.tile_size, "tile_overlap": args.tile_overlap}
+    tile_plan = vae.plan_decode(latents, folder.vae_config(), **tiling)
+    count = len(tile_plan.tiles)
+    if args.dry_run:
+        run.show_plan({**rows, "tiles": count, "ranks": run.world.size, "expected time": "unknown: not measured"})
+        return
+    if world.rank not in vae.tile_owners(tile_plan, world.size):
+        return
+    if args.tile_size is None and decoding.tile_size != versions.DEFAULT_TILE_SIZE:
+        run.log.info(f"tiles of {decoding.tile_size} px: {decoding.reason}")
+
     with run.part("load"):
         decoder, vae_config = folder.load_vae_decoder(device=run.device, dtype=dtype, progress=run.progress)
-    count = len(plan.tiles)
     run.log.info(
         f"latents {list(latents.shape)}: {count} tile{'s' * (count > 1)} on "
         f"{world.size} process{'es' * (world.size > 1)}, {dtype}"

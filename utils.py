@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from hunyuan_staged.parallel import World
+    from hunyuan_staged.plan import Free
 
 BAD_INPUT = 2
 FAULT = 1  # what Python itself ends with after a traceback
@@ -96,7 +97,32 @@ def make_parser(prog: str, description: str, example: str) -> Parser:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script has."""
     group = parser.add_argument_group("other")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print what the run would take, and stop: nothing is loaded or written"
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_offload_flags(group: Any, *, blocks: str) -> Any:
+    """The flags of the stages that can keep a model's blocks on the host; blocks: what they are called.
+
+    Returns the group of flags of which one can be given.
+    """
+    offload = group.add_mutually_exclusive_group()
+    offload.add_argument(
+        "--enable_offloading",
+        action="store_true",
+        help=f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)",
+    )
+    offload.add_argument("--disable_offloading", action="store_true", help="keep all weights on the device, or refuse")
+    return offload
+
+
+def offload_asked(args: argparse.Namespace, count: int) -> int | None:
+    """How many of `count` blocks the flags want offloaded; None where they leave it open."""
+    if args.enable_offloading:
+        return count
+    return 0 if args.disable_offloading else getattr(args, "offload_blocks", None)
 
 
 def add_strict_flag(group: Any) -> None:
@@ -133,6 +159,7 @@ class Run:
         self.interrupts = interrupts
         self.seconds: dict[str, float] = {}
         self.written: list[str] = []
+        self.planned = False
         self._bars: list[Any] = []
         self._claims = contextlib.ExitStack()
         logger.remove()
@@ -181,12 +208,31 @@ class Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
+    def free_memory(self) -> Free:
+        """What is free for each process of the run: the least that any of them has."""
+        from hunyuan_staged import plan
+
+        own = plan.free_memory(self.device)
+        words = self.world.exchange("free memory", f"{-1 if own.device is None else own.device} {own.host}")
+        device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
+        return plan.Free(None if own.device is None else device, host)
+
+    def show_plan(self, rows: Mapping[str, object]) -> None:
+        """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
+        self.planned = True
+        if self.world.is_main:
+            width = max(map(len, rows))
+            for name, value in rows.items():
+                print(f"{name:{width}}  {one_line(value)}", flush=True)
+
     def wrote(self, path: str | Path, what: str) -> None:
         """Note a file for the closing report."""
         self.written.append(f"{path}: {what}")
 
     def report(self) -> None:
         """The closing lines: files with their shapes, seconds by part, peak memory of device and host."""
+        if self.planned:
+            return
         for line in self.written:
             self.log.info(f"wrote {one_line(line)}")
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -321,7 +367,7 @@ def _wait_until(condition: Callable[[], bool]) -> bool:
 
 STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")
 # Within a whole run the folder of every stage is the first one's --output_dir.
-INPUT_DIR, OUTPUT_DIR = "--input_dir", "--output_dir"
+INPUT_DIR, OUTPUT_DIR, DRY_RUN = "--input_dir", "--output_dir", "--dry_run"
 
 SPLIT_HELP = """\
 usage: run_staged.sh [--gpus N] [flags of any stage]
@@ -354,9 +400,11 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
         flag, equals, value = word.partition("=")
         if flag == INPUT_DIR:
             raise InputError(f"{INPUT_DIR} is for a single stage; a whole run has one folder: use {OUTPUT_DIR}")
+        if flag == DRY_RUN:
+            raise InputError(f"{DRY_RUN} is for a single stage: each plans from what the one before it has written")
         owners = [index for index in range(len(flags)) if flag in flags[index]]
         if not flag.startswith("--") or not owners:
-            known = sorted({name for own in flags for name in own if name.startswith("--")} - {INPUT_DIR})
+            known = sorted({name for own in flags for name in own if name.startswith("--")} - {INPUT_DIR, DRY_RUN})
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; see run_staged.sh --help"
             raise InputError(f"{flag} is a flag of no stage{hint}")

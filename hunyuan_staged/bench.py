@@ -1,4 +1,5 @@
-"""`python -m hunyuan_staged.bench stage2 …`: a stage at any size, with random weights built straight on the device.
+"""`python -m hunyuan_staged.bench stage2 …`: a stage at any size, with random weights built straight on the device;
+`… bench memory CLAIM`: what is said about memory (bench_memory.py).
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hunyuan_staged import versions
+from hunyuan_staged import bench_memory, versions
 
 # The practical peak of one H100 in dense bf16 products (../shared/measured.md: 8192^3 at about 790 TFLOP/s).
 PEAK_TFLOPS = 790.0
@@ -126,7 +127,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of a denoising step of the full-size transformer, over whole guided steps."""
     import torch
 
-    from hunyuan_staged import denoise, offload, parallel, schedule, transformer
+    from hunyuan_staged import denoise, float8, offload, parallel, plan, schedule, transformer
     from hunyuan_staged.attention import choose_attention
 
     world = parallel.start_world()
@@ -139,7 +140,11 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
     attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
     model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
-    blocks = offload.stream_blocks(model, device) if args.enable_offloading else None
+    if args.weights_dtype == "fp8":
+        float8.quantise_linears(model.transformer_blocks)
+    block_weights = offload.weights_of(model, model.transformer_blocks, dtype)
+    offloaded = block_weights.count if args.enable_offloading else args.offload_blocks or 0
+    blocks = offload.stream_blocks(model, device, offloaded, world=world) if offloaded else None
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -182,6 +187,18 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         )
     )
     seconds = statistics.median(timed)
+    block = sum(tensor.numel() for tensor in model.transformer_blocks[0].parameters()) * dtype.itemsize
+    planned = plan.Denoising(
+        forward.total,
+        TEXT_TOKENS,
+        inner,
+        dtype.itemsize,
+        attention.name,
+        not args.no_compile,
+        layout.shards,
+        block if args.weights_dtype else 0,
+    )
+    planned_bytes = sum(plan.device_parts(block_weights, planned.working, offloaded).values())
     result = {
         "bench": "stage2",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -194,7 +211,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "layers": config.num_layers,
         "attn_mode": attention.name,
         "compiled": not args.no_compile,
-        "offloaded": args.enable_offloading,
+        "offloaded": offloaded,
+        "weights_dtype": args.weights_dtype or str(dtype),
         "guidance_rows": rows,
         "step_seconds": round(seconds, 4),
         "first_step_extra_seconds": round(warmup[0] - seconds, 2) if warmup else None,
@@ -204,6 +222,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "share_of_peak": round(flops / seconds / 1e12 / world.size / PEAK_TFLOPS, 3),
         "weights_gib": round(weights, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "planned_gib": round(planned_bytes / 2**30, 2),
     }
     if cuda and not args.no_parts:
         result["seconds_by_part"] = parts_of_a_step(step, forward)
@@ -235,10 +254,15 @@ def build_parser() -> argparse.ArgumentParser:
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
     stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
-    stage2.add_argument("--enable_offloading", action="store_true", help="stream the blocks from host memory")
+    offload = stage2.add_mutually_exclusive_group()
+    offload.add_argument("--enable_offloading", action="store_true", help="stream all blocks from host memory")
+    offload.add_argument("--disable_offloading", action="store_true", help="all weights on the device (default)")
+    offload.add_argument("--offload_blocks", type=int, help="stream so many blocks from host memory")
+    stage2.add_argument("--weights_dtype", choices=versions.WEIGHTS_DTYPES, help="store the blocks' weights so")
     stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
     stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     stage2.set_defaults(run=bench_stage2)
+    bench_memory.add_parser(stages)
     return parser
 
 

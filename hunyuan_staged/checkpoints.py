@@ -9,9 +9,11 @@ that a module lacks, or that is missing for a module is an error.
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,8 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hunyuan_staged import InputError, quiet
-from hunyuan_staged.versions import BUCKET_BASE, DEFAULT_RESOLUTION, Version, parse_version, version
+from hunyuan_staged import InputError, float8, quiet
+from hunyuan_staged.versions import (
+    BUCKET_BASE,
+    DEFAULT_RESOLUTION,
+    SKIPPED_LAYERS,
+    Version,
+    parse_version,
+    version,
+)
 
 Progress = Callable[..., Iterable[Any]]
 Named = tuple[str, torch.Tensor]
@@ -145,28 +154,31 @@ def _fill(name: str, numbers: Sequence[str]) -> str:
     return "".join(part + number for part, number in zip(parts, [*numbers, ""], strict=True))
 
 
+def diffusers_names(name: str, rules: Sequence[Rule]) -> tuple[Rule, list[str]] | None:
+    """The rule for an official tensor, and its diffusers name or names; None where no rule names it."""
+    module, _, leaf = name.rpartition(".")
+    for rule in rules:
+        match = _pattern(rule.official).fullmatch(module)
+        if match:
+            return rule, [f"{_fill(target, match.groups())}.{leaf}" for target in rule.diffusers]
+    return None
+
+
 def diffusers_tensors(name: str, tensor: torch.Tensor, rules: Sequence[Rule]) -> list[Named] | None:
     """One official tensor under its diffusers name or names; None where no rule names it.
 
     Raises InputError for a fused tensor that does not split evenly.
     """
-    module, _, leaf = name.rpartition(".")
-    for rule in rules:
-        match = _pattern(rule.official).fullmatch(module)
-        if not match:
-            continue
-        count = 2 if rule.swap else len(rule.diffusers)
-        if tensor.shape[0] % count:
-            raise InputError(
-                f"{name} has shape {list(tensor.shape)}; it holds {count} equal parts, one after the other"
-            )
-        parts = tensor.chunk(count) if count > 1 else [tensor]
-        parts = [torch.cat(parts[::-1])] if rule.swap else parts
-        return [
-            (f"{_fill(target, match.groups())}.{leaf}", part)
-            for target, part in zip(rule.diffusers, parts, strict=True)
-        ]
-    return None
+    found = diffusers_names(name, rules)
+    if found is None:
+        return None
+    rule, names = found
+    count = 2 if rule.swap else len(names)
+    if tensor.shape[0] % count:
+        raise InputError(f"{name} has shape {list(tensor.shape)}; it holds {count} equal parts, one after the other")
+    parts = tensor.chunk(count) if count > 1 else [tensor]
+    parts = [torch.cat(parts[::-1])] if rule.swap else parts
+    return list(zip(names, parts, strict=True))
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:
@@ -255,51 +267,101 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(files: Iterable[Path], wanted: Callable[[str], bool], device: torch.device) -> Iterator[Named]:
+def _read_ahead(path: Path, start: int, length: int) -> None:
+    """Have the kernel read a part of a file into its cache; past the end, and where it takes no advice, nothing."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+
+def _tensors(
+    files: Iterable[Path],
+    wanted: Callable[[str], bool],
+    device: torch.device,
+    at_home: Callable[[str], bool] = lambda _: False,
+) -> Iterator[Named]:
     """The tensors of safetensors files whose names are wanted, read one by one straight onto a device.
 
-    On a CPU they lie in the file's memory map; assign_weights copies them out of it. What has been read of a map stays
-    resident until it is closed, so a file is opened anew after every MAPPED_BYTES.
+    Those that are at_home, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What has
+    been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
+    works ahead by as much, on a thread of its own.
     """
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
-            while names:
-                unread = MAPPED_BYTES
-                with safe_open(path, "pt", device=str(device)) as file:
-                    while names and unread > 0:
-                        name = names.pop(0)
-                        tensor = file.get_tensor(name)
-                        unread -= tensor.nbytes
-                        yield name, tensor
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as thread:
+        for path in files:
+            read = 0
+            try:
+                with safe_open(path, "pt") as file:
+                    names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
+                while names:
+                    # The tensors lie in about the order of their names.
+                    thread.submit(_read_ahead, path, read, 2 * MAPPED_BYTES)
+                    unread = MAPPED_BYTES
+                    with contextlib.ExitStack() as stack:
+                        opened = {
+                            place: stack.enter_context(safe_open(path, "pt", device=str(place)))
+                            for place in {device, torch.device("cpu")}
+                        }
+                        while names and unread > 0:
+                            name = names.pop(0)
+                            tensor = opened[torch.device("cpu") if at_home(name) else device].get_tensor(name)
+                            unread -= tensor.nbytes
+                            read += tensor.nbytes
+                            yield name, tensor
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class Places:
+    """Memory that some tensors of a module are to lie in, by name; fill: by this process, or by another one."""
+
+    tensors: Mapping[str, torch.Tensor]
+    fill: bool = True
+
+
+NO_PLACES = Places({})
 
 
 def assign_weights(
-    module: nn.Module, tensors: Iterable[Named], dtype: torch.dtype, device: torch.device, origin: Path
+    module: nn.Module,
+    tensors: Iterable[Named],
+    dtype: torch.dtype,
+    device: torch.device,
+    origin: Path,
+    places: Places = NO_PLACES,
 ) -> nn.Module:
     """Put named tensors in the place of a meta module's parameters, one by one, each in `dtype`, without gradients.
 
-    Returns the module, in eval mode. InputError names what `origin` holds too much, what it lacks, and the first tensor
-    of another shape.
+    Tensors of the module that are in float8 stay so; those that have a place of their own go there, the others to the
+    device. Returns the module, in eval mode. InputError names what `origin` holds too much, what it lacks, and the first
+    tensor of another shape.
     """
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    missing = dict.fromkeys(shapes)
+    state = module.state_dict()
+    missing = dict.fromkeys(state)
     leftover = []
+
+    def put(name: str, value: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        missing.pop(name, None)
+
+    if not places.fill:
+        for name, place in places.tensors.items():
+            put(name, place)
     for name, tensor in tensors:
-        if name not in shapes:
+        if name not in state:
             leftover.append(name)
             continue
-        if tensor.shape != shapes[name]:
-            raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(shapes[name])}")
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(state[name].shape)}"
+            )
+        if name in places.tensors:
+            put(name, places.tensors[name].copy_(tensor))
+            continue
         # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
         copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
-        value = nn.Parameter(tensor.to(device, dtype, copy=copy), requires_grad=False)
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, value)
-        missing.pop(name, None)
+        stored = tensor.dtype if state[name].dtype == float8.STORED else dtype
+        put(name, tensor.to(device, stored, copy=copy))
     _refuse(f"{origin} holds tensors that the model does not have", leftover)
     _refuse(f"{origin} lacks tensors of the model", list(missing))
     assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer that no file holds must be made anew"
@@ -604,18 +666,51 @@ class ModelFolder:
         with _describing(folder / "config.json"):
             return official_transformer_config(config, shape[-1], folder / "config.json")
 
-    def load_transformer(
-        self, version: str, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
-    ) -> nn.Module:
-        """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients."""
+    def transformer_skeleton(self, version: str, *, weights_dtype: str | None = None) -> Any:
+        """diffusers' HunyuanVideo15Transformer3DModel for a version, on the meta device: shapes without memory.
+
+        weights_dtype "fp8": the linear weights of its blocks are to be stored in float8 (float8.py).
+        """
         from diffusers import HunyuanVideo15Transformer3DModel
 
-        folder = self._transformer_folder(version)
         config = self.transformer_config(version)
-        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), folder / "config.json")
+        origin = self._transformer_folder(version) / "config.json"
+        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), origin)
+        if weights_dtype == "fp8":
+            float8.quantise_linears(model.transformer_blocks)
+        return model
+
+    def load_transformer(
+        self,
+        version: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress = quiet,
+        skeleton: nn.Module | None = None,
+        places: Places = NO_PLACES,
+    ) -> nn.Module:
+        """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients.
+
+        skeleton: what transformer_skeleton gave, by default in `dtype` throughout. places: where some tensors go; those
+        that another process fills are not read.
+        """
+        folder = self._transformer_folder(version)
+        model = self.transformer_skeleton(version) if skeleton is None else skeleton
         files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
-        tensors = _tensors(files, lambda _: True, device)
-        return assign_weights(model, self._renamed(tensors, TRANSFORMER_MAP, folder), dtype, device, folder)
+        state = model.state_dict()
+
+        def has_place(name: str) -> bool:
+            found = diffusers_names(name, TRANSFORMER_MAP) if self.official else None
+            return all(float8.stored_name(own, state) in places.tensors for own in (found[1] if found else [name]))
+
+        def at_home(name: str) -> bool:
+            return has_place(name) and not float8_blocks  # which the device quantises, far faster
+
+        float8_blocks = any(tensor.dtype == float8.STORED for tensor in state.values())
+        tensors = _tensors(files, lambda name: places.fill or not has_place(name), device, at_home)
+        renamed = self._renamed(tensors, TRANSFORMER_MAP, folder)
+        return assign_weights(model, float8.quantised(renamed, state, dtype), dtype, device, folder, places)
 
     def _renamed(self, tensors: Iterable[Named], rules: Sequence[Rule], origin: Path) -> Iterator[Named]:
         if not self.official:
@@ -649,13 +744,18 @@ class ModelFolder:
                 )
         return arguments
 
-    def _load_coder(self, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
+    def vae_skeleton(self, coder: str) -> nn.Module:
+        """The VAE's "encoder" or "decoder" on the meta device: shapes without memory."""
         from diffusers import AutoencoderKLHunyuanVideo15
 
         (folder,) = self.require("vae")
         config = self.vae_config()
         whole = _on_meta(lambda: AutoencoderKLHunyuanVideo15(**config), folder / "config.json")
-        model = whole.get_submodule(coder)
+        return whole.get_submodule(coder)
+
+    def _load_coder(self, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
+        (folder,) = self.require("vae")
+        model = self.vae_skeleton(coder)
         files = progress(weight_files(folder), desc=f"loading VAE {coder}", unit="shard")
         other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
         tensors = _tensors(files, lambda name: not name.startswith(other), device)
@@ -677,27 +777,46 @@ class ModelFolder:
 
     # -- encoders --
 
+    def language_skeleton(self) -> Any:
+        """The language model that load_language_model loads, on the meta device: shapes without memory."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+        origin = self.require("text")[0] / "config.json"
+        config, _ = _language_config(origin)
+        model = _on_meta(lambda: Qwen2_5_VLTextModel(config), origin)
+        model.norm = nn.Identity()
+        return model
+
     def load_language_model(
-        self, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress = quiet,
+        skeleton: Any = None,
+        places: Places = NO_PLACES,
     ) -> tuple[Any, nn.Module]:
         """(tokenizer, Qwen2.5-VL's language model, whose last_hidden_state is the whole model's hidden_states[-3]).
 
-        The vision tower, lm_head, the last two layers and the final norm are never read. Raises InputError where a file
-        is absent or broken, and where weights and config do not fit.
+        The vision tower, lm_head, the last two layers and the final norm are never read. skeleton: what language_skeleton
+        gave. places: where some tensors go. Raises InputError where a file is absent or broken, and where weights and
+        config do not fit.
         """
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
         folders = self.require("text")
         config, kept = _language_config(folders[0] / "config.json")
-        model = _on_meta(lambda: Qwen2_5_VLTextModel(config), folders[0] / "config.json")
-        model.norm = nn.Identity()
+        model = self.language_skeleton() if skeleton is None else skeleton
         # Its frequencies are computed, not stored.
         model.rotary_emb = type(model.rotary_emb)(config).to(device)
         files = progress(weight_files(folders[0]), desc="loading text encoder", unit="shard")
-        tensors = _tensors(files, lambda name: _language_key(name, kept) is not None, device)
+        tensors = _tensors(
+            files,
+            lambda name: _language_key(name, kept) is not None,
+            device,
+            lambda name: _language_key(name, kept) in places.tensors,
+        )
         renamed = ((_language_key(name, kept) or "", tensor) for name, tensor in tensors)
         tokenizer = _tokenizer(folders[-1], *_VOCABULARY)
-        return tokenizer, assign_weights(model, renamed, dtype, device, folders[0])
+        return tokenizer, assign_weights(model, renamed, dtype, device, folders[0], places)
 
     def load_glyph_encoder(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
         """(ByT5 tokenizer, T5 encoder stack whose last_hidden_state is [1, L, 1472] in the published model)."""
@@ -740,7 +859,6 @@ class ModelFolder:
 
 _VOCABULARY = ("tokenizer.json", "vocab.json")
 _BYTES = "tokenizer_config.json"  # a byte tokenizer has no vocabulary
-SKIPPED_LAYERS = 2  # hidden_states[-3]: the output of the third layer from the end
 
 
 def _language_config(path: Path) -> tuple[Any, int]:

@@ -60,6 +60,14 @@ class World:
                 raise PeerFailed("another process of the run has failed")
             time.sleep(POLL_SECONDS)
 
+    def exchange(self, name: str, word: str) -> list[str]:
+        """What every rank of the run says, by rank. Each name serves once; waits and fails as `barrier` does."""
+        if self.store is None:
+            return [word]
+        self.store.set(f"{name}/{self.rank}", word)
+        self.barrier(name)
+        return [self.store.get(f"{name}/{rank}").decode() for rank in range(self.size)]
+
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor, on every rank; all give one of the same shape and dtype, on any device."""
         if self.size == 1:

@@ -22,9 +22,11 @@ SPARSE_ATTN_MODE = "flex-block-attn"
 DEFAULT_ATTN_MODE = "flash"
 CFG_PARALLEL = ("auto", "on", "off")
 DEFAULT_CFG_PARALLEL = "auto"
+WEIGHTS_DTYPES = ("fp8",)  # of the blocks, where it is not that of the run
 DEFAULT_SAGE_BLOCKS = "0-53"  # of the 54, as in the official code: all
 DEFAULT_FPS = 24
 DEFAULT_TILE_SIZE = 256
+SMALL_TILE_SIZE = 128  # where the default one does not fit
 DEFAULT_TILE_OVERLAP = 0.25
 DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
@@ -37,6 +39,7 @@ MAX_TILE_SIZE = 8192
 
 MAX_TEXT_TOKENS = 1000
 MAX_GLYPH_BYTES = 256
+SKIPPED_LAYERS = 2  # of the language model; hidden_states[-3]: the output of the third layer from the end
 
 LATENT_CHANNELS = 32
 SPATIAL_RATIO = 16

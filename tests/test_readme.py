@@ -8,7 +8,7 @@ from conftest import ROOT
 import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
-from hunyuan_staged import compare
+from hunyuan_staged import bench_memory, compare
 
 READMES = ("README.md", "README.zh.md")
 # In the order of their tables
@@ -42,6 +42,16 @@ def test_every_flag_in_the_text_exists(readme):
     bench = {"--steps", "--warmup", "--layers"}
     text = (ROOT / readme).read_text(encoding="utf-8")
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - others - bench <= known
+
+
+def test_the_computed_memory_is_what_the_plan_computes():
+    english, chinese = ((ROOT / readme).read_text(encoding="utf-8") for readme in READMES)
+    for row in bench_memory.table():
+        line = f"| {' | '.join(row)} |"
+        assert line in english
+        numbers = re.findall(r"[\d.]+", line.replace(" of ", "/"))
+        matching = [found for found in chinese.splitlines() if found.startswith(f"| {row[0]} |")]
+        assert len(matching) == 1 and re.findall(r"[\d.]+", matching[0]) == numbers
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_staged import text, versions
-from hunyuan_staged.checkpoints import SKIPPED_LAYERS
 from hunyuan_staged.demo import draw, world
 from hunyuan_staged.transformer import GLYPH, IMAGE, LANGUAGE, apply_rope, modulate, modulation, project_qkv, rope_table
 from hunyuan_staged.vae import prepare_decoder
+from hunyuan_staged.versions import SKIPPED_LAYERS
 
 # All weights together stay under 32 MB in bfloat16. Much of that is the glyph projection, 2048 wide by design.
 DEMO = draw.Sizes(

@@ -1,0 +1,434 @@
+"""What a stage needs in memory, held against what is free, before anything is loaded. Knows no tensors.
+
+Weights are counted from the config, to the byte. Working memory is computed from a few measured figures, which stand
+here with their sources; what was never measured says so. All sizes are in bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hunyuan_staged import InputError
+from hunyuan_staged.versions import (
+    DEFAULT_TILE_SIZE,
+    SMALL_TILE_SIZE,
+    SPARSE_ATTN_MODE,
+    TEMPORAL_RATIO,
+    latent_shape,
+)
+
+GIB = 2**30
+SLOTS = 2  # blocks in flight: one computes while the next one's weights arrive
+# Beside what is counted: fragments of the allocator, cuBLAS's workspaces, kernels that load late. Not measured.
+RESERVE = 3 * GIB // 4
+
+# Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16:
+# compiled with flash4 4.88 GiB at 121 frames and 2.07 at 49; with cuDNN 2.6, not compiled 3.7 (README, "Measured").
+ACTIVATIONS = 11.6
+ACTIVATIONS_OTHER_KERNEL = 14.5
+ACTIVATIONS_EAGER = 20.6  # also SSTA's, which was not measured
+ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sent and received. Not measured
+
+# Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. Not measured.
+LANGUAGE_WORKING = GIB // 2
+# Stage 3's, for each px and frame of a tile, in values of the run's dtype, with 128 channels at the last level: diffusers'
+# decoder as shipped takes 15.8 GiB for a tile of 256 px and 121 frames, 1.6 of it weights (../shared/measured.md).
+DECODER_VALUES = 962
+DECODER_CHANNELS = 128
+
+
+def gib(size: float) -> str:
+    """Bytes for a reader, e.g. "4.9 GiB"; less than one as MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes that are free: on the GPU (None where the stage computes on the host), and in host memory."""
+
+    device: int | None
+    host: int
+
+    def describe(self) -> str:
+        """One phrase for the plan."""
+        return f"host {gib(self.host)}" if self.device is None else f"GPU {gib(self.device)}, host {gib(self.host)}"
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The weights of a model of equal blocks: how many blocks, the bytes of one of them, and of everything else."""
+
+    count: int
+    each: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.count * self.each + self.rest
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a model is laid out: how many of its blocks are offloaded, why, and what that takes, by part.
+
+    tight: it fits only without the reserve.
+    """
+
+    offloaded: int
+    reason: str
+    device: Mapping[str, int]
+    host: int
+    tight: bool = False
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+    def describe(self, count: int, what: str = "blocks") -> str:
+        """One line on how many of `count` blocks are offloaded, and why."""
+        chosen = f"{self.offloaded} of {count}" if self.offloaded else "none"
+        tight = "; that leaves little room" if self.tight else ""
+        return f"offloaded {what}: {chosen} ({self.reason}{tight})"
+
+    def rows(self, count: int, free: Free, what: str = "blocks") -> dict[str, object]:
+        """The rows of a plan about memory."""
+        name, _, chosen = self.describe(count, what).partition(": ")
+        parts = ", ".join(f"{part} {gib(size)}" for part, size in self.device.items() if size)
+        host = f"; host: offloaded weights {gib(self.host)}" if self.host else ""
+        return {name: chosen, "memory": f"{gib(self.total)}: {parts}{host}", "free": free.describe()}
+
+
+def device_parts(weights: BlockWeights, working: int, offloaded: int) -> dict[str, int]:
+    """What a device holds with so many blocks offloaded, by part: up to SLOTS of those are there at a time."""
+    in_flight = min(SLOTS, offloaded) * weights.each
+    resident = weights.rest + (weights.count - offloaded) * weights.each
+    return {"weights": resident, "blocks in flight": in_flight, "working memory": working}
+
+
+def fit(
+    what: str,
+    weights: BlockWeights,
+    working: int,
+    free: Free,
+    *,
+    asked: int | None = None,
+    ranks: int = 1,
+    remedies: Sequence[str] = (),
+) -> Fit:
+    """The layout of a model on one device. asked: how many blocks are to be offloaded; None chooses.
+
+    Chosen is the smallest number with which everything and RESERVE fit. ranks: processes of this host, which share one
+    copy of the offloaded blocks, and on a CPU have the rest each for itself. Raises InputError, with the numbers and the
+    remedies (flags that would help), where that does not fit; what fits but for the reserve is not refused.
+    """
+
+    def needed(offloaded: int) -> int:
+        return sum(device_parts(weights, working, offloaded).values())
+
+    everything = weights.count
+    if asked is not None and asked > everything:
+        raise InputError(f"--offload_blocks {asked} is more than the {everything} blocks of {what}")
+    if free.device is None:
+        # Working memory on a CPU was never measured, so that only what is certain counts.
+        offloaded = asked or 0
+        parts = device_parts(weights, 0, offloaded)
+        host = ranks * sum(parts.values()) + offloaded * weights.each
+        if host > free.host:
+            raise InputError(_refusal(what, f"{gib(host)} of host memory", parts, free, remedies))
+        return Fit(offloaded, "as asked" if asked is not None else "no GPU", parts, offloaded * weights.each)
+    chosen, reason = asked, "as asked"
+    if chosen is None:
+        room = free.device - RESERVE
+        chosen = next((n for n in range(everything + 1) if needed(n) <= room), everything)
+        reason = f"all of them resident need {gib(needed(0))}, {gib(free.device)} are free"
+    parts = device_parts(weights, working, chosen)
+    if needed(chosen) > free.device:
+        asked_for = f" with {chosen} of {everything} blocks offloaded" if chosen else ""
+        raise InputError(_refusal(what + asked_for, f"{gib(needed(chosen))} of GPU memory", parts, free, remedies))
+    host = chosen * weights.each
+    if host > free.host:
+        raise InputError(
+            _refusal(f"{what} with {chosen} of {everything} blocks offloaded", f"{gib(host)} of host memory", {}, free)
+        )
+    return Fit(chosen, reason, parts, host, needed(chosen) > free.device - RESERVE)
+
+
+def _refusal(
+    what: str, needs: str, parts: Mapping[str, int], free: Free, remedies: Sequence[str] = ("more memory",)
+) -> str:
+    held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    return (
+        f"{what} needs {needs}{f' ({held})' if held else ''}; free: {free.describe()}. "
+        f"What would help: {', '.join(remedies) or 'more memory'}"
+    )
+
+
+# -- stage 2 --
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What decides the working memory of a denoising step. channels: the width of the blocks; itemsize: of the dtype.
+
+    kernel: the attention mode that runs. shards: processes that a guidance row's tokens are split over. block: bytes of
+    one block in the run's dtype where it is stored in another one, else 0.
+    """
+
+    video_tokens: int
+    text_tokens: int
+    channels: int
+    itemsize: int
+    kernel: str
+    compiled: bool
+    shards: int = 1
+    block: int = 0
+
+    @property
+    def working(self) -> int:
+        """Bytes, by the measured activations a token; linear in the tokens, as both measured lengths are."""
+        if not self.compiled or self.kernel == SPARSE_ATTN_MODE:
+            activations = ACTIVATIONS_EAGER
+        else:
+            activations = ACTIVATIONS if self.kernel == "flash4" else ACTIVATIONS_OTHER_KERNEL
+        if self.shards > 1:
+            activations += ACTIVATIONS_EXCHANGE
+        tokens = -(-self.video_tokens // self.shards) + self.text_tokens
+        return int(activations * tokens * self.channels * self.itemsize) + self.block
+
+
+def video_tokens(num_frames: int, height: int, width: int, patch: Sequence[int] = (1, 1, 1)) -> int:
+    """How many tokens a video of T frames of H x W px is; patch (t, h, w) in latents."""
+    _, _, *grid = latent_shape(num_frames, height, width, 1)
+    total = 1
+    for length, side in zip(grid, patch, strict=True):
+        total *= length // side
+    return total
+
+
+def longest_video(room: int, tokens_a_frame: int, denoising: Denoising) -> int | None:
+    """The most frames (4n + 1) whose working memory is at most `room`; None where not even one frame's is."""
+
+    def fits(latent_frames: int) -> bool:
+        return replace(denoising, video_tokens=latent_frames * tokens_a_frame).working <= room
+
+    if not fits(1):
+        return None
+    low, high = 1, 1
+    while fits(high * 2):
+        low = high = high * 2
+    high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return (low - 1) * TEMPORAL_RATIO + 1
+
+
+def denoising_remedies(
+    weights: BlockWeights,
+    denoising: Denoising,
+    free: Free,
+    *,
+    asked: int | None,
+    num_frames: int,
+    float8: bool,
+    resolution: str,
+) -> list[str]:
+    """The flags that would make a denoising fit that does not: only those that would, alone or with the ones before."""
+    remedies = []
+    if free.device is not None:
+        least = sum(device_parts(weights, denoising.working, weights.count).values())
+        if asked is not None and asked < weights.count:
+            if least <= free.device:
+                return ["--enable_offloading, or no flag about offloading"]
+            remedies.append("--enable_offloading")
+        latent_frames = (num_frames - 1) // TEMPORAL_RATIO + 1
+        room = free.device - (least - denoising.working)
+        shorter = longest_video(room, max(1, denoising.video_tokens // latent_frames), denoising)
+        if shorter:
+            remedies.append(f"--video_length {shorter} or less")
+        if resolution != "480p":
+            remedies.append("--resolution 480p in stage 1")
+    elif not float8:
+        remedies.append("--weights_dtype fp8")
+    return [*remedies, "more GPUs" if free.device is not None else "a GPU"]
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of a guided step (two rows) on one GPU, as README's table "Measured" has it; extra: of the first step."""
+
+    gpu: str
+    tokens: int
+    kernel: str
+    compiled: bool
+    offloaded: int
+    seconds: float
+    extra: float = 0.0
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+MEASURED_STEPS = (
+    MeasuredStep(H100, 111_600, "flash4", True, 0, 18.7, 13.6),
+    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.81),
+    MeasuredStep(H100, 46_800, "cudnn", True, 0, 4.41),
+    MeasuredStep(H100, 46_800, "cudnn", True, 54, 4.38),
+    MeasuredStep(H100, 46_800, "cudnn", False, 0, 5.33),
+)
+
+
+def expected_seconds(
+    gpu: str | None,
+    denoising: Denoising,
+    offloaded: int,
+    *,
+    layers: int,
+    rows: int,
+    ranks: int,
+    steps: int,
+    float8: bool = False,
+) -> float | None:
+    """Seconds of the denoising loop where a step just like this one has been measured, else None: nothing is guessed."""
+    # 54 blocks and both guidance rows, in bf16, on one GPU: all that has been measured.
+    if layers != 54 or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
+        return None
+    asked = (gpu, denoising.video_tokens, denoising.kernel, denoising.compiled, offloaded)
+    for row in MEASURED_STEPS:
+        if asked == (row.gpu, row.tokens, row.kernel, row.compiled, row.offloaded):
+            return steps * row.seconds + row.extra
+    return None
+
+
+# -- stage 3 --
+
+
+def decoder_working(
+    num_frames: int, tile_height: int, tile_width: int, config: Mapping[str, Any], itemsize: int
+) -> int:
+    """Bytes beside the weights while a tile of so many px is decoded; linear in px, frames and the decoder's width."""
+    channels = min(config.get("block_out_channels") or [DECODER_CHANNELS])
+    values = DECODER_VALUES * channels / DECODER_CHANNELS
+    return int(values * itemsize * num_frames * tile_height * tile_width)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The tiles of a decoding: their side in px (None: whole frames), why, and what they take, by part."""
+
+    tile_size: int | None
+    reason: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def fit_decoding(
+    config: Mapping[str, Any],
+    weights: int,
+    itemsize: int,
+    size: tuple[int, int, int],
+    free: Free,
+    *,
+    asked: int | None,
+    whole: bool = False,
+) -> Decoding:
+    """The tile size for a video of size (T, H, W). asked: --tile_size; whole: --disable_tiling; else the default size,
+    or the small one where less is free.
+
+    Raises InputError where the tiles do not fit, with the flags that would help.
+    """
+    frames, height, width = size
+    room = free.host if free.device is None else free.device
+
+    def decoding(tile: int | None, reason: str) -> Decoding:
+        sides = (height, width) if tile is None else (min(tile, height), min(tile, width))
+        return Decoding(
+            tile, reason, {"weights": weights, "working memory": decoder_working(frames, *sides, config, itemsize)}
+        )
+
+    if whole or asked is not None:
+        chosen = decoding(None if whole else asked, "as asked")
+    else:
+        chosen = decoding(DEFAULT_TILE_SIZE, "the default")
+        if chosen.total + RESERVE > room:
+            reason = f"{DEFAULT_TILE_SIZE} px would need {gib(chosen.total)}, {gib(room)} are free"
+            chosen = decoding(SMALL_TILE_SIZE, reason)
+    if chosen.total > room:
+        what = "whole frames" if chosen.tile_size is None else f"a tile of {chosen.tile_size} px"
+        small = decoding(SMALL_TILE_SIZE, "").total <= room
+        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if small else "fewer frames"]
+        raise InputError(_refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies))
+    return chosen
+
+
+# -- what is free --
+
+
+def free_memory(device: Any) -> Free:
+    """What is free on a torch device and its host; memory that torch holds without using it counts as free."""
+    host = host_available()
+    if device.type != "cuda":
+        return Free(None, host)
+    import torch
+
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Free(torch.cuda.mem_get_info(device)[0] + held, host)
+
+
+def host_available(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this process can still get without swapping: the kernel's MemAvailable, or less where a
+    cgroup (version 1 or 2) of a container sets a limit. root: where proc and sys are mounted."""
+    available = _field(root / "proc/meminfo", "MemAvailable:") * 1024
+    for folder, limit, usage, cache in _cgroups(root):
+        try:
+            allowed = int((folder / limit).read_text())
+            used = int((folder / usage).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        # The page cache counts as used, and is given back when needed.
+        kept = sum(_field(folder / "memory.stat", f"{cache}{name}_file") for name in ("active", "inactive"))
+        available = min(available, max(0, allowed - used + kept))
+    return available
+
+
+def _field(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        words = line.split()
+        if words[:1] == [name]:
+            return int(words[1])
+    return 0
+
+
+def _cgroups(root: Path) -> list[tuple[Path, str, str, str]]:
+    """(folder, file of the limit, file of the use, prefix in memory.stat) of this process's cgroups and their parents."""
+    found = []
+    path = root / "proc/self/cgroup"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        files = files if controllers else ("memory.max", "memory.current", "")
+        # Seen from inside a container the path may be the host's, and then is not there: its own is the mount itself.
+        parents = [base, *(base / part for part in _prefixes(name))]
+        found += [(folder, *files) for folder in parents if folder.is_dir()]
+    return found
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+# -- cards, computed --
+
+CARDS = (8, 12, 16, 24, 48, 80)  # GB as they are sold
+CARD_OVERHEAD = 3 * GIB // 4  # what CUDA itself and a desktop take of a card. Not measured
+
+
+def card(size: int) -> Free:
+    """What is free on an otherwise idle card of `size` GB, in a host with enough memory."""
+    return Free(size * GIB - CARD_OVERHEAD, 64 * GIB)

@@ -1,0 +1,245 @@
+"""What a stage needs, against what was measured and what is free: numbers in, numbers and messages out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hunyuan_staged import InputError, plan
+from hunyuan_staged.plan import GIB, BlockWeights, Denoising, Free
+
+# The published transformer in bf16: 54 blocks of 302 MB, and 0.32 GiB of the rest.
+WEIGHTS = BlockWeights(54, 302_118_912, 339_069_984)
+H100 = Free(int(78.9 * GIB), 100 * GIB)
+WHOLE = Denoising(111_600, 256, 2048, 2, "flash4", True)
+SHORT = replace(WHOLE, video_tokens=46_800)
+RESIDENT, STREAMED = 0, 54
+
+
+def total(denoising: Denoising, offloaded: int) -> float:
+    return sum(plan.device_parts(WEIGHTS, denoising.working, offloaded).values()) / GIB
+
+
+@pytest.mark.parametrize(
+    ("denoising", "offloaded", "measured"),
+    [
+        (WHOLE, RESIDENT, 20.39),
+        (SHORT, RESIDENT, 17.58),
+        (replace(SHORT, kernel="cudnn"), RESIDENT, 18.1),
+        (replace(SHORT, kernel="cudnn"), STREAMED, 3.5),
+        (replace(SHORT, kernel="cudnn", compiled=False), RESIDENT, 19.2),
+    ],
+)
+def test_the_measured_peaks_come_out(denoising, offloaded, measured):
+    """README, "Measured": what was computed with is what the numbers were measured with."""
+    assert total(denoising, offloaded) == pytest.approx(measured, abs=0.1)
+
+
+def test_working_memory_follows_tokens_width_and_dtype():
+    assert WHOLE.working == pytest.approx(4.95 * GIB, rel=0.001)
+    assert replace(WHOLE, itemsize=4).working == pytest.approx(2 * WHOLE.working, abs=1)
+    assert replace(WHOLE, channels=1024).working == pytest.approx(WHOLE.working / 2, abs=1)
+    halves = replace(WHOLE, shards=2)
+    assert halves.working == int((11.6 + 6) * (55_800 + 256) * 2048 * 2)
+    assert replace(WHOLE, block=100).working == WHOLE.working + 100
+
+
+def test_tokens_of_a_video():
+    assert plan.video_tokens(121, 720, 1280) == 111_600
+    assert plan.video_tokens(49, 720, 1280) == 46_800
+    assert plan.video_tokens(121, 720, 1280, (1, 2, 2)) == 31 * 22 * 40
+
+
+def test_on_a_large_gpu_everything_is_resident():
+    fit = plan.fit("video", WEIGHTS, WHOLE.working, H100)
+    assert (fit.offloaded, fit.host, fit.tight) == (0, 0, False)
+    assert fit.total == WEIGHTS.total + WHOLE.working
+    assert fit.describe(54) == "offloaded blocks: none (all of them resident need 20.5 GiB, 78.9 GiB are free)"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "denoising", "offloaded"), [(24, WHOLE, 0), (16, WHOLE, 24), (12, WHOLE, 38), (8, WHOLE, 52)]
+)
+def test_as_many_blocks_as_fit_are_resident(gigabytes, denoising, offloaded):
+    free = plan.card(gigabytes)
+    fit = plan.fit("video", WEIGHTS, denoising.working, free)
+    assert fit.offloaded == offloaded
+    assert fit.total <= free.device - plan.RESERVE
+    assert fit.host == offloaded * WEIGHTS.each
+    if offloaded:
+        one_less = plan.device_parts(WEIGHTS, denoising.working, offloaded - 1)
+        assert sum(one_less.values()) > free.device - plan.RESERVE
+
+
+def test_what_fits_without_the_reserve_alone_is_tried():
+    need = int(total(WHOLE, STREAMED) * GIB)
+    fit = plan.fit("video", WEIGHTS, WHOLE.working, Free(need + 100, 64 * GIB))
+    assert fit.offloaded == 54 and fit.tight
+    assert fit.describe(54).endswith("are free; that leaves little room)")
+    with pytest.raises(InputError, match=r"video with 54 of 54 blocks offloaded needs 5\.8 GiB of GPU memory"):
+        plan.fit("video", WEIGHTS, WHOLE.working, Free(need - 100, 64 * GIB))
+
+
+def test_a_number_that_was_asked_for_is_honoured_or_refused():
+    assert plan.fit("video", WEIGHTS, WHOLE.working, H100, asked=7).offloaded == 7
+    assert plan.fit("video", WEIGHTS, WHOLE.working, H100, asked=54).reason == "as asked"
+    with pytest.raises(InputError, match="--offload_blocks 55 is more than the 54 blocks of video"):
+        plan.fit("video", WEIGHTS, WHOLE.working, H100, asked=55)
+    with pytest.raises(InputError) as refused:
+        plan.fit("video", WEIGHTS, WHOLE.working, plan.card(16), asked=0, remedies=["--enable_offloading"])
+    assert str(refused.value) == (
+        "video needs 20.5 GiB of GPU memory (weights 15.5 GiB, working memory 4.9 GiB); "
+        "free: GPU 15.2 GiB, host 64.0 GiB. What would help: --enable_offloading"
+    )
+
+
+def test_a_host_that_cannot_hold_the_offloaded_blocks_is_named():
+    with pytest.raises(InputError, match=r"video with 49 of 54 blocks offloaded needs 13\.8 GiB of host memory"):
+        plan.fit("video", WEIGHTS, WHOLE.working, Free(8 * GIB, 8 * GIB))
+
+
+def test_on_a_cpu_each_process_has_its_own_weights_and_one_copy_is_shared():
+    assert plan.fit("video", WEIGHTS, WHOLE.working, Free(None, 16 * GIB)).offloaded == 0
+    with pytest.raises(InputError, match=r"video needs 31\.0 GiB of host memory"):
+        plan.fit("video", WEIGHTS, WHOLE.working, Free(None, 30 * GIB), ranks=2)
+    offloaded = plan.fit("video", WEIGHTS, WHOLE.working, Free(None, 18 * GIB), asked=54, ranks=2)
+    assert offloaded.host == 54 * WEIGHTS.each
+
+
+def remedies(free: Free, denoising: Denoising = WHOLE, **given) -> list[str]:
+    options = {"asked": None, "num_frames": 121, "float8": False, "resolution": "720p"} | given
+    return plan.denoising_remedies(WEIGHTS, denoising, free, **options)
+
+
+def test_only_flags_that_would_help_are_named():
+    assert remedies(plan.card(8), asked=0) == ["--enable_offloading, or no flag about offloading"]
+    room = 3 * GIB
+    said = remedies(Free(room, 64 * GIB))
+    assert said == ["--video_length 49 or less", "--resolution 480p in stage 1", "more GPUs"]
+    assert "--resolution 480p in stage 1" not in remedies(Free(room, 64 * GIB), resolution="480p")
+    fitting = replace(WHOLE, video_tokens=plan.video_tokens(49, 720, 1280))
+    assert plan.fit("video", WEIGHTS, fitting.working, Free(room, 64 * GIB)).offloaded == 54
+    longer = replace(WHOLE, video_tokens=plan.video_tokens(53, 720, 1280))
+    with pytest.raises(InputError):
+        plan.fit("video", WEIGHTS, longer.working, Free(room, 64 * GIB))
+    assert remedies(Free(GIB // 2, 64 * GIB)) == ["--resolution 480p in stage 1", "more GPUs"], "no length would do"
+    assert remedies(Free(None, 8 * GIB)) == ["--weights_dtype fp8", "a GPU"]
+
+
+def test_the_longest_video():
+    frame = 45 * 80
+    for frames in (1, 5, 49, 121, 125, 1201):
+        working = replace(WHOLE, video_tokens=plan.video_tokens(frames, 720, 1280)).working
+        assert plan.longest_video(working, frame, WHOLE) == frames
+        assert plan.longest_video(working - 1, frame, WHOLE) == (frames - 4 if frames > 1 else None)
+
+
+def seconds(denoising: Denoising, offloaded: int = 0, **given) -> float | None:
+    options = {"layers": 54, "rows": 2, "ranks": 1, "steps": 50} | given
+    return plan.expected_seconds(given.pop("gpu", plan.H100), denoising, offloaded, **options)
+
+
+def test_expected_time_is_a_measured_one_or_unknown():
+    assert seconds(WHOLE) == pytest.approx(50 * 18.7 + 13.6)
+    assert seconds(replace(SHORT, kernel="cudnn"), 54, steps=10) == pytest.approx(43.8)
+    assert seconds(WHOLE, 54) is None
+    assert seconds(replace(WHOLE, kernel="cudnn")) is None
+    assert seconds(replace(WHOLE, video_tokens=111_601)) is None
+    for other in ({"layers": 2}, {"rows": 1}, {"ranks": 2}, {"float8": True}):
+        assert seconds(WHOLE, **other) is None
+    assert plan.expected_seconds("NVIDIA A100", WHOLE, 0, layers=54, rows=2, ranks=1, steps=50) is None
+
+
+# Stage 3
+
+DECODER = {"block_out_channels": [128, 256, 512, 1024, 1024]}
+DECODER_WEIGHTS = int(1.62 * GIB)
+VIDEO = (121, 720, 1280)
+
+
+def tiles(free: float, **given) -> plan.Decoding:
+    options = {"asked": None, "whole": False} | given
+    return plan.fit_decoding(DECODER, DECODER_WEIGHTS, 2, VIDEO, Free(int(free * GIB), 64 * GIB), **options)
+
+
+def test_the_measured_decoder_comes_out():
+    assert tiles(78.9).total / GIB == pytest.approx(15.8, abs=0.05)
+    assert plan.decoder_working(121, 256, 256, DECODER, 4) == 2 * plan.decoder_working(121, 256, 256, DECODER, 2)
+    small = {"block_out_channels": [16, 32]}
+    assert plan.decoder_working(121, 256, 256, small, 2) == plan.decoder_working(121, 256, 256, DECODER, 2) // 8
+
+
+def test_tiles_are_smaller_where_less_is_free():
+    assert (tiles(17).tile_size, tiles(17).reason) == (256, "the default")
+    small = tiles(12)
+    assert small.tile_size == 128 and small.total / GIB == pytest.approx(5.2, abs=0.1)
+    assert small.reason == "256 px would need 15.8 GiB, 12.0 GiB are free"
+    with pytest.raises(
+        InputError, match=r"a tile of 128 px, 121 frames, needs 5\.2 GiB .*What would help: fewer frames"
+    ):
+        tiles(4)
+
+
+def test_tiles_that_were_asked_for_are_honoured_or_refused():
+    assert tiles(17, asked=128).tile_size == 128
+    assert tiles(16, asked=256).tile_size == 256, "without the reserve it fits"
+    with pytest.raises(InputError, match=r"a tile of 256 px, 121 frames, needs 15\.8 GiB .* --tile_size 128"):
+        tiles(12, asked=256)
+    with pytest.raises(InputError, match=r"whole frames, 121 frames, needs .* --tile_size 128"):
+        tiles(78, whole=True)
+    assert plan.fit_decoding(DECODER, 1, 2, (9, 96, 160), Free(GIB, GIB), asked=None, whole=True).tile_size is None
+
+
+def test_a_tile_is_no_larger_than_the_frame():
+    parts = plan.fit_decoding(DECODER, 1, 2, (9, 96, 160), Free(GIB, GIB), asked=256).parts
+    assert parts["working memory"] == 962 * 2 * 9 * 96 * 160
+
+
+# What is free
+
+
+def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable:     800 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "available"),
+    [
+        ("0::/\n", {}, 800 * 1024),
+        ("", {}, 800 * 1024),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/b/memory.current": "1"}, 800 * 1024),
+        (
+            "0::/a/b\n",  # the parent's limit holds; its page cache is given back
+            {
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "1",
+                "sys/fs/cgroup/a/memory.max": "1000",
+                "sys/fs/cgroup/a/memory.current": "900",
+                "sys/fs/cgroup/a/memory.stat": "anon 400\ninactive_file 200\nactive_file 50\n",
+            },
+            350,
+        ),
+        (
+            "0::/host/path\n",  # a container that sees its own group as the mount
+            {"sys/fs/cgroup/memory.max": "500", "sys/fs/cgroup/memory.current": "700"},
+            0,
+        ),
+        (
+            "5:cpu:/x\n4:memory:/x\n",
+            {
+                "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1000",
+                "sys/fs/cgroup/memory/x/memory.usage_in_bytes": "300",
+                "sys/fs/cgroup/memory/x/memory.stat": "total_inactive_file 10\ninactive_file 99\n",
+            },
+            710,
+        ),
+    ],
+)
+def test_host_memory_is_what_the_kernel_or_a_cgroup_leaves(tmp_path, cgroup, files, available):
+    assert plan.host_available(machine(tmp_path, cgroup, files)) == available
