@@ -604,18 +604,35 @@ class ModelFolder:
         with _describing(folder / "config.json"):
             return official_transformer_config(config, shape[-1], folder / "config.json")
 
-    def load_transformer(
-        self, version: str, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
-    ) -> nn.Module:
-        """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients."""
+    def _empty_transformer(self, version: str) -> nn.Module:
         from diffusers import HunyuanVideo15Transformer3DModel
 
-        folder = self._transformer_folder(version)
         config = self.transformer_config(version)
-        model = _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), folder / "config.json")
+        path = self._transformer_folder(version) / "config.json"
+        return _on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), path)
+
+    def transformer_shapes(self, version: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of a version's weights by diffusers' names; from its config, no weight is read."""
+        return {name: tuple(x.shape) for name, x in self._empty_transformer(version).state_dict().items()}
+
+    def load_transformer(
+        self,
+        version: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress = quiet,
+        adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
+    ) -> nn.Module:
+        """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients.
+
+        adapt: what the tensors, under diffusers' names and in the file's dtype, go through on their way.
+        """
+        folder = self._transformer_folder(version)
+        model = self._empty_transformer(version)
         files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
-        tensors = _tensors(files, lambda _: True, device)
-        return assign_weights(model, self._renamed(tensors, TRANSFORMER_MAP, folder), dtype, device, folder)
+        tensors = self._renamed(_tensors(files, lambda _: True, device), TRANSFORMER_MAP, folder)
+        return assign_weights(model, adapt(tensors), dtype, device, folder)
 
     def _renamed(self, tensors: Iterable[Named], rules: Sequence[Rule], origin: Path) -> Iterator[Named]:
         if not self.official:

@@ -37,6 +37,7 @@ class StreamedBlocks:
         self.views = [self._views(slot, tensors[0]) for slot in self.slots]
         self.arrived = [torch.cuda.Event() for _ in range(SLOTS)] if cuda else []
         self.computed = [torch.cuda.Event() for _ in range(SLOTS)] if cuda else []
+        self.holds: list[int | None] = [None] * SLOTS  # which block each slot has, or is getting
 
     @staticmethod
     def _padded(tensor: torch.Tensor) -> int:
@@ -54,8 +55,11 @@ class StreamedBlocks:
         return views
 
     def _fetch(self, index: int) -> None:
-        """Start copying a block into its slot, as soon as the slot's last block has been computed."""
+        """Start copying a block into its slot, as soon as the slot's last block has been computed; once is enough."""
         slot = index % SLOTS
+        if self.holds[slot] == index:
+            return
+        self.holds[slot] = index
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             if self.copy_stream:
                 self.copy_stream.wait_event(self.computed[slot])
@@ -66,10 +70,12 @@ class StreamedBlocks:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        self._fetch(0)
-        for index, block in enumerate(self.blocks):
-            slot = index % SLOTS
+    def __getitem__(self, part: slice) -> Iterator[nn.Module]:
+        """Iterates over some neighbouring blocks; the one behind them is on its way at the end, too."""
+        first, last, _ = part.indices(len(self.blocks))
+        self._fetch(first)
+        for index in range(first, last):
+            block, slot = self.blocks[index], index % SLOTS
             if index + 1 < len(self.blocks):
                 self._fetch(index + 1)
             if self.arrived:
