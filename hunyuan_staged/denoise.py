@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hunyuan_staged import quiet
-from hunyuan_staged.cache import Cache
 from hunyuan_staged.parallel import Layout
 from hunyuan_staged.schedule import euler_step, timesteps_of
 from hunyuan_staged.transformer import Conditioning
@@ -48,7 +47,7 @@ def denoise(
     guidance_scale: float = 1.0,
     use_meanflow: bool = False,
     layout: Layout | None = None,
-    cache: Cache | None = None,
+    cache: Callable[..., torch.Tensor] | None = None,
     start: int = 0,
     progress: Callable[..., Iterable[Any]] = quiet,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
@@ -57,10 +56,9 @@ def denoise(
 
     velocity: one transformer forward. condition [1, 33, T, h, w]: condition latents and mask. rows: one Conditioning
     without guidance, [negative, positive] with it. sigmas [steps + 1], from 1 to 0. With use_meanflow the transformer
-    also gets the timestep it steps to. cache: what may stand for its blocks, at every row and step. start: how many
-    steps have been done; noise is then the latents that on_step got after them, in float32, from which the loop goes on
-    bit for bit. on_step(i, latents) is called after step i, counted from 0; it must not change the latents, which stay
-    as they are after it.
+    also gets the timestep it steps to. cache: a cache.Cache. start: how many steps have been done; noise is then the
+    latents that on_step got after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is
+    called after step i, counted from 0; it must not change the latents, which stay as they are after it.
     """
     layout = layout or Layout()
     latents, condition = noise.float(), condition.to(noise.device)

@@ -4,12 +4,12 @@ import functools
 import json
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import Moment, run_stage
 from forked import run_ranks as run_stages
-from ranks import run_ranks
 from test_denoise import CPU
 from test_stage2 import embed
 from test_transformer import build, distance, load
@@ -18,7 +18,7 @@ from hunyuan_staged import InputError, artifacts
 from hunyuan_staged.attention import choose_attention
 from hunyuan_staged.cache import Cache, CacheSettings, check_flags, settle
 from hunyuan_staged.denoise import condition_channels, denoise
-from hunyuan_staged.parallel import Layout, World, make_layout
+from hunyuan_staged.parallel import Layout, World
 from hunyuan_staged.schedule import flow_sigmas
 from hunyuan_staged.transformer import Transformer, conditioning_of
 from hunyuan_staged.versions import CACHE_TYPES
@@ -197,6 +197,51 @@ def test_magcache_reuses_while_the_expected_drift_is_small():
     assert len(runs) == 2 * STEPS and found == pytest.approx([plain(step) for step in range(STEPS)])
 
 
+def test_bench_counts_a_run_from_its_computed_and_reused_steps():
+    """Each block of Adding costs a second: of 50 steps 25 take two, and 25 one (deepcache) or none (magcache)."""
+    from hunyuan_staged.bench import build_parser, cached_seconds
+
+    for kind, share, state in (("deepcache", 1, 3 * 2 * 4 + 4 * 2 * 4), ("magcache", 0, 3 * 2 * 4)):
+        args = build_parser().parse_args(["stage2", "--cache_type", kind])
+        blocks = Adding()
+
+        def step(through, blocks=blocks) -> float:
+            before, blocks.step = len(blocks.runs), blocks.step + 1
+            through(0, 0, blocks, torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))
+            return float(len(blocks.runs) - before)
+
+        found = cached_seconds(args, step, Layout(), SimpleNamespace(total=3), 2, 2.0)
+        assert found["computed_step_seconds"] == 2 and found["reused_step_seconds"] == share
+        assert found["steps_computed_and_reused"] == [25, 25]
+        assert found["run_seconds"] == 50 + 25 * share and found["run_seconds_without"] == 100
+        assert found["times_as_fast"] == round(100 / (50 + 25 * share), 3)
+        assert found["state_gib_per_rank"] == round(state / 2**30, 3)
+
+
+def test_the_demo_compares_each_type_at_three_strengths(tmp_path):
+    """Latents that are off by a tenth for each reused step."""
+    from hunyuan_staged.demo import caches
+
+    def latents(prompt, seed, setting, caching):
+        count = sum(map(caching.may_reuse, range(30))) if caching else 0
+        return torch.ones(1, 2, 2) * (1 + count / 10), (30 - count, count)
+
+    generator = SimpleNamespace(
+        setting=lambda: SimpleNamespace(steps=30),
+        transformer=SimpleNamespace(transformer_blocks=[0] * 5),
+        latents=latents,
+    )
+    rows = caches.measure(generator, ["deepcache", "magcache"], 2)
+    assert [row["type"] for row in rows] == ["none"] + ["deepcache"] * 3 + ["magcache"] * 3
+    assert rows[0]["error"] == 0 and rows[0]["computed"] == 1
+    # Of the steps 7 to 26 every 2nd, 3rd and 5th is computed: 10, 13 and 16 are reused.
+    assert [row["error"] for row in rows[1:4]] == [1.0, 1.3, 1.6]
+    assert [row["computed"] for row in rows[1:4]] == [round((30 - n) / 30, 4) for n in (10, 13, 16)]
+    assert rows[5]["settings"]["threshold"] == 0.06
+    caches.plot(rows, tmp_path / "caches.png")
+    assert (tmp_path / "caches.png").read_bytes().startswith(b"\x89PNG")
+
+
 # -- in the loop --
 
 
@@ -272,35 +317,6 @@ def test_a_threshold_of_0_reuses_nothing(shared, uncached, kind):
     assert torch.equal(latents, uncached) and cache.counts == (STEPS, 0)
 
 
-def on_ranks(world: World, folder) -> dict:
-    """Every type's latents, and the state after 4 steps as rank 0 would save it."""
-    layout, found = make_layout(world, 2), {}
-    for kind in ("deepcache", "firstblock", "magcache"):
-        states = []
-
-        def watch(cache, step, _, states=states):
-            if step == 3:
-                states.append(cache.tensors(world))
-
-        found[kind] = run_loop(folder, settings(kind), layout, watch=watch)[0], states[0]
-    return found
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_give_what_one_gives(shared, size):
-    """Latents and state: rows side by side, and each on two sequence shards."""
-    folder = shared / "golden"
-    one = on_ranks(ALONE, folder)
-    for rank, found in enumerate(run_ranks(size, on_ranks, folder)):
-        for kind, (latents, state) in found.items():
-            expected, whole = one[kind]
-            assert torch.equal(latents, expected) if size == 2 else distance(latents, expected) < 1e-4, kind
-            if rank == 0:
-                assert state.keys() == whole.keys() and "cache.1." in "".join(state)
-                for name, tensor in state.items():
-                    assert distance(tensor, whole[name]) < 1e-3 if whole[name].any() else not tensor.any(), (kind, name)
-
-
 def test_a_state_that_does_not_fit_is_refused():
     cache = Cache(settings("teacache"), Layout(), 3)
     fits = {"cache.0.order0": torch.zeros(1, 3, 2), "cache.0.numbers": torch.tensor([2.0], dtype=torch.float64)}
@@ -344,17 +360,23 @@ def test_a_stopped_run_with_a_cache_goes_on_to_the_same_bits(inputs, tmp_path, k
     assert "tolerance" not in said
 
 
-def test_two_processes_save_both_rows(inputs, tmp_path):
-    """Each holds a row; stopped by four steps, they go on to the bits of an unstopped run."""
-    args = ["--input_dir", inputs, *SMALL, *CACHED, "taylorcache", "--output_dir"]
-    status, said = run_stage(2, *args, tmp_path / "whole", said=tmp_path / "said")
-    assert status == 0, said
-    moment = Moment("hunyuan_staged.denoise.euler_step", 4, (signal.SIGTERM,))
-    ranks = run_stages(2, 2, *args, tmp_path / "two", said=tmp_path / "said", moments={0: moment, 1: moment})
-    assert [rank.status() for rank in ranks] == [143, 143], ranks[0].said()
-    ranks = run_stages(2, 2, *args, tmp_path / "two", "--resume", said=tmp_path / "said")
-    assert [rank.status() for rank in ranks] == [0, 0], ranks[0].said()
-    assert torch.equal(*(artifacts.load_latents(tmp_path / name)[0] for name in ("two", "whole")))
+@pytest.mark.parametrize(("kind", "size", "resumed"), [("taylorcache", 2, 2), ("firstblock", 4, 1), ("magcache", 1, 4)])
+def test_any_number_of_processes_saves_and_goes_on(inputs, tmp_path, kind, size, resumed):
+    """2: a row each, the same arithmetic, so the same bits. 4: each row on two shards, whose sums round otherwise."""
+    args = ["--input_dir", inputs, *SMALL, "--cache_step_interval", 4, *CACHED, kind]
+    args += ["--cache_threshold", "inf"] if kind != "taylorcache" else []
+    status, said = run_stage(2, *args, "--output_dir", tmp_path / "whole", said=tmp_path / "said")
+    assert status == 0 and "steps computed" in said, said
+    moment, folder = Moment("hunyuan_staged.denoise.euler_step", 4, (signal.SIGTERM,)), tmp_path / "parted"
+    args += ["--output_dir", folder]
+    ranks = run_stages(2, size, *args, said=tmp_path / "said", moments=dict.fromkeys(range(size), moment))
+    assert [rank.status() for rank in ranks] == [143] * size, ranks[0].said()
+    state = artifacts.load_state(folder)[0]
+    assert any(name.startswith("cache.0.") for name in state) and any(name.startswith("cache.1.") for name in state)
+    ranks = run_stages(2, resumed, *args, "--resume", said=tmp_path / "said")
+    assert [rank.status() for rank in ranks] == [0] * resumed, ranks[0].said()
+    parted, whole = (artifacts.load_latents(tmp_path / name)[0] for name in ("parted", "whole"))
+    assert torch.equal(parted, whole) if kind == "taylorcache" else distance(parted, whole) < 1e-4
 
 
 def test_cache_flags_without_a_cache_are_refused(inputs, tmp_path):
