@@ -1,5 +1,6 @@
 """Feature caches: the plan, what each type computes, several processes against one, and going on from a saved state."""
 
+import copy
 import functools
 import json
 import signal
@@ -18,6 +19,7 @@ from hunyuan_staged import InputError, artifacts
 from hunyuan_staged.attention import choose_attention
 from hunyuan_staged.cache import Cache, CacheSettings, check_flags, settle
 from hunyuan_staged.denoise import condition_channels, denoise
+from hunyuan_staged.offload import stream_blocks
 from hunyuan_staged.parallel import Layout, World
 from hunyuan_staged.schedule import flow_sigmas
 from hunyuan_staged.transformer import Transformer, conditioning_of
@@ -250,8 +252,8 @@ def golden_model(folder):
     return build(folder, json.loads(load(folder / "dit_t2v.safetensors")[1]["config"]), "dit_shapes")
 
 
-def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None, **options):
-    """The latents of STEPS guided steps of the golden model, and the cache."""
+def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None, device=CPU, **options):
+    """The latents of STEPS guided steps of the golden model, and the cache. With `streamed` its blocks are offloaded."""
     tensors, _ = load(folder / "loop_cfg6_shift5.safetensors")
     names = {
         "prompt_embeds": "text_states",
@@ -261,17 +263,20 @@ def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None,
     }
     rows = [
         conditioning_of(
-            {ours: tensors[theirs][r][None] for ours, theirs in names.items()}, "", device=CPU, dtype=torch.float32
+            {ours: tensors[theirs][r][None] for ours, theirs in names.items()}, "", device=device, dtype=torch.float32
         )
         for r in range(2)
     ]
-    config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
-    model = build(folder, config, "dit_shapes")
-    forward = Transformer(model, choose_attention("torch", CPU, torch.float32), tensors["noise"].shape[2:], layout)
+    model, blocks = copy.deepcopy(golden_model(folder)), None
+    if options.pop("streamed", False):
+        blocks = stream_blocks(model, device)
+    model = model if blocks else model.to(device)
+    attention = choose_attention("torch", device, torch.float32)
+    forward = Transformer(model, attention, tensors["noise"].shape[2:], layout, blocks)
     cache = Cache(chosen, layout or Layout(), forward.total) if chosen else None
     if cache and "restored" in options:
         cache.restore(options.pop("restored"), options["start"], CPU, 2)
-    noise = options.pop("noise", tensors["noise"])
+    noise = options.pop("noise", tensors["noise"]).to(device)
     watch = options.pop("watch", None)
     latents = denoise(
         forward,
@@ -315,6 +320,22 @@ def test_a_cached_loop_is_near_the_plain_one_and_goes_on_to_the_same_bits(shared
 def test_a_threshold_of_0_reuses_nothing(shared, uncached, kind):
     latents, cache = run_loop(shared / "golden", settings(kind, threshold=0.0))
     assert torch.equal(latents, uncached) and cache.counts == (STEPS, 0)
+
+
+@pytest.mark.parametrize("kind", ["deepcache", "firstblock"])
+def test_offloaded_blocks_give_the_same_bits(shared, kind):
+    """Those that a reused step computes are fetched alone; a block that is still in its slot is not fetched again."""
+    resident, streamed = (run_loop(shared / "golden", settings(kind), streamed=s)[0] for s in (False, True))
+    assert torch.equal(resident, streamed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", CACHE_TYPES)
+def test_on_a_gpu_a_cached_loop_gives_what_it_gives_on_a_cpu(shared, kind, streamed):
+    expected, _ = run_loop(shared / "golden", settings(kind))
+    latents, cache = run_loop(shared / "golden", settings(kind), device=torch.device("cuda"), streamed=streamed)
+    assert cache.counts == (5, 3) and distance(latents.cpu(), expected) < 1e-3
 
 
 def test_a_state_that_does_not_fit_is_refused():
