@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, check_output_dir, plan, versions
+from hunyuan_staged import InputError, cache, check_output_dir, plan, versions
 
 if TYPE_CHECKING:
+    from hunyuan_staged.lora import Adapters
     from hunyuan_staged.resume import Facts
     from hunyuan_staged.versions import Version
 
@@ -67,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(*utils.DTYPES, versions.DEFAULT_DTYPE),
         help="of weights and activations (default: as stage 1)",
     )
+    sampling.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="add a LoRA adapter (safetensors) to the weights; may be given several times (default: none, and weight 1)",
+    )
     speed = parser.add_argument_group("attention and memory")
     speed.add_argument(
         "--attn_mode",
@@ -98,8 +108,63 @@ def build_parser() -> argparse.ArgumentParser:
     )
     offloading = utils.add_offload_flags(speed, blocks="blocks")
     offloading.add_argument("--offload_blocks", type=int, help="of so many blocks (default: as the GPU's memory asks)")
+    add_cache_flags(parser)
     utils.add_run_flags(parser)
     return parser
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the feature cache; None where one is not given, so that a flag without its cache can be refused."""
+    flags, types = versions.CACHE_FLAGS, versions.CACHE_TYPES
+    group = parser.add_argument_group("feature cache", f"steps are those of {versions.CACHE_STEPS}, others in scale")
+    group.add_argument(
+        "--enable_cache", action="store_true", help="let some steps take most of the transformer from those before"
+    )
+    group.add_argument(
+        "--cache_type", choices=tuple(types), help=f"what is taken over (default: {versions.DEFAULT_CACHE_TYPE})"
+    )
+    group.add_argument(
+        "--cache_start_step",
+        type=int,
+        help=f"from this step on, counted from 0; it is computed (default: {flags['cache_start_step']})",
+    )
+    group.add_argument(
+        "--cache_end_step", type=int, help=f"up to the step before this one (default: {flags['cache_end_step']})"
+    )
+    group.add_argument(
+        "--cache_step_interval",
+        type=int,
+        help="every so manieth step between is computed; firstblock and magcache: at least "
+        f"(default: {flags['cache_step_interval']})",
+    )
+    group.add_argument(
+        "--no_cache_block_id",
+        help="deepcache: the last blocks, which every step computes, N or N-LAST "
+        f"(default: {types['deepcache']['no_cache_block_id']}, the last)",
+    )
+    group.add_argument(
+        "--cache_threshold",
+        type=float,
+        help="firstblock and magcache: reuse while the change is below this "
+        f"(default: {types['firstblock']['cache_threshold']} and {types['magcache']['cache_threshold']})",
+    )
+
+
+def cache_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the cache's flags but --enable_cache and --cache_type, None where one is not given."""
+    names = dict.fromkeys([*versions.CACHE_FLAGS, *(name for own in versions.CACHE_TYPES.values() for name in own)])
+    return {name: getattr(args, name) for name in names}
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Refuse flags of a cache that is not enabled, or that its type does not have."""
+    given = cache_flags(args)
+    if not args.enable_cache:
+        idle = [name for name, value in ({"cache_type": args.cache_type} | given).items() if value is not None]
+        if idle:
+            raise InputError(f"--{idle[0]} needs --enable_cache")
+        return
+    cache.check_flags(args.cache_type or versions.DEFAULT_CACHE_TYPE, given)
 
 
 def attention_mode(args: argparse.Namespace) -> str:
@@ -122,11 +187,30 @@ def sage_blocks(args: argparse.Namespace) -> range:
     return versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS)
 
 
+def adapter_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """(file, weight) of each --lora FILE[:WEIGHT]; InputError where there is no such file, or the weight is no number."""
+    found = []
+    for text in args.lora or ():
+        path, _, last = text.rpartition(":")
+        try:
+            file, weight = (text, 1.0) if not path or Path(text).is_file() else (path, float(last))
+        except ValueError:
+            file, weight = text, 1.0
+        if not Path(file).is_file():
+            raise InputError(f"--lora {text}: there is no file {file}; allowed is FILE[:WEIGHT]")
+        if not math.isfinite(weight):
+            raise InputError(f"--lora {text}: the weight {last} is not a finite number")
+        found.append((Path(file), weight))
+    return found
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading a file."""
     utils.check_paths(args)
     attention_mode(args)
     sage_blocks(args)
+    check_cache(args)
+    adapter_files(args)
     if args.video_length is not None:
         versions.check_video_length(args.video_length)
     if args.aspect_ratio is not None:
@@ -226,6 +310,8 @@ def facts_of(
     dtype: Any,
     attention: Any,
     hashes: dict[str, tuple[str, str]],
+    caching: cache.CacheSettings | None,
+    adapters: Adapters,
 ) -> Facts:
     """All that the latents follow from, and what only rounds them. hashes: of what goes in, each with where it lies."""
     import torch
@@ -243,7 +329,10 @@ def facts_of(
             "sage_blocks_range": args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS,
             "sigmas": artifacts.digest({"sigmas": sigmas}),
         }
+        # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
         | ({"weights_dtype": args.weights_dtype} if args.weights_dtype else {})
+        | ({"cache": caching.record()} if caching else {})
+        | ({"lora": adapters.facts()} if adapters.facts() else {})
         | {name: value for name, (value, _) in hashes.items()},
         {
             "processes": run.world.size,
@@ -338,11 +427,29 @@ def guidance_rows(settings: Settings) -> int:
     return 2 if settings.guidance_scale != 1 else 1
 
 
+def settle_cache(
+    args: argparse.Namespace,
+    settings: Settings,
+    version: Version,
+    model_config: dict[str, Any],
+    warn: Callable[[str], Any],
+) -> cache.CacheSettings | None:
+    """The cache of this run, if it has one."""
+    if not args.enable_cache:
+        return None
+    if version.step_distilled:
+        warn(f"{version.name} takes few, long steps, which have little in common: a cache costs it much")
+    layers = model_config.get("num_layers", versions.LAYERS)
+    return cache.settle(
+        args.cache_type or versions.DEFAULT_CACHE_TYPE, cache_flags(args), settings.num_inference_steps, layers
+    )
+
+
 def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Read the embeddings, load the transformer, denoise, write the latents."""
     import torch
 
-    from hunyuan_staged import artifacts, checkpoints, denoise, offload, parallel, resume, schedule, transformer
+    from hunyuan_staged import artifacts, checkpoints, denoise, lora, offload, parallel, resume, schedule, transformer
     from hunyuan_staged.attention import choose_attention
 
     output_dir = Path(args.output_dir or args.input_dir)
@@ -382,6 +489,9 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         transformer.conditioning_of(embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
         for prefix in prefixes
     )
+    caching = settle_cache(args, settings, version, model_config, run.log.warning)
+    files = adapter_files(args)
+    adapters = lora.load(files, folder.transformer_shapes(version.name)) if files else lora.Adapters()
     if args.dry_run:
         run.show_plan(plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)[1])
         return
@@ -389,7 +499,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         "weights": (folder.fingerprint(["transformer"], version.name), model_path),
         artifacts.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
     }
-    facts = facts_of(run, args, settings, dtype, attention, hashes)
+    facts = facts_of(run, args, settings, dtype, attention, hashes, caching, adapters)
     keeper = resume.Keeper(
         output_dir,
         facts,
@@ -400,7 +510,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         tell=run.log.info,
         warn=run.log.warning,
     )
-    done, kept = keeper.load(shape, resume=args.resume)
+    done, kept, more = keeper.load(shape, resume=args.resume)
     fit, _ = plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)
     layout = parallel.make_layout(run.world, guidance_rows(settings), args.cfg_parallel)
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
@@ -410,7 +520,13 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
         def load(places: checkpoints.Places) -> Any:
             return folder.load_transformer(
-                version.name, device=run.device, dtype=dtype, progress=run.progress, skeleton=skeleton, places=places
+                version.name,
+                device=run.device,
+                dtype=dtype,
+                progress=run.progress,
+                skeleton=skeleton,
+                places=places,
+                adapt=adapters.fused,
             )
 
         model, blocks = offload.load_offloaded(
@@ -432,7 +548,17 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, args))
         rows = [transformer.conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
         noise = denoise.draw_noise(shape, args.seed, dtype).to(run.device)
-        with keeper.watching() as on_step:
+        cached = None
+        if caching:
+            cached = cache.Cache(caching, layout, forward.total)
+            cached.restore(more, done, run.device, len(rows))
+
+        def after_step(i: int, latents: torch.Tensor) -> None:
+            if cached:
+                run.note("{} computed, {} reused".format(*cached.counts))
+            on_step(i, latents)
+
+        with keeper.watching(partial(cached.tensors, run.world) if cached else dict) as on_step:
             latents = denoise.denoise(
                 forward,
                 noise if kept is None else kept.to(run.device),
@@ -442,11 +568,14 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
                 guidance_scale=settings.guidance_scale,
                 use_meanflow=model.config.use_meanflow,
                 layout=layout,
+                cache=cached,
                 start=done,
                 progress=run.progress,
-                on_step=on_step,
+                on_step=after_step,
             ).cpu()
         elapsed = time.perf_counter() - started
+    if cached:
+        run.log.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
     if not run.world.is_main:
         return
     if not torch.isfinite(latents).all():
@@ -467,6 +596,10 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             artifacts.MADE_FROM: facts.digest(),
             **({"weights_dtype": args.weights_dtype} if args.weights_dtype else {}),
         }
+        if caching:
+            about["cache"] = json.dumps(caching.record())
+        if adapters.given:
+            about["lora"] = json.dumps(adapters.given)
         path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
         additions = {
             "aspect_ratio": args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO,

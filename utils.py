@@ -199,6 +199,10 @@ class Run:
         self._bars.append(bar)
         return bar
 
+    def note(self, text: str) -> None:
+        """Show a few words behind the newest bar, from its next redrawing on."""
+        self._bars[-1].set_postfix_str(text, refresh=False)
+
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time a part of the stage (load, compute, write); parts of one name add up."""

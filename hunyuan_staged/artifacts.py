@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,20 @@ EMBEDDINGS_RULES = {
 }
 LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
 FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}
-# The state of a cache, once there is one, is more tensors beside the latents.
 STATE_RULES = LATENTS_RULES
+# The state of a feature cache, by guidance row: numbers, text tokens, and all else over the video's tokens.
+_CACHE_STATE = re.compile(r"cache\.(?P<row>[01])\.(?P<name>\w+)")
+
+
+def state_rules(names: Iterable[str]) -> dict[str, TensorRule]:
+    """The rules of a state file with these tensors: the latents', and those of each that a cache has put there."""
+    rules = dict(STATE_RULES)
+    for match in filter(None, map(_CACHE_STATE.fullmatch, names)):
+        row, name = match["row"], match["name"]
+        axes: tuple[int | str, ...] = (1, f"L{row}" if name == "text" else "S", "D")
+        rules[match[0]] = TensorRule((f"n{row}",) if name == "numbers" else axes)
+    return rules
+
 
 WRITTEN_BY = {
     EMBEDDINGS_FILE: "stage1_text_encoder.py",
@@ -454,22 +466,18 @@ def open_frames(folder: str | Path) -> tuple[tuple[int, int, int], dict[str, str
     return (num_frames, height, width), metadata, frames()
 
 
-def save_state(
-    folder: str | Path,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str],
-    *,
-    rules: Mapping = STATE_RULES,
-) -> Path:
-    """Write what a stopped stage 2 goes on from and return the path."""
-    return _save(folder, STATE_FILE, tensors, rules, metadata)
+def save_state(folder: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write what a stopped stage 2 goes on from (state_rules) and return the path."""
+    return _save(folder, STATE_FILE, tensors, state_rules(tensors), metadata)
 
 
-def load_state(
-    folder: str | Path, *, rules: Mapping[str, TensorRule] = STATE_RULES
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a stopped stage 2; InputError where they break the contract."""
-    return _load(folder, STATE_FILE, rules)
+    path = Path(folder) / STATE_FILE
+    tensors, metadata = load_tensors(path)
+    check_tensors(path, tensors, state_rules(tensors))
+    check_values(path, tensors, state_rules(tensors))
+    return tensors, metadata
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Warm-up is apart, both sides of every timing are synchronised, the median is pri
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hunyuan_staged import bench_memory, versions
+from hunyuan_staged import bench_memory, cache, versions
 
 # The practical peak of one H100 in dense bf16 products (../shared/measured.md: 8192^3 at about 790 TFLOP/s).
 PEAK_TFLOPS = 790.0
@@ -75,7 +76,7 @@ class Stopwatch:
         return sum(start.elapsed_time(end) for start, end in self.spans) / 1000
 
 
-def parts_of_a_step(step: Callable[[], None], forward: Any) -> dict[str, float]:
+def parts_of_a_step(step: Callable[[], Any], forward: Any) -> dict[str, float]:
     """Device seconds of one more step: attention by events, products and communication by their kernels' names."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -123,6 +124,48 @@ def mask_seconds(forward: Any, heads: int, width: int, device: Any, dtype: Any) 
     return statistics.median(times[1:])
 
 
+def cached_seconds(
+    args: argparse.Namespace, step: Callable[..., float], layout: Any, forward: Any, layers: int, plain: float
+) -> dict[str, Any]:
+    """What a feature cache makes of a run of CACHE_STEPS steps: seconds of its computed and reused steps, and its state.
+
+    step(cache) runs a guided step and gives its seconds; plain: of one without a cache. The schedule of a type that
+    adapts is fixed by a threshold that lets everything pass, so that random weights do not decide; what it costs to look
+    is in the seconds. Some 3 intervals are run, of which the first of each kind of step is not counted.
+    """
+    flags = {"cache_start_step": args.cache_start_step, "cache_end_step": args.cache_end_step}
+    flags |= {"cache_step_interval": args.cache_step_interval, "no_cache_block_id": args.no_cache_block_id}
+    if "cache_threshold" in versions.CACHE_TYPES[args.cache_type]:
+        flags["cache_threshold"] = float("inf")
+    settings = cache.settle(args.cache_type, flags, versions.CACHE_STEPS, layers)
+    cached = cache.Cache(settings, layout, forward.total)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(settings.first_kept, min(settings.start + 3 * settings.interval, settings.last_reuse)):
+        before = cached.counts[1]
+
+        def through(row: int, _: int, *rest: Any, number: int = number) -> Any:
+            return cached(row, number, *rest)
+
+        taken = step(through)
+        seconds[cached.counts[1] > before].append(taken)
+    computed, reused = (statistics.median(seconds[kind][1:] or seconds[kind]) for kind in (False, True))
+    # Of a type that adapts, as many as the interval allows.
+    fixed = dataclasses.replace(settings, threshold=None)
+    count = sum(fixed.may_reuse(number) for number in range(settings.steps))
+    whole = (settings.steps - count) * computed + count * reused
+    return {
+        "cache": settings.record(),
+        "computed_step_seconds": round(computed, 4),
+        "reused_step_seconds": round(reused, 4),
+        "reused_share_of_computed": round(reused / computed, 4),
+        "steps_computed_and_reused": [settings.steps - count, count],
+        "run_seconds": round(whole, 2),
+        "run_seconds_without": round(settings.steps * plain, 2),
+        "times_as_fast": round(settings.steps * plain / whole, 3),
+        "state_gib_per_rank": round(cached.state_bytes / 2**30, 3),
+    }
+
+
 def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of a denoising step of the full-size transformer, over whole guided steps."""
     import torch
@@ -155,9 +198,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     conditioning = [transformer.Conditioning(text.to(device, dtype), empty, empty)] * rows
     noise = denoise.draw_noise(shape, 0, dtype).to(device)
     condition = denoise.condition_channels(noise, None)
-    times: list[float] = []
 
-    def step() -> None:
+    def step(through: Any = None) -> float:
         started = time.perf_counter()
         # One step of a one-step schedule is the whole work of any step: every guidance row, guidance, Euler.
         denoise.denoise(
@@ -168,13 +210,13 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             schedule.flow_sigmas(1, 1.0),
             guidance_scale=args.guidance_scale,
             layout=layout,
+            cache=through,
         )
         if cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        return time.perf_counter() - started
 
-    for _ in range(args.warmup + args.steps):
-        step()
+    times = [step() for _ in range(args.warmup + args.steps)]
     warmup, timed = times[: args.warmup], times[args.warmup :]
     config, tokens = model.config, forward.total + TEXT_TOKENS
     inner = config.num_attention_heads * config.attention_head_dim
@@ -224,6 +266,11 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "planned_gib": round(planned_bytes / 2**30, 2),
     }
+    if args.cache_type:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        result |= cached_seconds(args, step, layout, forward, config.num_layers, seconds)
+        result["peak_gib_with_cache"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
     if cuda and not args.no_parts:
         result["seconds_by_part"] = parts_of_a_step(step, forward)
     if cuda and attention.name == versions.SPARSE_ATTN_MODE:
@@ -250,6 +297,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=versions.CFG_PARALLEL,
         help="guidance rows apart",
     )
+    stage2.add_argument(
+        "--cache_type", choices=tuple(versions.CACHE_TYPES), help="also time a cache, over a run of 50 steps"
+    )
+    for flag in versions.CACHE_FLAGS:
+        stage2.add_argument(f"--{flag}", type=int, help="as in stage 2")
+    stage2.add_argument("--no_cache_block_id", help="as in stage 2")
     stage2.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")

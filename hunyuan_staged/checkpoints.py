@@ -680,6 +680,10 @@ class ModelFolder:
             float8.quantise_linears(model.transformer_blocks)
         return model
 
+    def transformer_shapes(self, version: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of a version's weights by diffusers' names; from its config, no weight is read."""
+        return {name: tuple(x.shape) for name, x in self.transformer_skeleton(version).state_dict().items()}
+
     def load_transformer(
         self,
         version: str,
@@ -689,11 +693,13 @@ class ModelFolder:
         progress: Progress = quiet,
         skeleton: nn.Module | None = None,
         places: Places = NO_PLACES,
+        adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
     ) -> nn.Module:
         """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients.
 
         skeleton: what transformer_skeleton gave, by default in `dtype` throughout. places: where some tensors go; those
-        that another process fills are not read.
+        that another process fills are not read. adapt: what the tensors, under diffusers' names and in the file's dtype,
+        go through on their way.
         """
         folder = self._transformer_folder(version)
         model = self.transformer_skeleton(version) if skeleton is None else skeleton
@@ -709,7 +715,7 @@ class ModelFolder:
 
         float8_blocks = any(tensor.dtype == float8.STORED for tensor in state.values())
         tensors = _tensors(files, lambda name: places.fill or not has_place(name), device, at_home)
-        renamed = self._renamed(tensors, TRANSFORMER_MAP, folder)
+        renamed = adapt(self._renamed(tensors, TRANSFORMER_MAP, folder))
         return assign_weights(model, float8.quantised(renamed, state, dtype), dtype, device, folder, places)
 
     def _renamed(self, tensors: Iterable[Named], rules: Sequence[Rule], origin: Path) -> Iterator[Named]:

@@ -1,6 +1,7 @@
 """The denoising loop: noise to latents, with guidance, over one schedule."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from hunyuan_staged.parallel import Layout
 from hunyuan_staged.schedule import euler_step, timesteps_of
 from hunyuan_staged.transformer import Conditioning
 
-Velocity = Callable[[torch.Tensor, torch.Tensor, Conditioning, torch.Tensor | None], torch.Tensor]
+Velocity = Callable[..., torch.Tensor]  # of (hidden_states, timestep, conditioning, timestep_r[, through])
 
 
 def draw_noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -46,6 +47,7 @@ def denoise(
     guidance_scale: float = 1.0,
     use_meanflow: bool = False,
     layout: Layout | None = None,
+    cache: Callable[..., torch.Tensor] | None = None,
     start: int = 0,
     progress: Callable[..., Iterable[Any]] = quiet,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
@@ -54,9 +56,9 @@ def denoise(
 
     velocity: one transformer forward. condition [1, 33, T, h, w]: condition latents and mask. rows: one Conditioning
     without guidance, [negative, positive] with it. sigmas [steps + 1], from 1 to 0. With use_meanflow the transformer
-    also gets the timestep it steps to. start: how many steps have been done; noise is then the latents that on_step got
-    after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is called after step i, counted
-    from 0; it must not change the latents, which stay as they are after it.
+    also gets the timestep it steps to. cache: a cache.Cache. start: how many steps have been done; noise is then the
+    latents that on_step got after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is
+    called after step i, counted from 0; it must not change the latents, which stay as they are after it.
     """
     layout = layout or Layout()
     latents, condition = noise.float(), condition.to(noise.device)
@@ -67,7 +69,14 @@ def denoise(
         hidden_states = torch.cat([latents.to(condition.dtype), condition], dim=1)
         timestep_r = timesteps[i + 1 : i + 2] if use_meanflow else None
         mine = [
-            velocity(hidden_states, timesteps[i : i + 1], rows[row], timestep_r) for row in layout.my_rows(len(rows))
+            velocity(
+                hidden_states,
+                timesteps[i : i + 1],
+                rows[row],
+                timestep_r,
+                *([partial(cache, row, i)] if cache else []),
+            )
+            for row in layout.my_rows(len(rows))
         ]
         velocities = layout.gather_rows(mine[0]) if layout.rows > 1 else mine
         latents = euler_step(latents, guide(velocities, guidance_scale), levels[i], levels[i + 1])

@@ -150,7 +150,7 @@ class HostBlocks:
 
 
 class StreamedBlocks:
-    """Iterates over blocks of which some have their weights on the host, and on the device just while they are current.
+    """Blocks, to be iterated over in slices; the weights of some are on the host, and on the device just while current.
 
     The copy of the next offloaded block runs beside the computation before it, SLOTS blocks ahead at most, and goes on
     from the last to the first: the weights must not change while this is in use. Between uses the blocks' parameters
@@ -218,8 +218,10 @@ class StreamedBlocks:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        for index, block in enumerate(self.blocks):
+    def __getitem__(self, part: slice) -> Iterator[nn.Module]:
+        """Iterates over some neighbouring blocks."""
+        for index in range(*part.indices(len(self.blocks))):
+            block = self.blocks[index]
             if index not in self.order:
                 yield block
                 continue

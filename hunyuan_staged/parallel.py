@@ -5,9 +5,10 @@ On one process the methods here return their input, so callers seldom ask how ma
 Letters: S video tokens of the whole video, s of this rank's shard; H heads, h this rank's; L text tokens; D head width.
 """
 
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -75,6 +76,27 @@ class World:
         shared = tensor.to(self.device)
         dist.broadcast(shared, src=0)
         return shared.to(tensor.device)
+
+    def share(self, tensors: Mapping[str, torch.Tensor], source: int) -> dict[str, torch.Tensor]:
+        """One rank's named tensors, on every rank, on its device; the other ranks' are not looked at."""
+        if self.size == 1:
+            return dict(tensors)
+        head = [(name, list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()]
+        text = torch.tensor(list(json.dumps(head).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(length, src=source)
+        text = text if self.rank == source else text.new_empty(int(length))
+        dist.broadcast(text, src=source)
+        shared = {}
+        for name, shape, dtype in json.loads(bytes(text.tolist())):
+            if self.rank == source:
+                tensor = tensors[name].to(self.device).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            # As bytes: every backend can send those.
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
+            shared[name] = tensor
+        return shared
 
     def first_to_fail(self) -> bool:
         """Whether this process is the first of the run that ends with an error, and so the one to speak.
@@ -220,6 +242,14 @@ class Layout:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+
+    def total(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum of a row's ranks' numbers [n], to the same bits on each of them: all add up in one order."""
+        if self.shards == 1:
+            return numbers
+        parts = [torch.empty_like(numbers) for _ in range(self.shards)]
+        dist.all_gather(parts, numbers, group=self.group)
+        return torch.stack(parts).sum(dim=0)
 
     def gather_rows(self, velocity: torch.Tensor) -> list[torch.Tensor]:
         """The velocity of every guidance row, where each row was computed by other ranks: X → [X of row 0, X of row 1]."""

@@ -19,6 +19,7 @@ from hunyuan_staged.interrupt import Interrupted, Interrupts
 from hunyuan_staged.parallel import Agreement, World
 
 FORMAT = "1"
+More = Callable[[], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,32 +84,35 @@ class Keeper:
         self._agree = Agreement(world)
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[str | None] | None = None
-        self._host: torch.Tensor | None = None
+        self._more: More = dict
+        self._host: dict[str, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
-    def load(self, shape: Sequence[int], *, resume: bool) -> tuple[int, torch.Tensor | None]:
-        """(steps done, latents of this shape after them, float32, on the CPU); (0, None) where the run begins anew.
+    def load(self, shape: Sequence[int], *, resume: bool) -> tuple[int, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """(steps done, latents of this shape after them, float32, on the CPU, what else was saved with them).
+
+        (0, None, {}) where the run begins anew.
 
         Without `resume` it does, and a state that is there is only mentioned. Every rank waits here for the others, so
         that one's bad input ends all before weights are loaded or anything is exchanged. Raises InputError on rank 0 for
         a state that is broken, and for one of other settings, with the difference.
         """
-        step, latents = self._read(shape) if resume and self.world.is_main else (0, None)
+        step, tensors = self._read(shape) if resume and self.world.is_main else (0, {})
         self.world.barrier("inputs read")
         if not resume:
             if self.world.is_main and self.path.is_file():
                 self.warn(f"{self.path} holds the state of a run that was stopped; --resume would go on from it")
-            return 0, None
+            return 0, None, {}
         step = int(self.world.broadcast(torch.tensor([step]))[0])
         if not step:
             self.tell(f"no state of a stopped run in {self.path.parent}: starting from the beginning")
-            return 0, None
-        latents = torch.empty(*shape) if latents is None else latents
-        return step, self.world.broadcast(latents)
+            return 0, None, {}
+        tensors = {name: tensor.cpu() for name, tensor in self.world.share(tensors, 0).items()}
+        return step, tensors.pop("latents"), tensors
 
-    def _read(self, shape: Sequence[int]) -> tuple[int, torch.Tensor | None]:
+    def _read(self, shape: Sequence[int]) -> tuple[int, dict[str, torch.Tensor]]:
         if not self.path.exists():
-            return 0, None
+            return 0, {}
         tensors, metadata = artifacts.load_state(self.path.parent)
         latents = tensors["latents"]
         try:
@@ -137,15 +141,16 @@ class Keeper:
             self.warn(
                 f"the result will agree with an unstopped run within tolerance, not to the bit: {'; '.join(other)}"
             )
-        return step, latents
+        return step, tensors
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Callable[[int, torch.Tensor], None]]:
-        """The loop's on_step while the block runs.
+    def watching(self, more: More = dict) -> Iterator[Callable[[int, torch.Tensor], None]]:
+        """The loop's on_step while the block runs. more(): what else to save; every rank calls it where one saves.
 
         It raises Interrupted after the step in which a signal arrived, with the state saved, and InputError where the
         latents turn to NaN or Inf.
         """
+        self._more = more
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
                 self._writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="state"))
@@ -169,9 +174,11 @@ class Keeper:
             signum = self.interrupts.received
         if signum:
             self._stop(signum, i + 1, latents)
-        if self.every and (i + 1) % self.every == 0 and i + 1 < self.steps and self.world.is_main:
-            self._wait()
-            self._save(i + 1, latents)
+        if self.every and (i + 1) % self.every == 0 and i + 1 < self.steps:
+            tensors = {"latents": latents} | self._more()
+            if self.world.is_main:
+                self._wait()
+                self._save(i + 1, tensors)
 
     def not_finite(self, step: int) -> str:
         """What to say of latents that hold NaN or Inf after this step."""
@@ -185,9 +192,10 @@ class Keeper:
         """Save the state, on rank 0, and leave, on every rank. A rank that left first would have torchrun end the rest."""
         self.interrupts.patience = None
         failure = None
+        tensors = {"latents": latents} | self._more()
         if self.world.is_main:
             self._wait()
-            self._save(step, latents)
+            self._save(step, tensors)
             failure = self._wait()
         self.world.barrier("stopped")
         if failure:
@@ -196,29 +204,37 @@ class Keeper:
             signum, f" after step {step} of {self.steps}; the same command with --resume goes on from there"
         )
 
-    def _save(self, step: int, latents: torch.Tensor) -> None:
-        """Begin to write the state on a thread of its own. The loop never changes these latents again."""
+    def _save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Begin to write the state on a thread of its own. The loop never changes these tensors again."""
         assert self._writer is not None
         event = None
-        if latents.is_cuda:
-            if self._host is None:
-                self._host = torch.empty(latents.shape, dtype=latents.dtype, pin_memory=True)
-                self._stream = torch.cuda.Stream(latents.device)
-            assert self._stream is not None
-            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
+        device = tensors["latents"].device
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
-                self._host.copy_(latents, non_blocking=True)
-            latents.record_stream(self._stream)
+                tensors = {name: self._to_host(name, tensor) for name, tensor in tensors.items()}
             event = torch.cuda.Event()
             event.record(self._stream)
-            latents = self._host
-        self._writing = self._writer.submit(self._write, step, latents, event)
+        self._writing = self._writer.submit(self._write, step, tensors, event)
 
-    def _write(self, step: int, latents: torch.Tensor, event: Any) -> str | None:
+    def _to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in pinned memory, which the current stream makes; the memory is kept for the next one of that name."""
+        if not tensor.is_cuda:
+            return tensor
+        host = self._host.get(name)
+        if host is None or host.shape != tensor.shape:
+            host = self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        assert self._stream is not None
+        tensor.record_stream(self._stream)
+        return host
+
+    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], event: Any) -> str | None:
         """Write the state; why it could not be written, or None. A disk that is full now need not be so at the end."""
         if event is not None:
             event.synchronize()
-        if not torch.isfinite(latents).all():
+        if not torch.isfinite(tensors["latents"]).all():
             return None  # on a GPU the loop learns of it a step later; the last good state stays
         metadata = {
             "format": FORMAT,
@@ -229,7 +245,7 @@ class Keeper:
             artifacts.MADE_FROM: self.facts.digest(),
         }
         try:
-            artifacts.save_state(self.path.parent, {"latents": latents}, metadata)
+            artifacts.save_state(self.path.parent, tensors, metadata)
         except InputError as error:
             return str(error)
         return None

@@ -10,6 +10,7 @@ H heads, D head width, C = H*D; P = values in a patch.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from einops import rearrange
 from torch import nn
 
 from hunyuan_staged.attention import AttentionMode
+from hunyuan_staged.offload import StreamedBlocks
 from hunyuan_staged.parallel import Layout
 
 LANGUAGE, GLYPH, IMAGE = 0, 1, 2  # rows of cond_type_embed
+
+Through = Callable[[Callable[..., tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class Transformer:
     """The forward of one loaded model on one layout, with what stays the same from step to step computed once.
 
     model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: what choose_attention gave.
-    latent_size: (frames, height, width) of the latents. blocks: what yields the model's blocks in order, once a forward,
+    latent_size: (frames, height, width) of the latents. blocks: what a slice of yields these blocks of the model in order,
     each with its weights in place (offload.StreamedBlocks); by default the model's own list. compile: let torch.compile
     fuse what is around attention. Both halves of a block are compiled once, for all blocks and every text length.
     """
@@ -205,12 +209,12 @@ class Transformer:
         attention: AttentionMode,
         latent_size: tuple[int, int, int],
         layout: Layout | None = None,
-        blocks: Iterable[Any] | None = None,
+        blocks: StreamedBlocks | None = None,
         *,
         compile: bool = False,
     ) -> None:
         self.model, self.layout = model, layout or Layout()
-        self.blocks = model.transformer_blocks if blocks is None else blocks
+        self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
         self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
         self.after: Callable[..., Any] = after_attention
         if compile:
@@ -233,10 +237,13 @@ class Transformer:
         timestep: torch.Tensor,
         conditioning: Conditioning,
         timestep_r: torch.Tensor | None = None,
+        through: Through | None = None,
     ) -> torch.Tensor:
         """The velocity [1, 32, T, h, w] for the input [1, 65, T, h, w] at a timestep [1] (sigma x 1000, float32).
 
-        timestep_r [1] is for meanflow models alone. Every rank of the layout gets the whole velocity.
+        timestep_r [1] is for meanflow models alone. through(blocks, video, text) gives the video behind the last block,
+        from blocks(video, text, first, last), which runs some of them: what a cache may do otherwise than to run all.
+        Every rank of the layout gets the whole velocity.
         """
         model, layout = self.model, self.layout
         temb = embed_time(model, timestep, timestep_r)
@@ -247,15 +254,15 @@ class Transformer:
             **self.patch,
         )
         embed = model.x_embedder.proj
-        video = F.linear(layout.scatter(patches), embed.weight.flatten(1), embed.bias)
-        for block, attention in zip(self.blocks, self.attention, strict=True):
-            torch._dynamo.mark_dynamic(text, 1)
-            q, k, v = self._query_key_value(block, video, text, temb)
-            attended = attention(q, k, v).squeeze(0)
-            del q, k, v
-            video_out, text_out = layout.heads_to_tokens(attended, block.attn.heads, self.total)
-            torch._dynamo.mark_dynamic(text_out, 0)
-            video, text = self.after(block, video, text, video_out, text_out, temb)
+
+        def tokens() -> torch.Tensor:
+            return F.linear(layout.scatter(patches), embed.weight.flatten(1), embed.bias)
+
+        if through is None:
+            # Not held by a name here: it is as large as any activation, and the first block is done with it.
+            video = self._run(temb, tokens(), text, 0, None)[0]
+        else:
+            video = through(partial(self._run, temb), tokens(), text)
         scale, shift = model.norm_out.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
         patches = layout.gather(model.proj_out(modulate(video, model.norm_out.norm, shift, scale)), self.total)
         frames, rows, columns = self.grid
@@ -267,6 +274,21 @@ class Transformer:
             w=columns,
             **self.patch,
         )
+
+    def _run(
+        self, temb: torch.Tensor, video: torch.Tensor, text: torch.Tensor, first: int, last: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Video [1, s, C] and text [1, L, C] through the blocks [first, last), all from first on with None."""
+        part = slice(first, last)
+        for block, attention in zip(self.blocks[part], self.attention[part], strict=True):
+            torch._dynamo.mark_dynamic(text, 1)
+            q, k, v = self._query_key_value(block, video, text, temb)
+            attended = attention(q, k, v).squeeze(0)
+            del q, k, v
+            video_out, text_out = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
+            torch._dynamo.mark_dynamic(text_out, 0)
+            video, text = self.after(block, video, text, video_out, text_out, temb)
+        return video, text
 
     def _query_key_value(
         self, block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from hunyuan_staged import InputError
 
@@ -23,7 +24,22 @@ DEFAULT_ATTN_MODE = "flash"
 CFG_PARALLEL = ("auto", "on", "off")
 DEFAULT_CFG_PARALLEL = "auto"
 WEIGHTS_DTYPES = ("fp8",)  # of the blocks, where it is not that of the run
+LAYERS = 54
 DEFAULT_SAGE_BLOCKS = "0-53"  # of the 54, as in the official code: all
+# Of a run of CACHE_STEPS steps, as in the official code; other schedules keep their share of it (cache.settle).
+CACHE_STEPS = 50
+CACHE_FLAGS = {"cache_start_step": 11, "cache_end_step": 45, "cache_step_interval": 4}
+# Which further flags a type of cache has, with their defaults. The thresholds are diffusers' (FirstBlockCacheConfig and
+# MagCacheConfig); the block is the last of the 54, as in the official code.
+CACHE_TYPES: dict[str, dict[str, Any]] = {
+    "deepcache": {"no_cache_block_id": "53"},
+    "teacache": {},
+    "taylorcache": {},
+    "firstblock": {"cache_threshold": 0.05},
+    "magcache": {"cache_threshold": 0.06},
+}
+DEFAULT_CACHE_TYPE = "deepcache"
+TAYLOR_ORDER = 1
 DEFAULT_FPS = 24
 DEFAULT_TILE_SIZE = 256
 SMALL_TILE_SIZE = 128  # where the default one does not fit

@@ -332,7 +332,7 @@ def test_the_state_on_disk_is_always_of_a_good_step(tmp_path):
         kept, _ = keeper(tmp_path, interrupts)
         with kept.watching() as on_step:
             on_step(1, torch.ones(1, 32, 1, 2, 2))
-        assert kept._write(3, torch.full((1, 32, 1, 2, 2), float("nan")), None) is None
+        assert kept._write(3, {"latents": torch.full((1, 32, 1, 2, 2), float("nan"))}, None) is None
     tensors, metadata = artifacts.load_state(tmp_path)
     assert (metadata["step"], tensors["latents"].mean().item()) == ("2", 1.0)
     kept.remove()

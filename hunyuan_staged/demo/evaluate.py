@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hunyuan_staged import quiet, versions
+from hunyuan_staged.cache import CacheSettings
 from hunyuan_staged.demo import world
 
 SEED = 4242
@@ -202,10 +203,13 @@ class Generator:
             tensors = {n: torch.ones_like(x) if "mask" in n else x for n, x in tensors.items()}
         return tensors
 
-    def frames(self, prompt: str, seed: int, setting: Setting, path: Path | None = None) -> np.ndarray:
-        """uint8 [T, H, W, 3], read back from the mp4 that was written to path (or to a temporary file)."""
-        from hunyuan_staged import denoise, parallel, schedule, transformer, vae, video
+    def latents(
+        self, prompt: str, seed: int, setting: Setting, caching: CacheSettings | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(latents [1, 32, t, h, w] on the CPU, (steps computed, steps reused from a cache))."""
+        from hunyuan_staged import denoise, parallel, schedule, transformer
         from hunyuan_staged.attention import choose_attention
+        from hunyuan_staged.cache import Cache
 
         embeddings = self.embed(prompt, setting.ablation)
         height, width = versions.size_for_ratio(self.version.resolution, versions.DEFAULT_ASPECT_RATIO)
@@ -217,6 +221,7 @@ class Generator:
         prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
         rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=torch.float32) for p in prefixes]
         noise = denoise.draw_noise(shape, seed, torch.float32).to(self.device)
+        cache = Cache(caching, parallel.Layout(), forward.total) if caching else None
         latents = denoise.denoise(
             forward,
             noise,
@@ -224,10 +229,22 @@ class Generator:
             rows,
             schedule.flow_sigmas(setting.steps, setting.flow_shift),
             guidance_scale=setting.guidance_scale,
+            cache=cache,
         )
+        return latents.cpu(), cache.counts if cache else (setting.steps, 0)
+
+    def frames(self, prompt: str, seed: int, setting: Setting, path: Path | None = None) -> np.ndarray:
+        """uint8 [T, H, W, 3], read back from the mp4 that was written to path (or to a temporary file)."""
+        return self.decode(self.latents(prompt, seed, setting)[0], path)
+
+    def decode(self, latents: torch.Tensor, path: Path | None = None) -> np.ndarray:
+        """The same of latents."""
+        from hunyuan_staged import parallel, vae, video
+
+        height, width = (size * versions.SPATIAL_RATIO for size in latents.shape[-2:])
         decoded = vae.decode_frames(
             self.decoder,
-            latents.cpu(),
+            latents,
             self.vae_config,
             tile_size=versions.DEFAULT_TILE_SIZE,
             tile_overlap=versions.DEFAULT_TILE_OVERLAP,

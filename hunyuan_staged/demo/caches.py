@@ -1,0 +1,107 @@
+"""`python -m hunyuan_staged.demo.caches --model_path DIR --output_dir OUT`: what feature caches cost and save.
+
+Held-out prompts are denoised without a cache and with each type at three strengths. caches.json gets the relative error
+of the latents, ‖A-B‖/‖A‖ in mean and at worst, the share of steps that was computed, and, with --judge, what the clips
+get right; caches.png shows error and speed (needs `pip install -e .[compare]`).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hunyuan_staged import artifacts, cache, check_output_dir, quiet
+from hunyuan_staged.demo import evaluate
+
+# From careful to bold: how many steps apart the computed ones are; the thresholds of those that adapt, whose interval is
+# then 6.
+INTERVALS = (2, 3, 5)
+THRESHOLDS = {"firstblock": (0.02, 0.05, 0.1), "magcache": (0.03, 0.06, 0.15)}
+STRENGTHS: dict[str, Sequence[dict[str, Any]]] = {
+    **{name: [{"cache_step_interval": n} for n in INTERVALS] for name in ("deepcache", "teacache", "taylorcache")},
+    **{
+        name: [{"cache_step_interval": 6, "cache_threshold": threshold} for threshold in thresholds]
+        for name, thresholds in THRESHOLDS.items()
+    },
+}
+
+
+def measure(
+    generator: evaluate.Generator, types: Sequence[str], prompts: int, *, judge: bool = False, progress: Any = quiet
+) -> list[dict[str, Any]]:
+    """A row for each type and strength, over so many prompts, and first one without a cache."""
+    setting = generator.setting()
+    layers = len(generator.transformer.transformer_blocks)
+    plans: list[tuple[str, Any]] = [("none", None)]
+    for name in types:
+        plans += [(name, cache.settle(name, given, setting.steps, layers)) for given in STRENGTHS[name]]
+    held_out = evaluate.held_out_prompts("single", prompts)
+    found: list[dict[str, list]] = [{"error": [], "computed": [], "verdicts": []} for _ in plans]
+    runs = [(number, plan) for number in range(prompts) for plan in range(len(plans))]
+    for number, plan in progress(runs, desc="caches", unit="clip"):
+        scene, prompt = held_out[number]
+        latents, (computed, _) = generator.latents(prompt, evaluate.SEED + number, setting, plans[plan][1])
+        if plan == 0:
+            plain = latents
+        found[plan]["error"].append(float((latents - plain).norm() / plain.norm()))
+        found[plan]["computed"].append(computed / setting.steps)
+        if judge:
+            found[plan]["verdicts"].append(evaluate.judge(generator.decode(latents), scene))
+    rows = []
+    for (name, settings), values in zip(plans, found, strict=True):
+        row: dict[str, Any] = {"type": name, "settings": settings.record() if settings else None, "prompts": prompts}
+        row |= {"error": round(float(np.mean(values["error"])), 4), "worst_error": round(max(values["error"]), 4)}
+        row["computed"] = round(float(np.mean(values["computed"])), 4)
+        if judge:
+            verdicts = values["verdicts"]
+            row["right"] = {what: round(100 * float(np.mean([v[what] for v in verdicts])), 1) for what in verdicts[0]}
+        rows.append(row)
+    return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Error against how many times fewer steps are computed, a line for each type."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["type"] for row in rows if row["settings"]):
+        points = [(1 / row["computed"], row["error"]) for row in rows if row["type"] == name]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="steps / computed steps", ylabel="relative error of the latents", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with artifacts.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def main() -> None:
+    import torch
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.caches", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets caches.json and caches.png")
+    parser.add_argument("--types", nargs="+", choices=tuple(STRENGTHS), default=tuple(STRENGTHS), help="which caches")
+    parser.add_argument("--prompts", type=int, default=4, help="clips of each setting (default: %(default)s)")
+    parser.add_argument("--judge", action="store_true", help="also decode and judge each clip")
+    args = parser.parse_args()
+    check_output_dir("--output_dir", args.output_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = evaluate.Generator(args.model_path, device)
+    rows = measure(generator, args.types, args.prompts, judge=args.judge, progress=tqdm)
+    with artifacts.replacing(args.output_dir / "caches.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    plot(rows, args.output_dir / "caches.png")
+    for row in rows:
+        print(
+            f"{row['type']:12} {row['computed']:6.1%} computed  error {row['error']:.4f}  worst {row['worst_error']:.4f}"
+        )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
