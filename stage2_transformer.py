@@ -368,7 +368,6 @@ def plan_memory(
     config = skeleton.config
     rows, shards = parallel.plan_layout(run.world.size, guidance_rows(settings), args.cfg_parallel)
     weights = offload.weights_of(skeleton, skeleton.transformer_blocks, dtype)
-    block = sum(tensor.numel() for tensor in skeleton.transformer_blocks[0].parameters()) * dtype.itemsize
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
     denoising = plan.Denoising(
         plan.video_tokens(settings.video_length, settings.height, settings.width, patch),
@@ -378,7 +377,7 @@ def plan_memory(
         attention.name,
         compiled(run, args),
         shards,
-        block if args.weights_dtype else 0,
+        offload.widened_bytes(skeleton.transformer_blocks[0], dtype),
     )
     free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
     fit = plan.fit(

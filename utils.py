@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hunyuan_staged import InputError, one_line, versions
+from hunyuan_staged import BAD_INPUT, InputError, one_line, versions
 from hunyuan_staged.interrupt import SIGNALLED, SIGNALS, Interrupted, Interrupts
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel import World
     from hunyuan_staged.plan import Free
 
-BAD_INPUT = 2
 FAULT = 1  # what Python itself ends with after a traceback
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024

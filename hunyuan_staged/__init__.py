@@ -9,6 +9,9 @@ from typing import Any
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+BAD_INPUT = 2  # the exit status of an InputError
+
+
 class InputError(ValueError):
     """Something a user gave cannot be used. One line: the culprit, what was given, what is allowed."""
 

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,13 @@ EMBEDDINGS_RULES = {
 }
 LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
 FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}
-STATE_RULES = LATENTS_RULES
 # The state of a feature cache, by guidance row: numbers, text tokens, and all else over the video's tokens.
 _CACHE_STATE = re.compile(r"cache\.(?P<row>[01])\.(?P<name>\w+)")
 
 
 def state_rules(names: Iterable[str]) -> dict[str, TensorRule]:
     """The rules of a state file with these tensors: the latents', and those of each that a cache has put there."""
-    rules = dict(STATE_RULES)
+    rules = dict(LATENTS_RULES)
     for match in filter(None, map(_CACHE_STATE.fullmatch, names)):
         row, name = match["row"], match["name"]
         axes: tuple[int | str, ...] = (1, f"L{row}" if name == "text" else "S", "D")
@@ -390,10 +389,12 @@ def _save(folder: str | Path, name: str, tensors: Mapping, rules: Mapping, metad
 
 
 def _load(
-    folder: str | Path, name: str, rules: Mapping[str, TensorRule]
+    folder: str | Path, name: str, rules: Mapping[str, TensorRule] | Callable[[Iterable[str]], Mapping[str, TensorRule]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A stage's file, checked. rules: the tensors', or what gives them for the names that the file holds."""
     path = Path(folder) / name
     tensors, metadata = load_tensors(path)
+    rules = rules(tensors) if callable(rules) else rules
     check_tensors(path, tensors, rules)
     check_values(path, tensors, rules)
     return tensors, metadata
@@ -473,11 +474,7 @@ def save_state(folder: str | Path, tensors: Mapping[str, torch.Tensor], metadata
 
 def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a stopped stage 2; InputError where they break the contract."""
-    path = Path(folder) / STATE_FILE
-    tensors, metadata = load_tensors(path)
-    check_tensors(path, tensors, state_rules(tensors))
-    check_values(path, tensors, state_rules(tensors))
-    return tensors, metadata
+    return _load(folder, STATE_FILE, state_rules)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -72,11 +72,6 @@ def _sdpa(*backends: SDPBackend) -> Kernel:
     return attend
 
 
-def _first(result: torch.Tensor | tuple) -> torch.Tensor:
-    """The output alone, of kernels that in some versions also return the log-sum-exp."""
-    return result[0] if isinstance(result, tuple) else result
-
-
 def _flash_attn_2() -> Kernel:
     from flash_attn import flash_attn_func
 
@@ -86,13 +81,13 @@ def _flash_attn_2() -> Kernel:
 def _flash_attn_3() -> Kernel:
     from flash_attn_interface import flash_attn_func
 
-    return lambda q, k, v: _first(flash_attn_func(q, k, v))
+    return lambda q, k, v: sparse.output_alone(flash_attn_func(q, k, v))
 
 
 def _flash_attn_4() -> Kernel:
     from flash_attn.cute import flash_attn_func
 
-    return lambda q, k, v: _first(flash_attn_func(q, k, v))
+    return lambda q, k, v: sparse.output_alone(flash_attn_func(q, k, v))
 
 
 def _sageattention() -> Kernel:

@@ -229,7 +229,6 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         )
     )
     seconds = statistics.median(timed)
-    block = sum(tensor.numel() for tensor in model.transformer_blocks[0].parameters()) * dtype.itemsize
     planned = plan.Denoising(
         forward.total,
         TEXT_TOKENS,
@@ -238,7 +237,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         attention.name,
         not args.no_compile,
         layout.shards,
-        block if args.weights_dtype else 0,
+        offload.widened_bytes(model.transformer_blocks[0], dtype),
     )
     planned_bytes = sum(plan.device_parts(block_weights, planned.working, offloaded).values())
     result = {

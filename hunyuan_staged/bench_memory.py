@@ -29,7 +29,6 @@ QWEN_7B = {
     "vocab_size": 152064,
 }
 LANGUAGE_TOKENS = 1108  # the longest prompt: 1,000, and the 108 of the template
-BLOCKS = 54  # of the transformer
 LONG = 121  # frames
 
 
@@ -264,6 +263,7 @@ def table() -> list[tuple[str, ...]]:
 
     from hunyuan_staged import float8 as stored
     from hunyuan_staged import offload
+    from hunyuan_staged.bench import TEXT_TOKENS
 
     dtype = torch.bfloat16
     # One block stands for all of them, which are equal: that is built in no time.
@@ -276,12 +276,15 @@ def table() -> list[tuple[str, ...]]:
         offload.weights_of(language, language.layers, dtype), count=QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS
     )
     in_bf16, in_float8 = (
-        replace(offload.weights_of(model, model.transformer_blocks, dtype), count=BLOCKS) for model in (whole, halved)
+        replace(offload.weights_of(model, model.transformer_blocks, dtype), count=versions.LAYERS)
+        for model in (whole, halved)
     )
+
+    width = whole.config.num_attention_heads * whole.config.attention_head_dim
 
     def working(resolution: str, block: int = 0) -> int:
         tokens = plan.video_tokens(LONG, *versions.size_for_ratio(resolution, versions.DEFAULT_ASPECT_RATIO))
-        return plan.Denoising(tokens, 256, 2048, dtype.itemsize, "cudnn", True, block=block).working
+        return plan.Denoising(tokens, TEXT_TOKENS, width, dtype.itemsize, "cudnn", True, block=block).working
 
     rows = []
     for size in plan.CARDS:

@@ -9,6 +9,7 @@ Letters: T frames, H x W px; C channels and t frames of h x w of the latents.
 import argparse
 import json
 import math
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,13 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from hunyuan_staged import InputError, check_output_dir, one_line, quiet, tiles, versions
+from hunyuan_staged import BAD_INPUT, InputError, check_output_dir, one_line, quiet, tiles, versions
+from hunyuan_staged.interrupt import SIGNALLED
 
 if TYPE_CHECKING:
     import torch
 
-BAD_INPUT = 2
-INTERRUPTED = 130
 SIDE_BY_SIDE_FILE = "side_by_side.mp4"
 PLOT_FILE = "quality.png"
 LIBRARIES = "pip install scikit-image matplotlib"
@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("error: the comparison was interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return SIGNALLED + signal.SIGINT
     for line in report(result):
         print(line)
     for path in result["written"]:

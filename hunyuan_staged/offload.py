@@ -60,6 +60,13 @@ def weights_of(model: nn.Module, blocks: Sequence[nn.Module] | nn.ModuleList, dt
     return BlockWeights(len(blocks), cut_of(blocks[0], dtype).size, (everything - inside) * dtype.itemsize)
 
 
+def widened_bytes(block: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a block in `dtype` where it is stored in float8, which it takes besides while it is computed; else 0."""
+    tensors = list(block.parameters())
+    stored = any(tensor.dtype == STORED for tensor in tensors)
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize if stored else 0
+
+
 def spread(offloaded: int, count: int) -> list[int]:
     """Which of `count` blocks are offloaded: evenly spread, so that each has the others' time to arrive in."""
     return [index * count // offloaded for index in range(offloaded)]

@@ -12,6 +12,7 @@ from typing import Any
 from hunyuan_staged import InputError
 from hunyuan_staged.versions import (
     DEFAULT_TILE_SIZE,
+    LAYERS,
     SMALL_TILE_SIZE,
     SPARSE_ATTN_MODE,
     TEMPORAL_RATIO,
@@ -272,7 +273,7 @@ MEASURED_STEPS = (
     MeasuredStep(H100, 111_600, "flash4", True, 0, 18.7, 13.6),
     MeasuredStep(H100, 46_800, "flash4", True, 0, 3.81),
     MeasuredStep(H100, 46_800, "cudnn", True, 0, 4.41),
-    MeasuredStep(H100, 46_800, "cudnn", True, 54, 4.38),
+    MeasuredStep(H100, 46_800, "cudnn", True, LAYERS, 4.38),
     MeasuredStep(H100, 46_800, "cudnn", False, 0, 5.33),
 )
 
@@ -289,8 +290,8 @@ def expected_seconds(
     float8: bool = False,
 ) -> float | None:
     """Seconds of the denoising loop where a step just like this one has been measured, else None: nothing is guessed."""
-    # 54 blocks and both guidance rows, in bf16, on one GPU: all that has been measured.
-    if layers != 54 or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
+    # All blocks and both guidance rows, in bf16, on one GPU: all that has been measured.
+    if layers != LAYERS or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
         return None
     asked = (gpu, denoising.video_tokens, denoising.kernel, denoising.compiled, offloaded)
     for row in MEASURED_STEPS:

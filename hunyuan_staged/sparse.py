@@ -119,6 +119,11 @@ def _blocks(tokens: int, size: int) -> int:
     return -(-tokens // size)
 
 
+def output_alone(result: torch.Tensor | tuple) -> torch.Tensor:
+    """The output alone, of kernels that in some versions also return the log-sum-exp."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def gathered(tiles: Tiles) -> Core:
     """Plain torch, anywhere: for each head and each tile of queries, dense attention over the keys that are kept."""
 
@@ -149,8 +154,7 @@ def flash4(tiles: Tiles) -> Core:
         # All are whole blocks; the kernel wants a list of partial ones, too, and this one is empty.
         none, nothing = torch.zeros_like(counts), indices.new_zeros(*indices.shape[:3], 1)
         blocks = BlockSparseTensorsTorch(none, nothing, counts, indices, block_size=(tiles.size, FLASH4_KEYS))
-        out = flash_attn_func(q[None], k[None], v[None], block_sparse_tensors=blocks)
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        return output_alone(flash_attn_func(q[None], k[None], v[None], block_sparse_tensors=blocks))[0]
 
     return core
 

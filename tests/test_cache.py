@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked import Moment, run_stage
 from forked import run_ranks as run_stages
-from test_denoise import CPU
+from test_denoise import CPU, golden_rows
 from test_stage2 import embed
 from test_transformer import build, distance, load
 
@@ -22,7 +22,7 @@ from hunyuan_staged.denoise import condition_channels, denoise
 from hunyuan_staged.offload import stream_blocks
 from hunyuan_staged.parallel import Layout, World
 from hunyuan_staged.schedule import flow_sigmas
-from hunyuan_staged.transformer import Transformer, conditioning_of
+from hunyuan_staged.transformer import Transformer
 from hunyuan_staged.versions import CACHE_TYPES
 
 INF = float("inf")
@@ -226,7 +226,7 @@ def test_the_demo_compares_each_type_at_three_strengths(tmp_path):
 
     def latents(prompt, seed, setting, caching):
         count = sum(map(caching.may_reuse, range(30))) if caching else 0
-        return torch.ones(1, 2, 2) * (1 + count / 10), (30 - count, count)
+        return torch.ones(1, 2, 2, 2, 2) * (1 + count / 10), (30 - count, count)
 
     generator = SimpleNamespace(
         setting=lambda: SimpleNamespace(steps=30),
@@ -255,18 +255,7 @@ def golden_model(folder):
 def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None, device=CPU, **options):
     """The latents of STEPS guided steps of the golden model, and the cache. With `streamed` its blocks are offloaded."""
     tensors, _ = load(folder / "loop_cfg6_shift5.safetensors")
-    names = {
-        "prompt_embeds": "text_states",
-        "prompt_embeds_mask": "text_mask",
-        "prompt_embeds_2": "byt5_states",
-        "prompt_embeds_mask_2": "byt5_mask",
-    }
-    rows = [
-        conditioning_of(
-            {ours: tensors[theirs][r][None] for ours, theirs in names.items()}, "", device=device, dtype=torch.float32
-        )
-        for r in range(2)
-    ]
+    rows = golden_rows(tensors, device)
     model, blocks = copy.deepcopy(golden_model(folder)), None
     if options.pop("streamed", False):
         blocks = stream_blocks(model, device)

@@ -12,26 +12,31 @@ from hunyuan_staged.attention import choose_attention
 from hunyuan_staged.denoise import condition_channels, denoise, draw_noise, guide
 from hunyuan_staged.parallel import Layout, World, make_layout
 from hunyuan_staged.schedule import flow_sigmas, timesteps_of
-from hunyuan_staged.transformer import Transformer, conditioning_of
+from hunyuan_staged.transformer import Conditioning, Transformer, conditioning_of
 
 CPU = torch.device("cpu")
 
 
-def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
-    tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
-    model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
+def golden_rows(tensors: dict, device: torch.device = CPU) -> list[Conditioning]:
+    """[negative, positive] of the golden loop."""
     names = {
         "prompt_embeds": "text_states",
         "prompt_embeds_mask": "text_mask",
         "prompt_embeds_2": "byt5_states",
         "prompt_embeds_mask_2": "byt5_mask",
     }
-    rows = [
+    return [
         conditioning_of(
-            {ours: tensors[theirs][row][None] for ours, theirs in names.items()}, "", device=CPU, dtype=torch.float32
+            {ours: tensors[theirs][row][None] for ours, theirs in names.items()}, "", device=device, dtype=torch.float32
         )
         for row in range(2)
     ]
+
+
+def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
+    tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
+    model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
+    rows = golden_rows(tensors)
     attention = choose_attention("torch", CPU, torch.float32)
     velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
     return denoise(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hunyuan_staged import artifacts, cache, check_output_dir, quiet
+from hunyuan_staged.compare import latent_errors
 from hunyuan_staged.demo import evaluate
 
 # From careful to bold: how many steps apart the computed ones are; the thresholds of those that adapt, whose interval is
@@ -46,7 +47,7 @@ def measure(
         latents, (computed, _) = generator.latents(prompt, evaluate.SEED + number, setting, plans[plan][1])
         if plan == 0:
             plain = latents
-        found[plan]["error"].append(float((latents - plain).norm() / plain.norm()))
+        found[plan]["error"].append(latent_errors(plain, latents)[0])
         found[plan]["computed"].append(computed / setting.steps)
         if judge:
             found[plan]["verdicts"].append(evaluate.judge(generator.decode(latents), scene))
@@ -56,8 +57,7 @@ def measure(
         row |= {"error": round(float(np.mean(values["error"])), 4), "worst_error": round(max(values["error"]), 4)}
         row["computed"] = round(float(np.mean(values["computed"])), 4)
         if judge:
-            verdicts = values["verdicts"]
-            row["right"] = {what: round(100 * float(np.mean([v[what] for v in verdicts])), 1) for what in verdicts[0]}
+            row["right"] = evaluate.shares(values["verdicts"])
         rows.append(row)
     return rows
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -279,15 +279,23 @@ def held_out_prompts(
     return [(scene, world.describe(scene, draw, world.UNSEEN if new_wording else world.FIRST)) for scene in scenes]
 
 
+def shares(verdicts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The share in percent of which each thing is right; of those verdicts that judge it."""
+    found: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        for name, right in verdict.items():
+            found.setdefault(name, []).append(right)
+    return {name: round(100 * float(np.mean(rights)), 1) for name, rights in found.items()}
+
+
 def score(
     generator: Generator, prompts: Sequence[tuple[world.Scene, str]], setting: Setting, progress: Any = quiet
 ) -> dict[str, float]:
-    """The share of prompts, in percent, of which each thing is right; of those that are judged by it."""
-    verdicts: dict[str, list[float]] = {}
-    for number, (scene, prompt) in enumerate(progress(prompts, desc="judging", unit="clip")):
-        for name, right in judge(generator.frames(prompt, SEED + number, setting), scene).items():
-            verdicts.setdefault(name, []).append(right)
-    return {name: round(100 * float(np.mean(rights)), 1) for name, rights in verdicts.items()}
+    """The shares of these prompts' clips."""
+    return shares(
+        judge(generator.frames(prompt, SEED + number, setting), scene)
+        for number, (scene, prompt) in enumerate(progress(prompts, desc="judging", unit="clip"))
+    )
 
 
 # -- the contact sheet --
