@@ -6,23 +6,21 @@ attention(q, k, v): each [1, N, H, D] → [1, N, H, D]; no mask, because no padd
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hunyuan_staged import InputError, sparse
+from hunyuan_staged.sparse import HALF, HOPPER, installed
 from hunyuan_staged.versions import ATTN_MODES, DEFAULT_ATTN_MODE, SPARSE_ATTN_MODE
 
-HALF = (torch.float16, torch.bfloat16)
-HOPPER = (9, 0)
 AMPERE = (8, 0)
 
 # What must be importable for a mode, and how to get it.
 PACKAGES = {
     "flash3": ("flash_attn_interface", "build it from the hopper folder of the flash-attention repository"),
-    "flash4": ("flash_attn.cute", "pip install --pre flash-attn-4"),
+    "flash4": (sparse.FLASH4_PACKAGE, "pip install --pre flash-attn-4"),
     "sageattn": ("sageattention", "pip install sageattention"),
 }
 
@@ -96,14 +94,6 @@ def _sageattention() -> Kernel:
     return lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD")
 
 
-def _installed(package: str) -> bool:
-    """Whether a package, or one inside another, can be imported; the parent may be absent, too."""
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def choose_attention(
     mode: str, device: torch.device, dtype: torch.dtype, sage_blocks: range | None = None
 ) -> AttentionMode:
@@ -117,7 +107,7 @@ def choose_attention(
     if mode == "torch":
         return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", _dense(_sdpa()))
     if mode == SPARSE_ATTN_MODE:
-        core, reason = sparse.fastest_core(device)
+        core, reason = sparse.fastest_core(device, dtype)
         return AttentionMode(mode, reason, partial(sparse.SparseAttention, device=device, core=core))
     if device.type != "cuda":
         if mode == DEFAULT_ATTN_MODE:
@@ -135,7 +125,7 @@ def choose_attention(
         obstacle = (
             f"it needs a Hopper GPU or newer, and this one has compute capability {capability[0]}.{capability[1]}"
         )
-    if mode in PACKAGES and not _installed(PACKAGES[mode][0]):
+    if mode in PACKAGES and not installed(PACKAGES[mode][0]):
         package, remedy = PACKAGES[mode]
         obstacle = f"the package {package} is not installed ({remedy})"
     if obstacle:
@@ -159,7 +149,7 @@ def choose_attention(
 
 def _flash2(why: str) -> AttentionMode:
     # flash-attn-4 puts a folder of the same name there, without the module that version 2 has.
-    if _installed("flash_attn.flash_attn_interface"):
+    if installed("flash_attn.flash_attn_interface"):
         return AttentionMode("flash2", f"{why}: the flash-attn package", _dense(_flash_attn_2()))
     return AttentionMode("flash2", f"{why}: torch's own FlashAttention-2", _dense(_sdpa(SDPBackend.FLASH_ATTENTION)))
 
@@ -171,9 +161,9 @@ def _fastest(capability: tuple[int, int], obstacle: str | None) -> AttentionMode
         return AttentionMode("torch", f"no flash kernel here: {obstacle}", _dense(_sdpa()))
     if capability >= HOPPER:
         why = "the fastest exact kernel that is installed"
-        if _installed(PACKAGES["flash4"][0]):
+        if installed(PACKAGES["flash4"][0]):
             return AttentionMode("flash4", why, _dense(_flash_attn_4()))
-        if _installed(PACKAGES["flash3"][0]):
+        if installed(PACKAGES["flash3"][0]):
             return AttentionMode("flash3", why, _dense(_flash_attn_3()))
         why += f"; flash4 would be faster: {PACKAGES['flash4'][1]}"
         return AttentionMode("cudnn", why, _dense(_sdpa(SDPBackend.CUDNN_ATTENTION)))

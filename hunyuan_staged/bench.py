@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hunyuan_staged import bench_memory, cache, versions
+from hunyuan_staged import bench_memory, cache, compare, versions
 
 # The practical peak of one H100 in dense bf16 products (../shared/measured.md: 8192^3 at about 790 TFLOP/s).
 PEAK_TFLOPS = 790.0
@@ -199,10 +199,9 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     noise = denoise.draw_noise(shape, 0, dtype).to(device)
     condition = denoise.condition_channels(noise, None)
 
-    def step(through: Any = None) -> float:
-        started = time.perf_counter()
+    def latents_after(through: Any = None) -> Any:
         # One step of a one-step schedule is the whole work of any step: every guidance row, guidance, Euler.
-        denoise.denoise(
+        return denoise.denoise(
             forward,
             noise,
             condition,
@@ -212,6 +211,10 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             layout=layout,
             cache=through,
         )
+
+    def step(through: Any = None) -> float:
+        started = time.perf_counter()
+        latents_after(through)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -270,6 +273,12 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         result |= cached_seconds(args, step, layout, forward, config.num_layers, seconds)
         result["peak_gib_with_cache"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
+    if args.against:
+        velocity = latents_after() - noise
+        forward.attention = choose_attention(args.against, device, dtype).kernels(forward.grid, config.num_layers)
+        result["against"] = args.against
+        result["velocity_error"] = round(compare.latent_errors(latents_after() - noise, velocity)[0], 6)
+        forward.attention = attention.kernels(forward.grid, config.num_layers)
     if cuda and not args.no_parts:
         result["seconds_by_part"] = parts_of_a_step(step, forward)
     if cuda and attention.name == versions.SPARSE_ATTN_MODE:
@@ -302,6 +311,11 @@ def build_parser() -> argparse.ArgumentParser:
     for flag in versions.CACHE_FLAGS:
         stage2.add_argument(f"--{flag}", type=int, help="as in stage 2")
     stage2.add_argument("--no_cache_block_id", help="as in stage 2")
+    stage2.add_argument(
+        "--against",
+        choices=versions.ATTN_MODES,
+        help="also how far a step's velocity is from this mode's: ||difference|| / ||velocity||",
+    )
     stage2.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")

@@ -20,7 +20,10 @@ WINDOW = (3, 3, 3)  # tiles around each tile
 TOP_K = 64  # tiles by importance beside the window; half of it for short videos
 SHORT_VIDEO = 31  # latent frames
 SIMILARITY_WEIGHT = 0.7  # of the importance; the rest counts against tiles that resemble all others
+FLASH4_PACKAGE = "flash_attn.cute"
 FLASH4_KEYS = 128  # keys of a block in flash-attn-4's kernel on Hopper; a tile is several of them
+HOPPER = (9, 0)
+HALF = (torch.float16, torch.bfloat16)
 
 Grid = tuple[int, int, int]
 Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -213,12 +216,23 @@ CORES: dict[str, Callable[[Tiles], Core]] = {
 }
 
 
-def fastest_core(device: torch.device) -> tuple[str, str]:
-    """(name in CORES, reason) of what computes SSTA on this device. flash4 joins them once it has run on a GPU."""
+def installed(package: str) -> bool:
+    """Whether a package, or one inside another, can be imported; the parent may be absent, too."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def fastest_core(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(name in CORES, reason) of what computes SSTA on this device in this dtype."""
     if device.type != "cuda":
         return "torch", "no GPU: tile by tile in torch, slow"
-    if find_spec("flex_block_attn") is not None:
+    if installed("flex_block_attn"):
         return "flex_block_attn", "the flex_block_attn package is installed"
+    # The kernel's blocks of 128 keys are Hopper's; elsewhere it was never run.
+    if dtype in HALF and torch.cuda.get_device_capability(device)[0] == HOPPER[0] and installed(FLASH4_PACKAGE):
+        return "flash4", "flash-attn-4 over the blocks that are kept"
     return "flex", "torch's flex_attention over the blocks that are kept"
 
 
