@@ -113,11 +113,11 @@ def normalise(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 def padded(
     x: Sum | torch.Tensor, gamma: torch.Tensor | None, before: torch.Tensor | None, *, keep: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input of the next convolution [T + 2, H + 2, W + 2, C], x added up [T, H, W, C]).
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(input of the next convolution [T + 2, H + 2, W + 2, C], x added up [T, H, W, C], or None unless keep).
 
     With gamma [C] the input is normalised and goes through SiLU; without, it is x. The sides repeat the outermost
-    positions; in front stands `before` [2, H + 2, W + 2, C], or else the first frame twice. keep: whether x is needed.
+    positions; in front stands `before` [2, H + 2, W + 2, C], or else the first frame twice.
     """
     if x.is_cuda:
         from hunyuan_staged import kernels
@@ -129,7 +129,7 @@ def padded(
     rows, columns = (torch.arange(-1, n + 1, device=added.device).clamp(0, n - 1) for n in added.shape[1:3])
     values = values[:, rows[:, None], columns]
     front = values[:1].expand(2, -1, -1, -1) if before is None else before
-    return torch.cat([front, values]), added
+    return torch.cat([front, values]), added if keep else None
 
 
 def spread(
@@ -203,7 +203,7 @@ class Decoder:
     def _before_chunks(self, latents: torch.Tensor) -> torch.Tensor:
         """conv_in and the mid block, over all frames: [t, h, w, C] → [t, h, w, C']."""
         module, memory = self.module, Memory(last=True)
-        product = self._convolve(module.conv_in, latents, None, memory)[0]
+        product, _ = self._convolve(module.conv_in, latents, None, memory)
         x: Sum | torch.Tensor = Sum(product, module.conv_in.conv.bias, latents.repeat_interleave(module.repeat, dim=-1))
         x = self._resnet(module.mid_block.resnets[0], x, memory)
         for attention, resnet in zip(module.mid_block.attentions, module.mid_block.resnets[1:], strict=True):
@@ -218,13 +218,13 @@ class Decoder:
                 x = self._resnet(resnet, x, memory)
             for upsampler in block.upsamplers or ():
                 x = self._upsample(upsampler, x, memory)
-        product = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)[0]
+        product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)
         return product + self.module.conv_out.conv.bias
 
     def _convolve(
         self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(product [T, H, W, C'] without its bias, x added up [T, H, W, C]) of a causal convolution of 3 x 3 x 3."""
+    ) -> tuple[torch.Tensor, Any]:
+        """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
         inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), memory.frames.get(layer), keep=keep)
         if memory.last:
             memory.frames.pop(layer, None)

@@ -11,12 +11,12 @@ VALUES = 4096  # of a program
 LENGTH_FLOOR = 1e-12  # of F.normalize
 
 
-@triton.jit
+# Compiled once for each width: nothing is specialised on the sizes of a tile, which differ at a video's borders.
+@triton.jit(do_not_specialize=["frames", "height", "width", "has_bias", "has_residual", "has_before", "keep"])
 def _padded(
-    product, bias, residual, gamma, before, out, kept, frames, height, width, scale, floor,
-    channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,
-    has_bias: tl.constexpr, has_residual: tl.constexpr, has_norm: tl.constexpr, has_before: tl.constexpr,
-    keep: tl.constexpr,
+    product, bias, residual, gamma, before, out, kept, frames, height, width,
+    has_bias, has_residual, has_before, keep, scale, floor,
+    channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, has_norm: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0) * rows + tl.arange(0, rows)
     wide = width + 2
@@ -25,30 +25,27 @@ def _padded(
     y = (position // wide) % high - 1
     t = position // (wide * high) - 2
     channel = tl.arange(0, block)
-    live = (t < frames)[:, None] & (channel < channels)[None, :]
+    real = channel < channels
+    live = (t < frames)[:, None] & real[None, :]
     source_x = tl.minimum(tl.maximum(x, 0), width - 1)
     source_y = tl.minimum(tl.maximum(y, 0), height - 1)
     source_t = tl.maximum(t, 0)
     row = (source_t.to(tl.int64) * height + source_y) * width + source_x
     source = row[:, None] * channels + channel[None, :]
     value = tl.load(product + source, mask=live, other=0.0).to(tl.float32)
-    if has_bias:
-        value += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    if has_residual:
-        value += tl.load(residual + source, mask=live, other=0.0).to(tl.float32)
-    if keep:
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (t >= 0)
-        tl.store(kept + source, value.to(kept.dtype.element_ty), mask=live & inside[:, None])
+    value += tl.load(bias + channel, mask=real & (has_bias != 0), other=0.0).to(tl.float32)[None, :]
+    value += tl.load(residual + source, mask=live & (has_residual != 0), other=0.0).to(tl.float32)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (t >= 0) & (keep != 0)
+    tl.store(kept + source, value.to(kept.dtype.element_ty), mask=live & inside[:, None])
     if has_norm:
         value = tl.where(live, value, 0.0)
         length = tl.sqrt(tl.sum(value * value, axis=1))
-        weight = tl.load(gamma + channel, mask=channel < channels, other=0.0).to(tl.float32) * scale
+        weight = tl.load(gamma + channel, mask=real, other=0.0).to(tl.float32) * scale
         value = value / tl.maximum(length, floor)[:, None] * weight[None, :]
         value = value * tl.sigmoid(value)
     target = position.to(tl.int64)[:, None] * channels + channel[None, :]
-    if has_before:
-        front = (t < 0)[:, None]
-        value = tl.where(front, tl.load(before + target, mask=live & front, other=0.0).to(tl.float32), value)
+    front = (t < 0)[:, None] & (has_before != 0)
+    value = tl.where(front, tl.load(before + target, mask=live & front, other=0.0).to(tl.float32), value)
     tl.store(out + target, value.to(out.dtype.element_ty), mask=live)
 
 
@@ -60,25 +57,29 @@ def padded(
     before: torch.Tensor | None,
     *,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """decoder.padded of a sum by its parts."""
     frames, height, width, channels = product.shape
     out = product.new_empty(frames + 2, height + 2, width + 2, channels)
+    # What was given whole is not written again.
     summed = bias is not None or residual is not None
-    kept = torch.empty_like(product) if keep and summed else product
+    kept = (torch.empty_like(product) if summed else product) if keep else None
     block = triton.next_power_of_2(channels)
     rows = max(1, VALUES // block)
     grid = (triton.cdiv(out.numel() // channels, rows),)
+
+    def there(tensor: torch.Tensor | None) -> torch.Tensor:
+        return product if tensor is None else tensor
+
     _padded[grid](
-        product, bias, residual, gamma, before, out, kept, frames, height, width, channels**0.5, LENGTH_FLOOR,
-        channels, block, rows,
-        bias is not None, residual is not None, gamma is not None, before is not None, keep and summed,
-        num_warps=8 if block >= 512 else 4,
+        product, there(bias), there(residual), there(gamma), there(before), out, there(kept), frames, height, width,
+        int(bias is not None), int(residual is not None), int(before is not None), int(keep and summed),
+        channels**0.5, LENGTH_FLOOR, channels, block, rows, gamma is not None, num_warps=8 if block >= 512 else 4,
     )  # fmt: skip
     return out, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "height", "width"])
 def _spread(
     product, bias, x, out, positions, height, width, time: tl.constexpr, group: tl.constexpr, repeats: tl.constexpr,
     channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,

@@ -26,6 +26,7 @@ __all__ = ["Block", "decode_frames", "plan_decode", "prepare_decoder", "tile_own
 
 # Pieces that a rank keeps while rank 0 has not taken them yet: of a tile of 256 px and 32 frames 12.6 MB each.
 SENDS_AHEAD = 8
+BLOCK_FRAMES = 8  # that leave the device together: of 720p 22 MB
 
 
 def plan_decode(
@@ -151,16 +152,18 @@ class Canvas:
 
     def leave(self, now: slice) -> None:
         """These frames are complete: they start for the host, and nothing waits for them."""
-        frames, event = self.frames[now], None
-        if frames.is_cuda:
-            host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-            frames, event = host.copy_(frames, non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._leaving.append((Block(frames, None if self.floats is None else self.floats[now]), event))
+        for start in range(now.start, now.stop, BLOCK_FRAMES):
+            some = slice(start, min(start + BLOCK_FRAMES, now.stop))
+            frames, event = self.frames[some], None
+            if frames.is_cuda:
+                host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+                frames, event = host.copy_(frames, non_blocking=True), torch.cuda.Event()
+                event.record()
+            self._leaving.append((Block(frames, None if self.floats is None else self.floats[some]), event))
 
-    def arrived(self, *, keep: int) -> Iterator[Block]:
-        """The blocks that are under way but for the last `keep`, once they are there."""
-        while len(self._leaving) > keep:
+    def arrived(self) -> Iterator[Block]:
+        """The blocks that are under way, each once it is there."""
+        while self._leaving:
             block, event = self._leaving.popleft()
             if event is not None:
                 event.synchronize()
@@ -311,10 +314,11 @@ def decode_frames(
         # Read one piece late, so that the device has the next one to work on meanwhile.
         _settle(doubts, 1, forward.dtype)
         if (tile.row, tile.column) == (len(plan.rows) - 1, len(plan.columns) - 1):
+            # The chunk before this one: the device works on the next meanwhile.
+            yield from canvas.arrived()
             canvas.leave(spans[chunk])
-            yield from canvas.arrived(keep=1)
     _settle(doubts, 0, forward.dtype)
-    yield from canvas.arrived(keep=0)
+    yield from canvas.arrived()
 
 
 def _settle(doubts: deque[tuple[Tile, torch.Tensor]], keep: int, dtype: torch.dtype) -> None:
