@@ -654,6 +654,7 @@ def train_transformer(
     batch: int,
     refresh: int,
     peaks: tuple[float, float],
+    decay: float,
     save: Any,
 ) -> bool:
     """Train until the budget or the deadline is over; True when the phase is done."""
@@ -667,7 +668,7 @@ def train_transformer(
     inside = [p for n, p in named if p.ndim == 2 and not any(part in n for part in outside)]
     rest = [p for n, p in named if p.ndim != 2 or any(part in n for part in outside)]
     optimizer = Optimizer(inside, rest, peaks)
-    average = Average([learner], 0.9995)
+    average = Average([learner], decay)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         for mean, kept in zip(average.mean, state["average"], strict=True):
@@ -738,6 +739,26 @@ def build(seed: int = 0) -> draw.Modules:
     return draw.build_modules(DEMO, seed, (VERSION,), corpus())
 
 
+def take_weights(modules: draw.Modules, checkpoint: Path) -> float:
+    """A finished checkpoint's weights and tokenizer, into modules of its sizes; the VAE's scaling factor.
+
+    The layers of the language model that nobody reads stay as they were drawn.
+    """
+    from hunyuan_staged.checkpoints import open_model
+
+    folder = open_model(checkpoint, ("transformer", "vae", "text", "glyph", "image"))
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    modules.tokenizer, language = folder.load_language_model(**options)
+    modules.language_model.load_state_dict(language.state_dict(), strict=False)
+    modules.glyph_encoder.encoder.load_state_dict(folder.load_glyph_encoder(**options)[1].state_dict())
+    modules.image_encoder.load_state_dict(folder.load_image_encoder(**options)[1].state_dict())
+    modules.transformers[VERSION].load_state_dict(folder.load_transformer(VERSION, **options).state_dict())
+    modules.vae.decoder.load_state_dict(folder.load_vae_decoder(**options)[0].state_dict())
+    encoder, config = folder.load_vae_encoder(**options)
+    modules.vae.encoder.load_state_dict(encoder.state_dict())
+    return float(config["scaling_factor"])
+
+
 def parameters(modules: draw.Modules) -> Iterator[nn.Parameter]:
     parts = (
         modules.language_model,
@@ -766,6 +787,9 @@ def write_checkpoint(modules: draw.Modules, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="state.pt, the pool and the checkpoint go here")
+    parser.add_argument(
+        "--start_from", type=Path, help="a finished checkpoint: its VAE stays, all else is trained further"
+    )
     parser.add_argument("--vae_minutes", type=float, default=4.0, help="over all calls (default: %(default)s)")
     parser.add_argument(
         "--minutes", type=float, default=14.0, help="of the transformer, over all calls (default: %(default)s)"
@@ -781,6 +805,9 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=48, help="clips that measure the VAE (default: %(default)s)")
     parser.add_argument("--muon_rate", type=float, default=0.02, help="peak for matrices (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak for all else (default: %(default)s)")
+    parser.add_argument(
+        "--decay", type=float, default=0.9995, help="of the average of weights, a step (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     begun = time.time()
@@ -802,6 +829,11 @@ def main() -> None:
     modules = build(args.seed)
     count = sum(parameter.numel() for parameter in parameters(modules))
     log("build", 0, parameters=count, megabytes=2e-6 * count)
+    if args.start_from and "vae_done" not in state:
+        state |= {"vae_done": True, "vae_measured": {"scaling_factor": take_weights(modules, args.start_from)}}
+        state["vae"] = {name: tensor.to(device) for name, tensor in modules.vae.state_dict().items()}
+    elif args.start_from:
+        take_weights(modules, args.start_from)
     vae: Any = prepare_decoder(modules.vae).to(device)
     if "vae" in state:
         vae.load_state_dict(state["vae"])
@@ -830,7 +862,8 @@ def main() -> None:
     language, unused = modules.language_model, without_unused(modules.language_model)
     parts = (language, modules.glyph_encoder, modules.image_encoder, modules.transformers[VERSION])
     learner = Learner(*parts, words.crop, compile=device.type == "cuda")
-    start_learning(learner)
+    if not args.start_from:
+        start_learning(learner)
     learner.to(device)
     learner.rope = tuple(table.to(device) for table in learner.rope)
     if "learner" in state:
@@ -847,7 +880,16 @@ def main() -> None:
 
     budget = Budget(args.minutes * 60, state.get("spent", 0.0), warmup=300)
     done = train_transformer(
-        learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, peaks=peaks, save=save
+        learner,
+        pool,
+        budget,
+        state,
+        deadline,
+        batch=args.batch,
+        refresh=args.refresh,
+        peaks=peaks,
+        decay=args.decay,
+        save=save,
     )
     language.layers.extend(unused[0])
     language.norm = unused[1]
