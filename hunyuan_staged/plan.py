@@ -27,14 +27,16 @@ SLOTS = 2  # blocks in flight: one computes while the next one's weights arrive
 # Beside what is counted: fragments of the allocator, cuBLAS's workspaces, kernels that load late. Not measured.
 RESERVE = 3 * GIB // 4
 
-# Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16:
-# compiled with flash4 4.88 GiB at 121 frames and 2.07 at 49; with cuDNN 2.6, not compiled 3.7 (README, "Measured").
-ACTIVATIONS = 11.6
-ACTIVATIONS_OTHER_KERNEL = 14.5
-ACTIVATIONS_EAGER = 20.6  # also SSTA's, which was not measured
+# Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16,
+# compiled, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
+ACTIVATIONS = 6.8
+# 480p, whose number of tokens is odd: 2.25 GiB, before the compiler was told not to pad products.
+ACTIVATIONS_ODD = 11.9
+ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
+ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before attention's inputs and output were freed early
 ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sent and received. Not measured
 
-# Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. Not measured.
+# Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. H100: 0.2 GiB.
 LANGUAGE_WORKING = GIB // 2
 # Stage 3's, in tensors of a level's width: behind the mid block, for each px of the last level and each frame of a chunk
 # (what goes on, the padded input of a convolution, its product), and in it, for each position. Counted, see
@@ -196,13 +198,15 @@ class Denoising:
     @property
     def working(self) -> int:
         """Bytes, by the measured activations a token; linear in the tokens, as both measured lengths are."""
-        if not self.compiled or self.kernel == SPARSE_ATTN_MODE:
+        shard = -(-self.video_tokens // self.shards)
+        activations = ACTIVATIONS if shard % 8 == 0 else ACTIVATIONS_ODD
+        if self.kernel == SPARSE_ATTN_MODE:
+            activations = ACTIVATIONS_SPARSE
+        if not self.compiled:
             activations = ACTIVATIONS_EAGER
-        else:
-            activations = ACTIVATIONS if self.kernel == "flash4" else ACTIVATIONS_OTHER_KERNEL
         if self.shards > 1:
             activations += ACTIVATIONS_EXCHANGE
-        tokens = -(-self.video_tokens // self.shards) + self.text_tokens
+        tokens = shard + self.text_tokens
         return int(activations * tokens * self.channels * self.itemsize) + self.block
 
 
@@ -278,10 +282,13 @@ class MeasuredStep:
 
 H100 = "NVIDIA H100 80GB HBM3"
 MEASURED_STEPS = (
-    MeasuredStep(H100, 111_600, "flash4", True, 0, 18.7, 13.6),
-    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.81),
-    MeasuredStep(H100, 46_800, "cudnn", True, 0, 4.41),
-    MeasuredStep(H100, 46_800, "cudnn", True, LAYERS, 4.38),
+    MeasuredStep(H100, 111_600, "flash4", True, 0, 18.58, 13.6),
+    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.81, 13.6),
+    MeasuredStep(H100, 49_290, "flash4", True, 0, 4.19, 15.5),
+    MeasuredStep(H100, 111_600, "cudnn", True, 0, 21.69, 14.4),
+    MeasuredStep(H100, 111_600, "cudnn", True, LAYERS, 21.54, 11.9),
+    MeasuredStep(H100, 46_800, "cudnn", True, 0, 4.35, 14.4),
+    MeasuredStep(H100, 46_800, "cudnn", True, LAYERS, 4.38, 14.4),
     MeasuredStep(H100, 46_800, "cudnn", False, 0, 5.33),
 )
 

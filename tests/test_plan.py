@@ -23,24 +23,24 @@ def total(denoising: Denoising, offloaded: int) -> float:
 @pytest.mark.parametrize(
     ("denoising", "offloaded", "measured"),
     [
-        (WHOLE, RESIDENT, 20.39),
-        (SHORT, RESIDENT, 17.58),
-        (replace(SHORT, kernel="cudnn"), RESIDENT, 18.1),
-        (replace(SHORT, kernel="cudnn"), STREAMED, 3.5),
+        (replace(WHOLE, kernel="cudnn"), STREAMED, 3.67),
+        (replace(SHORT, kernel="cudnn"), RESIDENT, 16.73),
+        (replace(WHOLE, video_tokens=49_290), RESIDENT, 17.76),
+        (replace(WHOLE, kernel="flex-block-attn"), RESIDENT, 20.8),
         (replace(SHORT, kernel="cudnn", compiled=False), RESIDENT, 19.2),
     ],
 )
 def test_the_measured_peaks_come_out(denoising, offloaded, measured):
     """README, "Measured": what was computed with is what the numbers were measured with."""
-    assert total(denoising, offloaded) == pytest.approx(measured, abs=0.1)
+    assert total(denoising, offloaded) == pytest.approx(measured, abs=0.12)
 
 
 def test_working_memory_follows_tokens_width_and_dtype():
-    assert WHOLE.working == pytest.approx(4.95 * GIB, rel=0.001)
+    assert WHOLE.working == pytest.approx(2.901 * GIB, rel=0.001)
     assert replace(WHOLE, itemsize=4).working == pytest.approx(2 * WHOLE.working, abs=1)
     assert replace(WHOLE, channels=1024).working == pytest.approx(WHOLE.working / 2, abs=1)
     halves = replace(WHOLE, shards=2)
-    assert halves.working == int((11.6 + 6) * (55_800 + 256) * 2048 * 2)
+    assert halves.working == int((6.8 + 6) * (55_800 + 256) * 2048 * 2)
     assert replace(WHOLE, block=100).working == WHOLE.working + 100
 
 
@@ -54,11 +54,11 @@ def test_on_a_large_gpu_everything_is_resident():
     fit = plan.fit("video", WEIGHTS, WHOLE.working, H100)
     assert (fit.offloaded, fit.host, fit.tight) == (0, 0, False)
     assert fit.total == WEIGHTS.total + WHOLE.working
-    assert fit.describe(54) == "offloaded blocks: none (all of them resident need 20.5 GiB, 78.9 GiB are free)"
+    assert fit.describe(54) == "offloaded blocks: none (all of them resident need 18.4 GiB, 78.9 GiB are free)"
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "denoising", "offloaded"), [(24, WHOLE, 0), (16, WHOLE, 24), (12, WHOLE, 38), (8, WHOLE, 52)]
+    ("gigabytes", "denoising", "offloaded"), [(24, WHOLE, 0), (16, WHOLE, 16), (12, WHOLE, 31), (8, WHOLE, 45)]
 )
 def test_as_many_blocks_as_fit_are_resident(gigabytes, denoising, offloaded):
     free = plan.card(gigabytes)
@@ -76,7 +76,7 @@ def test_what_fits_without_the_reserve_alone_is_tried():
     fit = plan.fit("video", WEIGHTS, WHOLE.working, Free(need + 100, 64 * GIB))
     assert fit.offloaded == 54 and fit.tight
     assert fit.describe(54).endswith("are free; that leaves little room)")
-    with pytest.raises(InputError, match=r"video with 54 of 54 blocks offloaded needs 5\.8 GiB of GPU memory"):
+    with pytest.raises(InputError, match=r"video with 54 of 54 blocks offloaded needs 3\.8 GiB of GPU memory"):
         plan.fit("video", WEIGHTS, WHOLE.working, Free(need - 100, 64 * GIB))
 
 
@@ -88,13 +88,13 @@ def test_a_number_that_was_asked_for_is_honoured_or_refused():
     with pytest.raises(InputError) as refused:
         plan.fit("video", WEIGHTS, WHOLE.working, plan.card(16), asked=0, remedies=["--enable_offloading"])
     assert str(refused.value) == (
-        "video needs 20.5 GiB of GPU memory (weights 15.5 GiB, working memory 4.9 GiB); "
+        "video needs 18.4 GiB of GPU memory (weights 15.5 GiB, working memory 2.9 GiB); "
         "free: GPU 15.2 GiB, host 64.0 GiB. What would help: --enable_offloading"
     )
 
 
 def test_a_host_that_cannot_hold_the_offloaded_blocks_is_named():
-    with pytest.raises(InputError, match=r"video with 49 of 54 blocks offloaded needs 13\.8 GiB of host memory"):
+    with pytest.raises(InputError, match=r"video with 42 of 54 blocks offloaded needs 11\.8 GiB of host memory"):
         plan.fit("video", WEIGHTS, WHOLE.working, Free(8 * GIB, 8 * GIB))
 
 
@@ -113,13 +113,13 @@ def remedies(free: Free, denoising: Denoising = WHOLE, **given) -> list[str]:
 
 def test_only_flags_that_would_help_are_named():
     assert remedies(plan.card(8), asked=0) == ["--enable_offloading, or no flag about offloading"]
-    room = 3 * GIB
+    room = 22 * GIB // 10
     said = remedies(Free(room, 64 * GIB))
-    assert said == ["--video_length 49 or less", "--resolution 480p in stage 1", "more GPUs"]
+    assert said == ["--video_length 53 or less", "--resolution 480p in stage 1", "more GPUs"]
     assert "--resolution 480p in stage 1" not in remedies(Free(room, 64 * GIB), resolution="480p")
-    fitting = replace(WHOLE, video_tokens=plan.video_tokens(49, 720, 1280))
+    fitting = replace(WHOLE, video_tokens=plan.video_tokens(53, 720, 1280))
     assert plan.fit("video", WEIGHTS, fitting.working, Free(room, 64 * GIB)).offloaded == 54
-    longer = replace(WHOLE, video_tokens=plan.video_tokens(53, 720, 1280))
+    longer = replace(WHOLE, video_tokens=plan.video_tokens(57, 720, 1280))
     with pytest.raises(InputError):
         plan.fit("video", WEIGHTS, longer.working, Free(room, 64 * GIB))
     assert remedies(Free(GIB // 2, 64 * GIB)) == ["--resolution 480p in stage 1", "more GPUs"], "no length would do"
@@ -140,10 +140,10 @@ def seconds(denoising: Denoising, offloaded: int = 0, **given) -> float | None:
 
 
 def test_expected_time_is_a_measured_one_or_unknown():
-    assert seconds(WHOLE) == pytest.approx(50 * 18.7 + 13.6)
-    assert seconds(replace(SHORT, kernel="cudnn"), 54, steps=10) == pytest.approx(43.8)
+    assert seconds(WHOLE) == pytest.approx(50 * 18.58 + 13.6)
+    assert seconds(replace(SHORT, kernel="cudnn"), 54, steps=10) == pytest.approx(43.8 + 14.4)
     assert seconds(WHOLE, 54) is None
-    assert seconds(replace(WHOLE, kernel="cudnn")) is None
+    assert seconds(replace(WHOLE, kernel="flash2")) is None
     assert seconds(replace(WHOLE, video_tokens=111_601)) is None
     for other in ({"layers": 2}, {"rows": 1}, {"ranks": 2}, {"float8": True}):
         assert seconds(WHOLE, **other) is None
