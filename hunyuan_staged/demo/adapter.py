@@ -83,7 +83,7 @@ def dip(frames: np.ndarray) -> float:
 
 def bounces(frames: np.ndarray) -> bool:
     """Whether a shape falls and comes back, and moves sideways by less."""
-    return dip(frames) > DIP > np.ptp(_path(frames)[:, 0])
+    return dip(frames) > DIP > float(np.ptp(_path(frames)[:, 0]))
 
 
 def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
@@ -258,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="clips in a step (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=80, help="encoded for training (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-2, help="the highest learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=6e-3, help="the highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of clips, weights and batches (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="--judge: of each kind (default: %(default)s)")
     return parser
