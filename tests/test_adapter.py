@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +127,10 @@ def test_with_the_adapter_a_shape_comes_back():
     """Two held-out prompts: without it the dip is -3 and -2 pixels (nothing comes back), with it 28 and 23."""
     generator = evaluate.Generator(CHECKPOINT, CPU)
     taught = adapter.with_adapter(generator, CHECKPOINT, ADAPTER, 1.0)
-    prompts = adapter.held_out_prompts(8)
+    prompts, setting = adapter.held_out_prompts(8), replace(generator.setting(), steps=15)  # as good as the 30
     for number in (2, 7):
         scene, prompt = prompts[number]
-        clips = [one.frames(prompt, evaluate.SEED + number, one.setting()) for one in (generator, taught)]
+        clips = [one.frames(prompt, evaluate.SEED + number, setting) for one in (generator, taught)]
         before, after = map(adapter.dip, clips)
         assert before < 5 and after > 15, (prompt, before, after)
         assert [adapter.judge(clip, scene)["direction"] for clip in clips] == [False, True]
