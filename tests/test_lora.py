@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from forked import run_stage
+from forked import run_ranks, run_stage
 from safetensors.torch import save_file
 from test_stage2 import embed
 
 from hunyuan_staged import InputError, artifacts, lora
 from hunyuan_staged.checkpoints import TRANSFORMER_MAP, open_model, to_official
+from hunyuan_staged.float8 import Float8Linear, dequantise, quantise
 
 CPU = torch.device("cpu")
 VERSION = "demo_t2v"
@@ -189,6 +190,47 @@ def test_nan_and_dora_and_broken_files_are_refused(folder, official, tmp_path):
     path.write_bytes(b"no such thing")
     with pytest.raises(InputError, match="is not a whole safetensors file"):
         lora.load([(path, 1.0)], shapes)
+
+
+def test_float8_rounds_the_adapted_weights(folder, official, tmp_path):
+    """What is stored is the sum's float8, not the float8 weights with something added."""
+    path = write(tmp_path / "a.safetensors", parts(official), OFFICIAL_STYLES["bare"])
+    adapters = lora.load([(path, 1.0)], folder.transformer_shapes(VERSION))
+    options = {"device": CPU, "dtype": torch.float32, "adapt": adapters.fused}
+    whole = folder.load_transformer(VERSION, **options)
+    small = folder.load_transformer(
+        VERSION, skeleton=folder.transformer_skeleton(VERSION, weights_dtype="fp8"), **options
+    )
+    for name in ("transformer_blocks.1.attn.to_q", "transformer_blocks.0.ff_context.net.0.proj"):
+        linear, weight = small.get_submodule(name), whole.get_submodule(name).weight
+        assert isinstance(linear, Float8Linear) and torch.equal(linear.weight, dequantise(*quantise(weight)))
+    plain = folder.load_transformer(VERSION, device=CPU, dtype=torch.float32)
+    assert not torch.allclose(weight, plain.get_submodule(name).weight, atol=0.1)
+
+
+def test_float8_offloading_and_two_processes_through_the_script(tiny_official, official, tmp_path):
+    inputs = embed(tmp_path / "in", tiny_official)
+    path = write(tmp_path / "a.safetensors", parts(official), OFFICIAL_STYLES["bare"])
+    small = ["--input_dir", inputs, "--video_length", 5, "--num_inference_steps", 2]
+
+    def run(name: str, *more: object, size: int = 1) -> tuple[torch.Tensor, dict[str, str]]:
+        ranks = run_ranks(2, size, *small, "--output_dir", tmp_path / name, *more, said=tmp_path / "said")
+        assert [rank.status() for rank in ranks] == [0] * size, ranks[0].said()
+        return artifacts.load_latents(tmp_path / name)
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / b.norm())
+
+    fp8 = ("--weights_dtype", "fp8")
+    one, _ = run("one", "--lora", path)
+    two, recorded = run("two", "--lora", path, size=2)
+    assert distance(two, one) < 1e-5 and json.loads(recorded["lora"])[0]["sha256"] == artifacts.sha256(path)
+    # Both guidance rows on both processes: the sequence is what is split.
+    assert distance(run("split", "--lora", path, "--cfg_parallel", "off", size=2)[0], one) < 1e-5
+    stored, without = run("stored", "--lora", path, *fp8)[0], run("without", *fp8)[0]
+    assert torch.equal(run("streamed", "--lora", path, *fp8, "--enable_offloading")[0], stored)
+    # The rounding moves the latents far less than the adapter does.
+    assert 0 < 4 * distance(stored, one) < distance(stored, without)
 
 
 def test_through_the_script(tiny_official, official, tmp_path):

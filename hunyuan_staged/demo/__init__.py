@@ -3,3 +3,4 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+ADAPTER = Path(__file__).parent / "adapters" / "bounce.safetensors"

@@ -442,10 +442,13 @@ class Pool:
         self.glyph_valid = torch.zeros(size, device=device, dtype=torch.int64)
         self.images = torch.zeros(size, 3, DEMO.image_size, DEMO.image_size, device=device)
 
+    def draw(self) -> world.Scene:
+        return world.draw_scene(self.scenes)
+
     @torch.no_grad()
     def renew(self, count: int) -> None:
         """Replace the oldest clips by new ones."""
-        scenes = [world.draw_scene(self.scenes) for _ in range(count)]
+        scenes = [self.draw() for _ in range(count)]
         wordings = [self.scenes.choice((world.FIRST, world.MORE)) for _ in range(count * WORDINGS)]
         said = [scene for scene in scenes for _ in range(WORDINGS)]
         prompts = [world.describe(scene, self.scenes, how) for scene, how in zip(said, wordings, strict=True)]

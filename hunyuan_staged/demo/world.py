@@ -297,6 +297,8 @@ _MORE_VERBS |= {
     for vertical in ("up", "down")
     for side in ("left", "right")
 }
+# What the checkpoint cannot read, since no scene that `draw_scene` draws has this motion: adapter.py teaches it.
+_VERBS["bounce"] = _MORE_VERBS["bounce"] = ("bounces", "bounces up and down")
 # Sentences that nothing is trained on, of words that are.
 _UNSEEN = {
     "single": ("a {thing} {verb} before a {background} backdrop", "over a {background} background, the {thing} {verb}"),
