@@ -471,10 +471,11 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
-    attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args))
+    model_config = folder.transformer_config(version.name)
+    width = model_config["attention_head_dim"]
+    attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args), head_width=width)
     if attention.name == versions.SPARSE_ATTN_MODE and not version.sparse:
         run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
-    model_config = folder.transformer_config(version.name)
     check_widths(embeddings, model_config, version)
     shape = versions.latent_shape(
         settings.video_length,

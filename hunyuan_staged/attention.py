@@ -24,6 +24,9 @@ PACKAGES = {
     "sageattn": ("sageattention", "pip install sageattention"),
 }
 
+# How wide a head may be, where a kernel takes few widths. The published model's are 128, the demo's 32.
+HEAD_WIDTHS = {"flash4": sparse.FLASH4_HEAD_WIDTHS, "sageattn": (64, 96, 128)}
+
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -95,19 +98,19 @@ def _sageattention() -> Kernel:
 
 
 def choose_attention(
-    mode: str, device: torch.device, dtype: torch.dtype, sage_blocks: range | None = None
+    mode: str, device: torch.device, dtype: torch.dtype, sage_blocks: range | None = None, *, head_width: int = 128
 ) -> AttentionMode:
     """The kernel for a mode on this device and dtype. Only "flash" chooses; any other mode is honoured or refused.
 
-    sage_blocks: which blocks of the transformer run sageattn; the others run flash. All by default. Raises InputError
-    with the reason and the modes that would work where the mode cannot run.
+    sage_blocks: which blocks of the transformer run sageattn; the others run flash. All by default. head_width: D of the
+    model. Raises InputError with the reason and the modes that would work where the mode cannot run.
     """
     if mode not in ATTN_MODES:
         raise InputError(f"--attn_mode {mode!r} is unknown; known: {', '.join(ATTN_MODES)}")
     if mode == "torch":
         return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", _dense(_sdpa()))
     if mode == SPARSE_ATTN_MODE:
-        core, reason = sparse.fastest_core(device, dtype)
+        core, reason = sparse.fastest_core(device, dtype, head_width)
         return AttentionMode(mode, reason, partial(sparse.SparseAttention, device=device, core=core))
     if device.type != "cuda":
         if mode == DEFAULT_ATTN_MODE:
@@ -120,7 +123,7 @@ def choose_attention(
     elif capability < AMPERE:
         obstacle = f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
     if mode == DEFAULT_ATTN_MODE:
-        return _fastest(capability, obstacle)
+        return _fastest(capability, obstacle, head_width)
     if mode in ("flash3", "flash4", "cudnn") and capability < HOPPER:
         obstacle = (
             f"it needs a Hopper GPU or newer, and this one has compute capability {capability[0]}.{capability[1]}"
@@ -128,6 +131,9 @@ def choose_attention(
     if mode in PACKAGES and not installed(PACKAGES[mode][0]):
         package, remedy = PACKAGES[mode]
         obstacle = f"the package {package} is not installed ({remedy})"
+    elif head_width not in HEAD_WIDTHS.get(mode, (head_width,)):
+        widths = ", ".join(map(str, HEAD_WIDTHS[mode]))
+        obstacle = f"it takes heads that are {widths} wide, and this model's are {head_width}"
     if obstacle:
         raise InputError(f"--attn_mode {mode}: {obstacle}; use flash or torch")
     if mode == "flash2":
@@ -143,7 +149,7 @@ def choose_attention(
         "as asked: the sageattention package, INT8, not exact",
         _dense(_sageattention()),
         sage_blocks,
-        _fastest(capability, None),
+        _fastest(capability, None, head_width),
     )
 
 
@@ -154,14 +160,14 @@ def _flash2(why: str) -> AttentionMode:
     return AttentionMode("flash2", f"{why}: torch's own FlashAttention-2", _dense(_sdpa(SDPBackend.FLASH_ATTENTION)))
 
 
-def _fastest(capability: tuple[int, int], obstacle: str | None) -> AttentionMode:
+def _fastest(capability: tuple[int, int], obstacle: str | None, head_width: int) -> AttentionMode:
     """The fastest exact kernel of this GPU. On Hopper flash4 is 1.2 times as fast as cuDNN, and that 1.6 times as fast
     as FlashAttention-2 (../shared/measured.md)."""
     if obstacle:
         return AttentionMode("torch", f"no flash kernel here: {obstacle}", _dense(_sdpa()))
     if capability >= HOPPER:
         why = "the fastest exact kernel that is installed"
-        if installed(PACKAGES["flash4"][0]):
+        if installed(PACKAGES["flash4"][0]) and head_width in HEAD_WIDTHS["flash4"]:
             return AttentionMode("flash4", why, _dense(_flash_attn_4()))
         if installed(PACKAGES["flash3"][0]):
             return AttentionMode("flash3", why, _dense(_flash_attn_3()))

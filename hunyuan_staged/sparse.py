@@ -21,6 +21,7 @@ TOP_K = 64  # tiles by importance beside the window; half of it for short videos
 SHORT_VIDEO = 31  # latent frames
 SIMILARITY_WEIGHT = 0.7  # of the importance; the rest counts against tiles that resemble all others
 FLASH4_PACKAGE = "flash_attn.cute"
+FLASH4_HEAD_WIDTHS = (64, 96, 128)
 FLASH4_KEYS = 128  # keys of a block in flash-attn-4's kernel on Hopper; a tile is several of them
 HOPPER = (9, 0)
 HALF = (torch.float16, torch.bfloat16)
@@ -224,14 +225,15 @@ def installed(package: str) -> bool:
         return False
 
 
-def fastest_core(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(name in CORES, reason) of what computes SSTA on this device in this dtype."""
+def fastest_core(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[str, str]:
+    """(name in CORES, reason) of what computes SSTA on this device, in this dtype, with heads so wide."""
     if device.type != "cuda":
         return "torch", "no GPU: tile by tile in torch, slow"
     if installed("flex_block_attn"):
         return "flex_block_attn", "the flex_block_attn package is installed"
     # The kernel's blocks of 128 keys are Hopper's; elsewhere it was never run.
-    if dtype in HALF and torch.cuda.get_device_capability(device)[0] == HOPPER[0] and installed(FLASH4_PACKAGE):
+    takes = dtype in HALF and head_width in FLASH4_HEAD_WIDTHS
+    if takes and torch.cuda.get_device_capability(device)[0] == HOPPER[0] and installed(FLASH4_PACKAGE):
         return "flash4", "flash-attn-4 over the blocks that are kept"
     return "flex", "torch's flex_attention over the blocks that are kept"
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hunyuan_staged import InputError
+from hunyuan_staged import InputError, attention, sparse
 from hunyuan_staged.attention import AttentionMode, choose_attention
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GRID = (12, 16, 20)
 
 
@@ -34,6 +34,40 @@ def test_a_gpu_mode_on_a_cpu_is_refused(mode):
         InputError, match=f"--attn_mode {mode} needs a GPU, and this run is on a cpu; use flash or torch"
     ):
         choose_attention(mode, CPU, torch.bfloat16)
+
+
+def hopper(monkeypatch, *packages: str) -> None:
+    """A Hopper GPU that does not exist, on which these packages are installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for module in (attention, sparse):
+        monkeypatch.setattr(module, "installed", lambda package: package in packages)
+
+
+def test_a_kernel_that_does_not_take_the_models_heads(monkeypatch):
+    """The demo's heads are 32 wide: the fastest kernel is then another, and one that was asked for is refused."""
+    hopper(monkeypatch, "flash_attn.cute", "sageattention")
+    for mode in ("flash4", "sageattn"):
+        with pytest.raises(
+            InputError,
+            match=f"--attn_mode {mode}: it takes heads that are 64, 96, 128 wide, and this model's are 32; use flash",
+        ):
+            choose_attention(mode, CUDA, torch.bfloat16, head_width=32)
+    assert choose_attention("flash", CUDA, torch.bfloat16, head_width=32).name == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "packages", "core"),
+    [
+        (torch.bfloat16, 128, ["flash_attn.cute"], "flash4"),
+        (torch.bfloat16, 32, ["flash_attn.cute"], "flex"),
+        (torch.float32, 128, ["flash_attn.cute"], "flex"),
+        (torch.bfloat16, 128, [], "flex"),
+        (torch.bfloat16, 128, ["flash_attn.cute", "flex_block_attn"], "flex_block_attn"),
+    ],
+)
+def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, packages, core):
+    hopper(monkeypatch, *packages)
+    assert sparse.fastest_core(CUDA, dtype, width)[0] == core
 
 
 def test_blocks_outside_the_range_run_the_other_kernel():
