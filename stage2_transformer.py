@@ -472,7 +472,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
     model_config = folder.transformer_config(version.name)
-    width = model_config["attention_head_dim"]
+    width = model_config.get("attention_head_dim", 128)
     attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args), head_width=width)
     if attention.name == versions.SPARSE_ATTN_MODE and not version.sparse:
         run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")

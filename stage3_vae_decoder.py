@@ -94,7 +94,9 @@ def tile_size_or_default(args: argparse.Namespace) -> int:
 def plan_memory(
     run: utils.Run, args: argparse.Namespace, latents: torch.Tensor, folder: ModelFolder, itemsize: int
 ) -> tuple[plan.Decoding, dict[str, object]]:
-    """The tile size, and the rows that --dry_run prints; InputError where it does not fit."""
+    """Tiles and chunks, and the rows that --dry_run prints; InputError where they do not fit."""
+    import torch
+
     config = folder.vae_config()
     frames, height, width = latents.shape[2:]
     ratio = int(config["spatial_compression_ratio"])
@@ -113,12 +115,16 @@ def plan_memory(
         overlap=args.tile_overlap,
     )
     held = ", ".join(f"{part} {plan.gib(number)}" for part, number in decoding.parts.items())
+    ranks = 1 if args.disable_tile_parallelism else run.world.size
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    seconds = plan.decoding_seconds(gpu, config, size, decoding, args.tile_overlap, ranks)
     return decoding, {
         "video": f"{size[2]}x{size[1]}, {size[0]} frames",
         "tile size": f"{decoding.tile_size or 'whole frames'} ({decoding.reason})",
         "latent frames at once": min(decoding.at_once, frames),
         "memory": f"{plan.gib(decoding.total)}: {held}",
         "free": free.describe(),
+        "expected time": "unknown: not measured" if seconds is None else f"{seconds:.1f} s",
     }
 
 
@@ -154,7 +160,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     tile_plan = vae.plan_decode(latents, folder.vae_config(), **tiling)
     count = len(tile_plan.tiles)
     if args.dry_run:
-        run.show_plan({**rows, "tiles": count, "ranks": run.world.size, "expected time": "unknown: not measured"})
+        run.show_plan({**rows, "tiles": count, "ranks": run.world.size})
         return
     if world.rank not in vae.tile_owners(tile_plan, world.size):
         return

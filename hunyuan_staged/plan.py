@@ -413,6 +413,32 @@ def fit_decoding(
     return chosen
 
 
+# Seconds of decoding with the published VAE in float16 at an overlap of 0.25, on one GPU, as README's "Measured" has it:
+# (GPU, (T, H, W), side of a tile, latent frames at once).
+MEASURED_DECODINGS: dict[tuple[str, tuple[int, int, int], int | None, int], float] = {
+    (H100, (121, 720, 1280), 256, 8): 8.26,
+    (H100, (49, 720, 1280), 256, 8): 3.35,
+    (H100, (121, 720, 1280), None, 8): 5.04,
+    (H100, (121, 720, 1280), None, 1): 5.22,
+    (H100, (121, 720, 1280), 128, 8): 9.99,
+}
+
+
+def decoding_seconds(
+    gpu: str | None,
+    config: Mapping[str, Any],
+    size: tuple[int, int, int],
+    decoding: Decoding,
+    overlap: float,
+    ranks: int,
+) -> float | None:
+    """Seconds of a decoding where one just like it has been measured, else None: nothing is guessed."""
+    published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
+    if gpu is None or not published or overlap != DEFAULT_TILE_OVERLAP or ranks != 1:
+        return None
+    return MEASURED_DECODINGS.get((gpu, size, decoding.tile_size, decoding.at_once))
+
+
 # -- what is free --
 
 

@@ -203,6 +203,19 @@ def test_tiles_that_were_asked_for_are_honoured_or_refused():
         decoding(11, whole=True)
 
 
+def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
+    def seconds(decoding: plan.Decoding, **given) -> float | None:
+        options = {"gpu": plan.H100, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
+        return plan.decoding_seconds(decoding=decoding, **options)
+
+    assert seconds(decoding(80)) == 8.26
+    assert seconds(decoding(80, whole=True)) == 5.04
+    assert seconds(decoding(5)) is None, "shorter chunks were not measured"
+    narrow = DECODER | {"block_out_channels": [16, 32, 32, 64, 64]}
+    for other in ({"gpu": None}, {"gpu": "NVIDIA A100"}, {"config": narrow}, {"overlap": 0}, {"ranks": 2}):
+        assert seconds(decoding(80), **other) is None
+
+
 def test_a_tile_is_no_larger_than_the_frame():
     parts = plan.fit_decoding(DECODER, 1, 2, (9, 96, 160), Free(GIB, GIB), asked=256).parts
     values = 1024 * 3 * 60 * 2
