@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ import utils
 from hunyuan_staged import InputError, check_output_dir, plan, tiles, versions
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from hunyuan_staged import vae
     from hunyuan_staged.checkpoints import ModelFolder
 
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
@@ -99,11 +102,21 @@ def plan_memory(
     weights = sum(tensor.numel() for tensor in folder.vae_skeleton("decoder").parameters()) * itemsize
     # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
     free = plan.free_memory(run.device) if args.disable_tile_parallelism else run.free_memory()
-    decoding = plan.fit_decoding(config, weights, itemsize, size, free, asked=args.tile_size, whole=args.disable_tiling)
+    decoding = plan.fit_decoding(
+        config,
+        weights,
+        itemsize,
+        size,
+        free,
+        asked=args.tile_size,
+        whole=args.disable_tiling,
+        overlap=args.tile_overlap,
+    )
     held = ", ".join(f"{part} {plan.gib(number)}" for part, number in decoding.parts.items())
     return decoding, {
         "video": f"{size[2]}x{size[1]}, {size[0]} frames",
         "tile size": f"{decoding.tile_size or 'whole frames'} ({decoding.reason})",
+        "latent frames at once": min(decoding.at_once, frames),
         "memory": f"{plan.gib(decoding.total)}: {held}",
         "free": free.describe(),
     }
@@ -154,29 +167,56 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         f"latents {list(latents.shape)}: {count} tile{'s' * (count > 1)} on "
         f"{world.size} process{'es' * (world.size > 1)}, {dtype}"
     )
+    blocks = vae.decode_frames(
+        decoder,
+        latents,
+        vae_config,
+        **tiling,
+        world=world,
+        at_once=decoding.at_once,
+        progress=run.progress,
+        warn=run.log.warning,
+        as_float=args.save_frames,
+    )
     with run.part("compute"):
-        started = time.perf_counter()
-        decoded = vae.decode_frames(
-            decoder, latents, vae_config, **tiling, world=world, progress=run.progress, as_float=args.save_frames
-        )
-        elapsed = time.perf_counter() - started
-    if decoded is None:
-        return
+        if not world.is_main:
+            collections.deque(blocks, maxlen=0)  # which goes through to their end
+            return
+        size = tuple(side * tile_plan.spatial_ratio for side in latents.shape[3:])
+        about = write(run, args, blocks, output_video, size, latents_hash)
+    artifacts.update_config(input_dir, {**about, artifacts.LATENTS_HASH: latents_hash})
 
-    num_frames, height, width, _ = decoded.frames.shape
-    with run.part("write"):
-        video.write_video(output_video, decoded.frames.numpy(), args.fps, height, width)
-        if decoded.floats is not None:
-            about = {"fps": f"{args.fps:g}", artifacts.LATENTS_HASH: latents_hash}
-            path = artifacts.save_frames(input_dir, decoded.floats, about)
-            run.wrote(path, f"frames {list(decoded.floats.shape)} {decoded.floats.dtype}")
-        additions = {
-            "stage3_decode_time": round(elapsed, 3),
-            "output_video": str(output_video),
-            artifacts.LATENTS_HASH: latents_hash,
-        }
-        artifacts.update_config(input_dir, additions)
-    run.wrote(output_video, f"{num_frames} frames of {width}x{height} at {args.fps:g} frames per second")
+
+def write(
+    run: utils.Run,
+    args: argparse.Namespace,
+    blocks: Iterator[vae.Block],
+    output_video: Path,
+    size: tuple[int, ...],
+    latents_hash: str,
+) -> dict[str, object]:
+    """Encode frames (H, W) = size while they are decoded, and with --save_frames save them; what the config is to say."""
+    import torch
+
+    from hunyuan_staged import artifacts, video
+
+    floats: list[torch.Tensor] = []
+    started = decoded = time.perf_counter()
+
+    def frames() -> Iterator[np.ndarray]:
+        nonlocal decoded
+        for block in blocks:
+            yield from block.frames.numpy()
+            floats.extend([block.floats] if block.floats is not None else [])
+        decoded = time.perf_counter()
+
+    count = video.write_video(output_video, frames(), args.fps, *size)
+    if floats:
+        whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
+        about = {"fps": f"{args.fps:g}", artifacts.LATENTS_HASH: latents_hash}
+        run.wrote(artifacts.save_frames(args.input_dir, whole, about), f"frames {list(whole.shape)} {whole.dtype}")
+    run.wrote(output_video, f"{count} frames of {size[1]}x{size[0]} at {args.fps:g} frames per second")
+    return {"stage3_decode_time": round(decoded - started, 3), "output_video": str(output_video)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

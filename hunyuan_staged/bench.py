@@ -1,10 +1,11 @@
-"""`python -m hunyuan_staged.bench stage2 …`: a stage at any size, with random weights built straight on the device;
-`… bench memory CLAIM`: what is said about memory (bench_memory.py).
+"""`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
+device; `… bench memory CLAIM`: what is said about memory (bench_memory.py).
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -289,6 +290,115 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     return result if world.is_main else {}
 
 
+def decoder_flops(config: dict[str, Any], latent_frames: int, height: int, width: int) -> float:
+    """Of the VAE decoder's convolutions for latents of t x h x w: 2 * 27 * C * C' for each position of the product."""
+    channels = list(config["block_out_channels"])[::-1]
+    frames, positions = latent_frames, height * width
+    spatial, temporal = config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+    total = (config["latent_channels"] + 4 * channels[0]) * channels[0] * frames * positions  # conv_in, the mid block
+    for level, width_here in enumerate(channels):
+        total += 2 * (config["layers_per_block"] + 1) * width_here**2 * frames * positions
+        if 2**level < spatial:
+            longer = 2 if 2**level < temporal else 1
+            total += width_here * channels[level + 1] * 4 * longer * frames * positions
+            frames, positions = (frames - 1) * longer + 1, positions * 4
+    return 2.0 * 27 * (total + channels[-1] * config["out_channels"] * frames * positions)
+
+
+def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, TFLOP/s and memory of decoding a video with the full-size VAE, and of one full tile of it alone."""
+    import resource
+
+    import torch
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    from hunyuan_staged import parallel, plan, vae, video
+    from hunyuan_staged.decoder import Decoder
+
+    world = parallel.start_world()
+    device = world.device
+    cuda = device.type == "cuda"
+    dtype = torch.float16 if cuda else torch.float32
+    with torch.device("meta"):
+        whole = AutoencoderKLHunyuanVideo15(**({"block_out_channels": args.channels} if args.channels else {}))
+    config = dict(whole.config)
+    module = whole.decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for tensor in module.parameters():
+        # Convolutions keep the size of what goes through them; gammas and biases are about one and nothing.
+        spread = (tensor[0].numel() if tensor.ndim == 5 else 2500) ** -0.5
+        tensor.normal_(0, spread, generator=generator).add_(1.0 if tensor.ndim == 4 else 0.0)
+    height, width = versions.size_for_ratio(args.resolution, args.aspect_ratio)
+    shape = versions.latent_shape(args.video_length, height, width, config["latent_channels"])
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * config["scaling_factor"]
+    weights = sum(tensor.nbytes for tensor in module.parameters())
+    size = (args.video_length, height, width)
+    decoding = plan.fit_decoding(
+        config,
+        weights,
+        dtype.itemsize,
+        size,
+        plan.free_memory(device),
+        asked=args.tile_size,
+        whole=args.disable_tiling,
+        overlap=args.tile_overlap,
+    )
+    at_once = args.at_once or decoding.at_once
+    tiling = {"tile_size": decoding.tile_size, "tile_overlap": args.tile_overlap}
+    tiles = vae.plan_decode(latents, config, **tiling)
+
+    def timed(work: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def decode() -> None:
+        blocks = vae.decode_frames(module, latents, config, **tiling, at_once=at_once, world=world)
+        if args.output_video and world.is_main:
+            frames = (frame for block in blocks for frame in block.frames.numpy())
+            video.write_video(args.output_video, frames, versions.DEFAULT_FPS, height, width)
+        else:
+            collections.deque(blocks, maxlen=0)
+
+    first = timed(decode)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(timed(decode) for _ in range(args.steps))
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    tile, forward = tiles.tiles[0], Decoder(module)
+    part = latents[..., : tile.y.size, : tile.x.size]
+    tile_seconds = statistics.median(
+        timed(lambda: collections.deque(forward(part, at_once), maxlen=0)) for _ in range(args.steps + 1)
+    )
+    flops = decoder_flops(config, shape[2], tile.y.size, tile.x.size)
+    area = sum(one.cost for one in tiles.tiles) / tile.cost
+    result = {
+        "bench": "stage3",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "ranks": world.size,
+        "resolution": f"{width}x{height}",
+        "video_length": args.video_length,
+        "tile_size": decoding.tile_size,
+        "tiles": len(tiles.tiles),
+        "latent_frames_at_once": at_once,
+        "with_video": bool(args.output_video),
+        "seconds": round(seconds, 3),
+        "first_extra_seconds": round(first - seconds, 2),
+        "tflops_per_gpu": round(flops * area / seconds / 1e12 / world.size, 1),
+        "tile_seconds": round(tile_seconds, 4),
+        "tile_share_of_peak": round(flops / tile_seconds / 1e12 / PEAK_TFLOPS, 3),
+        "weights_gib": round(weights / 2**30, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "planned_gib": round((decoding.total if at_once == decoding.at_once else 0) / 2**30, 2),
+        "host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    parallel.stop_world(world)
+    return result if world.is_main else {}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -328,6 +438,19 @@ def build_parser() -> argparse.ArgumentParser:
     stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
     stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     stage2.set_defaults(run=bench_stage2)
+    stage3 = stages.add_parser("stage3", help="the full-size VAE's decoding of a video")
+    stage3.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(versions.BUCKET_BASE))
+    stage3.add_argument("--aspect_ratio", default=versions.DEFAULT_ASPECT_RATIO)
+    stage3.add_argument("--video_length", type=int, default=121)
+    stage3.add_argument("--tile_size", type=int, help="as in stage 3")
+    stage3.add_argument("--tile_overlap", type=float, default=versions.DEFAULT_TILE_OVERLAP)
+    stage3.add_argument("--disable_tiling", action="store_true", help="as in stage 3")
+    stage3.add_argument("--at_once", type=int, help="latent frames of a chunk (default: what fits)")
+    stage3.add_argument("--channels", type=int, nargs=5, help="narrower levels than the real ones, for a quick look")
+    stage3.add_argument("--output_video", help="also encode the frames, to this mp4")
+    stage3.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
+    stage3.add_argument("--steps", type=int, default=2, help="timed decodings (default: %(default)s)")
+    stage3.set_defaults(run=bench_stage3)
     bench_memory.add_parser(stages)
     return parser
 

@@ -32,11 +32,15 @@ LANGUAGE_TOKENS = 1108  # the longest prompt: 1,000, and the 108 of the template
 LONG = 121  # frames
 
 
-def stage2(*flags: str) -> dict[str, Any]:
-    """What `bench stage2` gives with these flags, in a process of its own, so that nothing of another run is there."""
-    command = [sys.executable, "-m", "hunyuan_staged.bench", "stage2", "--no_parts", "--steps", "2", *flags]
+def bench(*words: str) -> dict[str, Any]:
+    """What `bench` gives with these words, in a process of its own, so that nothing of another run is there."""
+    command = [sys.executable, "-m", "hunyuan_staged.bench", *words]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def stage2(*flags: str) -> dict[str, Any]:
+    return bench("stage2", "--no_parts", "--steps", "2", *flags)
 
 
 def offload_720p(args: argparse.Namespace) -> dict[str, float]:
@@ -162,31 +166,8 @@ def stage1(args: argparse.Namespace) -> dict[str, float]:
 
 
 def stage3(args: argparse.Namespace) -> dict[str, float]:
-    import torch
-    from diffusers import AutoencoderKLHunyuanVideo15
-
-    from hunyuan_staged import parallel, vae
-
-    world = parallel.lone_world()
-    with torch.device("meta"):
-        whole = AutoencoderKLHunyuanVideo15()
-    config = dict(whole.config)
-    decoder = whole.decoder.half().to_empty(device=world.device).eval().requires_grad_(False)
-    for tensor in decoder.state_dict().values():
-        tensor.normal_(0, 0.02)
-    weights = sum(tensor.nbytes for tensor in decoder.parameters())
-    shape = versions.latent_shape(LONG, 720, 1280, config["latent_channels"])
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    vae.decode_frames(
-        decoder, latents, config, tile_size=args.tile_size, tile_overlap=versions.DEFAULT_TILE_OVERLAP, world=world
-    )
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    planned = weights + plan.decoder_working(LONG, args.tile_size, args.tile_size, config, 2)
-    peak = torch.cuda.max_memory_allocated()
-    return {"peak_gib": peak / GIB, "planned_gib": planned / GIB, "seconds": seconds}
+    result = bench("stage3", "--tile_size", str(args.tile_size), "--steps", "1")
+    return {name: result[name] for name in ("peak_gib", "planned_gib", "host_peak_gib", "seconds")}
 
 
 def load(args: argparse.Namespace) -> dict[str, float]:

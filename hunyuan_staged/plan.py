@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged import InputError
+from hunyuan_staged import InputError, tiles
 from hunyuan_staged.versions import (
+    CHUNK_SIZES,
+    DEFAULT_TILE_OVERLAP,
     DEFAULT_TILE_SIZE,
     LAYERS,
+    SCORES_AT_ONCE,
     SMALL_TILE_SIZE,
     SPARSE_ATTN_MODE,
     TEMPORAL_RATIO,
@@ -33,10 +36,15 @@ ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sen
 
 # Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. Not measured.
 LANGUAGE_WORKING = GIB // 2
-# Stage 3's, for each px and frame of a tile, in values of the run's dtype, with 128 channels at the last level: diffusers'
-# decoder as shipped takes 15.8 GiB for a tile of 256 px and 121 frames, 1.6 of it weights (../shared/measured.md).
-DECODER_VALUES = 962
-DECODER_CHANNELS = 128
+# Stage 3's, in tensors of a level's width: behind the mid block, for each px of the last level and each frame of a chunk
+# (what goes on, the padded input of a convolution, its product), and in it, for each position. Counted, see
+# `bench memory stage3` for the peak.
+DECODER_TENSORS = 3
+MID_BLOCK_TENSORS = 8
+SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
+# Of the published VAE, where a config does not say.
+VAE_CHANNELS = (128, 256, 512, 1024, 1024)
+VAE_LAYERS = 2
 
 
 def gib(size: float) -> str:
@@ -303,20 +311,43 @@ def expected_seconds(
 # -- stage 3 --
 
 
+def _remembered(channels: Sequence[int], layers: int, ratio: int) -> float:
+    """Values that a decoder's causal convolutions remember for each px: two frames of the input of each.
+
+    channels: of the levels from the smallest to the largest frames, each twice as high and wide as the one before.
+    """
+    convolutions = 2 * (layers + 1) + 1  # of a level: its resnets', and the upsampler's or conv_out
+    return sum(2 * convolutions * width * (min(2**level, ratio) / ratio) ** 2 for level, width in enumerate(channels))
+
+
 def decoder_working(
-    num_frames: int, tile_height: int, tile_width: int, config: Mapping[str, Any], itemsize: int
+    at_once: int, tile: tuple[int, int, int], open_px: int, config: Mapping[str, Any], itemsize: int
 ) -> int:
-    """Bytes beside the weights while a tile of so many px is decoded; linear in px, frames and the decoder's width."""
-    channels = min(config.get("block_out_channels") or [DECODER_CHANNELS])
-    values = DECODER_VALUES * channels / DECODER_CHANNELS
-    return int(values * itemsize * num_frames * tile_height * tile_width)
+    """Bytes beside the weights while a tile (T, H, W) is decoded in chunks of at_once latent frames.
+
+    open_px: of all tiles that are begun and not finished, which remember frames.
+    """
+    frames, height, width = tile
+    ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
+    channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
+    latent_frames = (frames - 1) // temporal + 1
+    chunk = min(frames, at_once * temporal) + 2
+    positions = height * width // ratio**2
+    behind = DECODER_TENSORS * channels[-1] * chunk * height * width
+    if chunk - 2 < frames:
+        behind += int(_remembered(channels, int(config.get("layers_per_block") or VAE_LAYERS), ratio) * open_px)
+    scores = min(SCORES_AT_ONCE, positions * positions * latent_frames) * SCORE_BYTES
+    inside = MID_BLOCK_TENSORS * channels[0] * latent_frames * positions * itemsize + scores
+    return max(behind * itemsize, inside) + channels[0] * latent_frames * open_px // ratio**2 * itemsize
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The tiles of a decoding: their side in px (None: whole frames), why, and what they take, by part."""
+    """How a video is decoded: the side of its tiles in px (None: whole frames), latent frames at once, why, and what
+    that takes, by part."""
 
     tile_size: int | None
+    at_once: int
     reason: str
     parts: Mapping[str, int]
 
@@ -334,32 +365,43 @@ def fit_decoding(
     *,
     asked: int | None,
     whole: bool = False,
+    overlap: float = DEFAULT_TILE_OVERLAP,
 ) -> Decoding:
-    """The tile size for a video of size (T, H, W). asked: --tile_size; whole: --disable_tiling; else the default size,
-    or the small one where less is free.
+    """Tiles and chunks for a video of size (T, H, W). asked: --tile_size; whole: --disable_tiling; else the default
+    size, or the small one where less is free. Before tiles get smaller, chunks get shorter: that costs little.
 
     Raises InputError where the tiles do not fit, with the flags that would help.
     """
     frames, height, width = size
+    ratio = int(config["spatial_compression_ratio"])
     room = free.host if free.device is None else free.device
 
-    def decoding(tile: int | None, reason: str) -> Decoding:
-        sides = (height, width) if tile is None else (min(tile, height), min(tile, width))
-        return Decoding(
-            tile, reason, {"weights": weights, "working memory": decoder_working(frames, *sides, config, itemsize)}
-        )
+    def decoding(tile: int | None, at_once: int, reason: str) -> Decoding:
+        if tile is None:
+            sides, open_px = (height, width), height * width
+        else:
+            cut = tiles.tile_plan(
+                height // ratio, width // ratio, tile_size=tile, tile_overlap=overlap, spatial_ratio=ratio
+            )
+            sides = (cut.rows[0].size * ratio, cut.columns[0].size * ratio)
+            last_row = cut.rows[-1].size * sum(span.size for span in cut.columns) * ratio**2
+            open_px = max(sides[0] * sides[1], last_row)
+        working = decoder_working(at_once, (frames, *sides), open_px, config, itemsize)
+        parts = {"weights": weights, "frames": 3 * frames * height * width, "working memory": working}
+        return Decoding(tile, at_once, reason, parts)
 
-    if whole or asked is not None:
-        chosen = decoding(None if whole else asked, "as asked")
-    else:
-        chosen = decoding(DEFAULT_TILE_SIZE, "the default")
-        if chosen.total + RESERVE > room:
-            reason = f"{DEFAULT_TILE_SIZE} px would need {gib(chosen.total)}, {gib(room)} are free"
-            chosen = decoding(SMALL_TILE_SIZE, reason)
+    # Of each size the longest chunk that fits with the reserve, or else the shortest.
+    wanted: list[tuple[int | None, str]] = [(None if whole else asked, "as asked")]
+    if not whole and asked is None:
+        first = decoding(DEFAULT_TILE_SIZE, 1, "")
+        small = f"{DEFAULT_TILE_SIZE} px would need {gib(first.total)}, {gib(room)} are free"
+        wanted = [(DEFAULT_TILE_SIZE, "the default"), (SMALL_TILE_SIZE, small)]
+    tried = [decoding(tile, at_once, reason) for tile, reason in wanted for at_once in CHUNK_SIZES]
+    chosen = next((one for one in tried if one.total + RESERVE <= room), tried[-1])
     if chosen.total > room:
         what = "whole frames" if chosen.tile_size is None else f"a tile of {chosen.tile_size} px"
-        small = decoding(SMALL_TILE_SIZE, "").total <= room
-        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if small else "fewer frames"]
+        fits = decoding(SMALL_TILE_SIZE, 1, "").total <= room
+        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if fits else "fewer frames"]
         raise InputError(_refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies))
     return chosen
 

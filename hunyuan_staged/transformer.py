@@ -176,7 +176,7 @@ def packed_qkv(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(video), torch.cat(text)
 
 
-def after_attention(
+def add_attention(
     block: Any,
     video: torch.Tensor,
     text: torch.Tensor,
@@ -184,13 +184,24 @@ def after_attention(
     text_out: torch.Tensor,
     temb: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rest of a block, from what attention gave: [s, H, D] and [L, H, D] → video [1, s, C] and text [1, L, C]."""
-    _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.norm1, temb)
-    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * gate
-    video = video + feed_forward(block.ff, modulate(video, block.norm2, mlp_shift, mlp_scale)) * mlp_gate
-    _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.norm1_context, temb)
-    text = text + block.attn.to_add_out(text_out.flatten(1)[None]) * gate
-    text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, mlp_shift, mlp_scale)) * mlp_gate
+    """Video [1, s, C] and text [1, L, C] with what attention gave, [s, H, D] and [L, H, D], projected, gated and added."""
+    gates = modulation(block.norm1, temb)[2], modulation(block.norm1_context, temb)[2]
+    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * gates[0]
+    return video, text + block.attn.to_add_out(text_out.flatten(1)[None]) * gates[1]
+
+
+def add_feed_forward(
+    block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rest of a block, behind its attention: video [1, s, C] and text [1, L, C] → the same.
+
+    Apart from add_attention so that what attention gave is freed before the feed-forward's hidden layer, the largest
+    activation of all, comes to be.
+    """
+    shift, scale, gate = modulation(block.norm1, temb)[3:]
+    video = video + feed_forward(block.ff, modulate(video, block.norm2, shift, scale)) * gate
+    shift, scale, gate = modulation(block.norm1_context, temb)[3:]
+    text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, shift, scale)) * gate
     return video, text
 
 
@@ -200,7 +211,7 @@ class Transformer:
     model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: what choose_attention gave.
     latent_size: (frames, height, width) of the latents. blocks: what a slice of yields these blocks of the model in order,
     each with its weights in place (offload.StreamedBlocks); by default the model's own list. compile: let torch.compile
-    fuse what is around attention. Both halves of a block are compiled once, for all blocks and every text length.
+    fuse what is around attention. Its three parts are compiled once, for all blocks and every text length.
     """
 
     def __init__(
@@ -216,10 +227,12 @@ class Transformer:
         self.model, self.layout = model, layout or Layout()
         self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
         self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
-        self.after: Callable[..., Any] = after_attention
+        self.parts: tuple[Callable[..., Any], ...] = add_attention, add_feed_forward
         if compile:
-            self.before = torch.compile(self.before, fullgraph=True)
-            self.after = torch.compile(self.after, fullgraph=True)
+            # Without padding products whose number of tokens is odd: for no speed it costs a copy of the activations.
+            how: dict[str, Any] = {"fullgraph": True, "options": {"shape_padding": False}}
+            self.before, *parts = (torch.compile(part, **how) for part in (self.before, *self.parts))
+            self.parts = tuple(parts)
         config = model.config
         self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
         self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
@@ -285,9 +298,12 @@ class Transformer:
             q, k, v = self._query_key_value(block, video, text, temb)
             attended = attention(q, k, v).squeeze(0)
             del q, k, v
-            video_out, text_out = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
-            torch._dynamo.mark_dynamic(text_out, 0)
-            video, text = self.after(block, video, text, video_out, text_out, temb)
+            outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
+            torch._dynamo.mark_dynamic(outs[1], 0)
+            video, text = self.parts[0](block, video, text, *outs, temb)
+            del attended, outs
+            torch._dynamo.mark_dynamic(text, 1)
+            video, text = self.parts[1](block, video, text, temb)
         return video, text
 
     def _query_key_value(

@@ -44,6 +44,9 @@ DEFAULT_FPS = 24
 DEFAULT_TILE_SIZE = 256
 SMALL_TILE_SIZE = 128  # where the default one does not fit
 DEFAULT_TILE_OVERLAP = 0.25
+# Latent frames of a chunk in the VAE decoder: the first by default, less where memory asks for it. Changes the rounding.
+CHUNK_SIZES = (8, 4, 2, 1)
+SCORES_AT_ONCE = 2**27  # of the VAE's attention
 DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
 DEFAULT_CHECKPOINT_EVERY = 5  # steps; 0: never

@@ -1,8 +1,10 @@
 """Frames → mp4, streamed through ffmpeg; and back, for comparisons."""
 
 import contextlib
+import queue
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +15,7 @@ import numpy as np
 
 from hunyuan_staged import InputError, artifacts
 
+FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
 CRF = 17  # visually lossless for x264, about a fifth of the size of truly lossless
 
 
@@ -48,11 +51,45 @@ def _last_line(log: IO[bytes]) -> str:
     return lines[-1].strip() if lines else "it gave no reason"
 
 
+class _Pump:
+    """A thread that hands frames to a pipe, so that their maker need not wait for the encoder.
+
+    It takes up to FRAMES_AHEAD frames ahead. Once the pipe is broken the rest is dropped, and `broken` says so.
+    """
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self.broken = False
+        self._pipe = pipe
+        self._frames: queue.Queue[np.ndarray | None] = queue.Queue(FRAMES_AHEAD)
+        self._thread = threading.Thread(target=self._run, name="frames to ffmpeg", daemon=True)
+        self._thread.start()
+
+    def put(self, frame: np.ndarray) -> None:
+        self._frames.put(frame)
+
+    def close(self) -> None:
+        """Wait until all frames are handed over, and close the pipe."""
+        self._frames.put(None)
+        self._thread.join()
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
+
+    def _run(self) -> None:
+        while (frame := self._frames.get()) is not None:
+            if self.broken:
+                continue
+            try:
+                self._pipe.write(frame.data)
+            except BrokenPipeError:
+                self.broken = True  # ffmpeg has ended; its status and its last line say why
+
+
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, height: int, width: int) -> int:
     """Write frames, uint8 [H, W, 3] RGB each, as H.264 yuv420p mp4, and return how many there were.
 
-    Frames go to the encoder one by one as the iterable yields them. The file appears whole or not at all. Raises
-    InputError with ffmpeg's own last line if it fails, or if it is missing; needs even height and width.
+    Frames go to the encoder one by one as the iterable yields them, while it makes the next ones. The file appears
+    whole or not at all. Raises InputError with ffmpeg's own last line if it fails, or if it is missing; needs even height
+    and width.
     """
     assert height % 2 == width % 2 == 0, f"yuv420p halves both sides, and {width}x{height} is odd"
     path = Path(path)
@@ -63,23 +100,22 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, heig
             _command(fps, height, width, Path(target)), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
         )
         assert process.stdin is not None
-        broken = False
+        pump = _Pump(process.stdin)
         try:
             for frame in frames:
                 assert (frame.shape, frame.dtype) == ((height, width, 3), np.uint8), (frame.shape, frame.dtype)
-                process.stdin.write(np.ascontiguousarray(frame).data)
+                pump.put(np.ascontiguousarray(frame))
                 count += 1
+                if pump.broken:
+                    break
             assert count, "a video needs at least one frame"
-        except BrokenPipeError:
-            broken = True  # ffmpeg has ended; its status and its last line, below, say why
         except BaseException:
             process.kill()
             raise
         finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            pump.close()
             status = process.wait()
-        if broken or status:
+        if pump.broken or status:
             raise InputError(f"ffmpeg could not write {path} (status {status}): {_last_line(log)}")
     return count
 

@@ -227,8 +227,8 @@ def test_stage_3_takes_smaller_tiles_and_says_so(tmp_path, tiny_official, monkey
     folder = denoised(tmp_path, tiny_official, latents)
     model = open_model(tiny_official, ["vae"])
     weights = 4 * sum(tensor.numel() for tensor in model.vae_skeleton("decoder").parameters())
-    working = plan.decoder_working(1, 192, 256, model.vae_config(), 4)
-    with_free(monkeypatch, None, plan.RESERVE + weights + working - 1)
+    least = plan.fit_decoding(model.vae_config(), weights, 4, (1, 192, 320), plan.Free(None, 2**40), asked=256)
+    with_free(monkeypatch, None, plan.RESERVE + least.total - 1)
     assert stage3_vae_decoder.main(["--input_dir", str(folder)]) == 0
     said = capsys.readouterr().err
     assert len(re.findall(r"tiles of 128 px: 256 px would need \d+ MiB, \d+ MiB are free", said)) == 1, said

@@ -6,11 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden_weights
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hunyuan_staged import InputError, tiles, vae
+from hunyuan_staged import decoder as decoder_module
+from hunyuan_staged.decoder import Decoder
 from hunyuan_staged.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -22,12 +25,12 @@ CONFIG = {
 }
 
 
-def tiny_decoder(seed: int = 0) -> torch.nn.Module:
+def tiny_decoder(seed: int = 0, layers: int = 0) -> torch.nn.Module:
     """A decoder of the real structure, with the fewest channels that it allows."""
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
 
     torch.manual_seed(seed)
-    return HunyuanVideo15Decoder3D(32, 3, (32, 8, 4, 4, 4), layers_per_block=0).eval().requires_grad_(False)
+    return HunyuanVideo15Decoder3D(32, 3, (32, 8, 4, 4, 4), layers_per_block=layers).eval().requires_grad_(False)
 
 
 def draw_latents(frames: int, height: int, width: int) -> torch.Tensor:
@@ -46,22 +49,50 @@ def golden_decoder(shared):
     state = to_diffusers(golden_weights(shared / "golden" / "vae_shapes.json"), VAE_MAP)
     decoder = HunyuanVideo15Decoder3D(32, 3, (64, 64, 64, 32, 32), layers_per_block=1).eval().requires_grad_(False)
     decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
-    return vae.prepare_decoder(decoder)
+    return decoder
 
 
-def test_decoder_matches_the_official_one(golden_decoder, shared):
+def decoded_by(decoder: torch.nn.Module, latents: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+    """[1, 3, T, H, W], as diffusers gives it."""
+    return torch.cat(list(Decoder(decoder)(latents, at_once))).permute(3, 0, 1, 2)[None]
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_decoder_matches_the_official_one(golden_decoder, shared, at_once):
     reference = load_file(shared / "golden" / "vae_5x7.safetensors")
-    decoded = golden_decoder(reference["latents"])
+    decoded = decoded_by(golden_decoder, reference["latents"], at_once)
     assert (decoded - reference["decoded"]).norm() / reference["decoded"].norm() < 1e-4
+
+
+@pytest.mark.parametrize(("frames", "at_once"), [(1, 8), (5, 2), (5, 1), (4, 3)])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
+    """A single frame, chunks of one latent frame, and a last chunk that is shorter."""
+    decoder = tiny_decoder(layers=layers)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim != 5:  # gammas and biases, which are drawn as ones and nearly nothing
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    latents = draw_latents(frames, 3, 4)
+    wanted = decoder(latents)
+    torch.testing.assert_close(decoded_by(decoder, latents, at_once), wanted, rtol=1e-4, atol=1e-5)
+
+
+def decoded(*args, **options) -> vae.Block:
+    """All blocks of vae.decode_frames as one, its floats [1, 3, T, H, W]."""
+    blocks = list(vae.decode_frames(*args, **options))
+    floats = [block.floats for block in blocks if block.floats is not None]
+    return vae.Block(
+        torch.cat([block.frames for block in blocks]),
+        torch.cat(floats).permute(3, 0, 1, 2)[None] if floats else None,
+    )
 
 
 @pytest.mark.parametrize(("tile_size", "name"), [(None, "decoded"), (64, "decoded_tiled")])
 def test_frames_match_the_official_ones(golden_decoder, shared, tile_size, name):
     reference = load_file(shared / "golden" / "vae_5x7.safetensors")
     latents = reference["latents"] * CONFIG["scaling_factor"]
-    video = vae.decode_frames(
-        golden_decoder, latents, CONFIG, tile_size=tile_size, tile_overlap=0.25, world=ALONE, as_float=True
-    )
+    video = decoded(golden_decoder, latents, CONFIG, tile_size=tile_size, tile_overlap=0.25, world=ALONE, as_float=True)
     wanted = (reference[name] / 2 + 0.5).clamp(0, 1)
     assert (video.floats - wanted).norm() / wanted.norm() < 1e-4
     levels = torch.floor(wanted[0].permute(1, 2, 3, 0) * 255 + 0.5)
@@ -84,7 +115,7 @@ def test_tiles_match_diffusers(height, width, tile_size, overlap):
     latents = draw_latents(2, height, width)
     with torch.no_grad():
         wanted = (reference.tiled_decode(latents / CONFIG["scaling_factor"]) / 2 + 0.5).clamp(0, 1)
-    video = vae.decode_frames(
+    video = decoded(
         reference.decoder, latents, CONFIG, tile_size=tile_size, tile_overlap=overlap, world=ALONE, as_float=True
     )
     torch.testing.assert_close(video.floats, wanted, rtol=0, atol=2e-6)
@@ -114,7 +145,22 @@ def test_no_mask_is_built(monkeypatch):
         raise AssertionError("a mask of S x S was built")
 
     monkeypatch.setattr(official.HunyuanVideo15AttnBlock, "prepare_causal_attention_mask", staticmethod(refuse))
-    assert vae.prepare_decoder(tiny_decoder())(draw_latents(3, 2, 2)).shape == (1, 3, 9, 32, 32)
+    latents = draw_latents(3, 2, 2)
+    assert vae.prepare_decoder(tiny_decoder())(latents).shape == (1, 3, 9, 32, 32)
+    assert decoded_by(tiny_decoder(), latents).shape == (1, 3, 9, 32, 32)
+
+
+def test_scores_in_memory_are_the_same_attention():
+    q, k, v = torch.randn(3, 1, 1, 7, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    k, v = (torch.cat([x, x.flip(2)], dim=2) for x in (k, v))
+    mm = torch.mm
+    ours = None
+    with pytest.MonkeyPatch.context() as patch:
+        # A CPU's product takes no out_dtype; and few scores at once, so that the queries are split.
+        patch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a, b))
+        patch.setattr(decoder_module, "SCORES_AT_ONCE", 30)
+        ours = decoder_module._attend_in_products(q, k, v)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v))
 
 
 # Tile plans
@@ -190,13 +236,98 @@ def test_nan_is_not_a_black_video():
     latents = draw_latents(2, 5, 5)
     latents[0, 0, 1, 4, 4] = float("nan")
     with pytest.raises(FloatingPointError, match=r"tile 1,1 decoded to NaN or Inf in torch\.float32"):
-        vae.decode_frames(tiny_decoder(), latents, CONFIG, tile_size=64, tile_overlap=0, world=ALONE)
+        decoded(tiny_decoder(), latents, CONFIG, tile_size=64, tile_overlap=0, world=ALONE)
 
 
 def test_8_bits_round_to_the_nearest():
     levels = torch.arange(256) / 255
     assert torch.equal(vae.to_8bit(levels), torch.arange(256, dtype=torch.uint8))
     assert vae.to_8bit(torch.tensor([0.49 / 255, 0.5 / 255, 1.0])).tolist() == [0, 1, 255]
+
+
+# Streaming
+
+
+def test_frames_leave_while_the_last_row_of_tiles_is_decoded(monkeypatch):
+    """Blocks come in order, each as soon as its chunk of the last row is drawn, one chunk behind the decoder."""
+    pieces = []
+    begin = Decoder.__call__
+
+    def watched(self, latents, at_once=None):
+        for piece in begin(self, latents, at_once):
+            pieces.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(Decoder, "__call__", watched)
+    lengths, seen = [], []
+    options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "at_once": 1}
+    for block in vae.decode_frames(tiny_decoder(), draw_latents(3, 5, 7), CONFIG, **options):
+        lengths.append(len(block.frames))
+        seen.append(len(pieces))
+    assert lengths == [1, 4, 4]
+    # 3 columns, 2 rows, 3 chunks; rank 0 decodes one piece ahead.
+    assert seen == [9 + 6 + 1, 9 + 9, 9 + 9]
+    assert pieces == [1, 4, 4] * 3 + [1] * 3 + [4] * 6
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_chunks_change_nothing_but_rounding(at_once):
+    options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "as_float": True}
+    whole, chunked = (
+        decoded(tiny_decoder(), draw_latents(5, 5, 7), CONFIG, **options, at_once=n).floats for n in (99, at_once)
+    )
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=2e-6)
+
+
+# Out of memory
+
+
+def failing_at(monkeypatch, limit: int, after: int = 0) -> None:
+    """A device on which a tile of more than `limit` latents fits only for the first `after` pieces."""
+    begin = Decoder.__call__
+
+    def call(self, latents, at_once=None):
+        for number, piece in enumerate(begin(self, latents, at_once)):
+            if latents.shape[-1] * latents.shape[-2] > limit and number >= after:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            yield piece
+
+    monkeypatch.setattr(Decoder, "__call__", call)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_tile_that_does_not_fit_is_decoded_in_halves(monkeypatch, after):
+    """The two tiles of 4 x 4 latents do not fit; those at the borders, of 4 x 1, do."""
+    latents, said = draw_latents(3, 4, 7), []
+    options = {"tile_overlap": 0.25, "world": ALONE, "as_float": True, "at_once": 2}
+    plain = decoded(tiny_decoder(), latents, CONFIG, tile_size=64, **options)
+    halves = decoded(tiny_decoder(), latents, CONFIG, tile_size=32, **options)
+    failing_at(monkeypatch, 15, after)
+    video = decoded(tiny_decoder(), latents, CONFIG, tile_size=64, **options, warn=said.append)
+    line = (
+        "out of memory with a tile of 64x64 px: it is decoded in tiles of 32 px instead "
+        "(CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    )
+    assert said == [line] * 2
+    assert video.frames.shape == plain.frames.shape
+    # The frames that had been decoded stay; the others are those of the smaller tiles, where no large ones blend.
+    assert torch.equal(video.floats[:, :, : 5 * after], plain.floats[:, :, : 5 * after])
+    inner = (slice(None), slice(None), slice(5 * after, None), slice(0, 48), slice(0, 16))
+    torch.testing.assert_close(video.floats[inner], halves.floats[inner], rtol=0, atol=2e-6)
+    assert not torch.allclose(video.floats[inner], plain.floats[inner], atol=1e-3)
+
+
+def test_memory_that_runs_out_again_is_one_line(monkeypatch):
+    failing_at(monkeypatch, 3)
+    with pytest.raises(
+        InputError,
+        match=r"^out of memory with tiles of 32 px, too \(CUDA out of memory\. Tried to allocate 2\.00 GiB\.\); the "
+        r"latents are on disk: run this stage again with --tile_size 16, or where more memory is free$",
+    ):
+        decoded(tiny_decoder(), draw_latents(2, 4, 4), CONFIG, tile_size=64, tile_overlap=0.25, world=ALONE)
+    failing_at(monkeypatch, 0)
+    with pytest.raises(InputError, match=r"a tile of 16x16 px does not fit in memory .* there is none that is smaller"):
+        decoded(tiny_decoder(), draw_latents(2, 1, 1), CONFIG, tile_size=None, tile_overlap=0.25, world=ALONE)
 
 
 # Ranks
@@ -211,11 +342,11 @@ def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
             if world.rank >= size:
                 continue
             part = World(world.rank, size, world.device)
-            video = vae.decode_frames(
-                decoder, latents, CONFIG, tile_size=tile_size, tile_overlap=0.25, world=part, as_float=True
-            )
-            assert (video is None) == (world.rank > 0)
-            if video is not None:
+            options = {"tile_size": tile_size, "tile_overlap": 0.25, "world": part, "as_float": True, "at_once": 2}
+            if world.rank > 0:
+                assert list(vae.decode_frames(decoder, latents, CONFIG, **options)) == []
+            else:
+                video = decoded(decoder, latents, CONFIG, **options)
                 results[json.dumps([size, tile_size, "frames"])] = video.frames.numpy()
                 results[json.dumps([size, tile_size, "floats"])] = video.floats.numpy()
     return results

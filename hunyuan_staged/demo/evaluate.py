@@ -242,7 +242,7 @@ class Generator:
         from hunyuan_staged import parallel, vae, video
 
         height, width = (size * versions.SPATIAL_RATIO for size in latents.shape[-2:])
-        decoded = vae.decode_frames(
+        blocks = vae.decode_frames(
             self.decoder,
             latents,
             self.vae_config,
@@ -250,10 +250,10 @@ class Generator:
             tile_overlap=versions.DEFAULT_TILE_OVERLAP,
             world=parallel.World(0, 1, self.device),
         )
-        assert decoded is not None
         with tempfile.TemporaryDirectory() as scratch:
             target = path or Path(scratch) / "clip.mp4"
-            video.write_video(target, decoded.frames.numpy(), versions.DEFAULT_FPS, height, width)
+            frames = (frame for block in blocks for frame in block.frames.numpy())
+            video.write_video(target, frames, versions.DEFAULT_FPS, height, width)
             return video.read_video(target)[0]
 
 

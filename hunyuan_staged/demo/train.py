@@ -655,6 +655,7 @@ def train_transformer(
     batch: int,
     refresh: int,
     peaks: tuple[float, float],
+    decay: float,
     save: Any,
 ) -> bool:
     """Train until the budget or the deadline is over; True when the phase is done."""
@@ -668,7 +669,7 @@ def train_transformer(
     inside = [p for n, p in named if p.ndim == 2 and not any(part in n for part in outside)]
     rest = [p for n, p in named if p.ndim != 2 or any(part in n for part in outside)]
     optimizer = Optimizer(inside, rest, peaks)
-    average = Average([learner], 0.9995)
+    average = Average([learner], decay)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         for mean, kept in zip(average.mean, state["average"], strict=True):
@@ -748,6 +749,8 @@ def load_trained(path: Path, seed: int = 0) -> draw.Modules:
     folder = open_model(path, ("transformer", "vae", "text", "glyph", "image"))
     modules = build(seed)
     modules.tokenizer, language = folder.load_language_model(**options)
+    for option in ("is_local", "local_files_only"):  # how it was read, not what it is
+        modules.tokenizer.init_kwargs.pop(option, None)
     modules.glyph_tokenizer, glyph = folder.load_glyph_encoder(**options)
     encoder, config = folder.load_vae_encoder(**options)
     pairs = (
@@ -816,6 +819,9 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=48, help="clips that measure the VAE (default: %(default)s)")
     parser.add_argument("--muon_rate", type=float, help="peak for matrices (default: 0.02, or 0.008 with --start_from)")
     parser.add_argument("--rate", type=float, help="peak for all else (default: 1.5e-3, or 6e-4 with --start_from)")
+    parser.add_argument(
+        "--decay", type=float, default=0.9995, help="of the average of weights, a step (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
@@ -899,7 +905,16 @@ def train(args: argparse.Namespace) -> None:
     if args.finish_after:
         budget.seconds = budget.spent + max(0.0, begun + args.finish_after - time.time())
     done = train_transformer(
-        learner, pool, budget, state, deadline, batch=args.batch, refresh=args.refresh, peaks=peaks, save=save
+        learner,
+        pool,
+        budget,
+        state,
+        deadline,
+        batch=args.batch,
+        refresh=args.refresh,
+        peaks=peaks,
+        decay=args.decay,
+        save=save,
     )
     language.layers.extend(unused[0])
     language.norm = unused[1]
