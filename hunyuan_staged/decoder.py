@@ -32,7 +32,10 @@ def frame_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.
     keys of frames 0..i. The same sums as diffusers' masked call, without the t*N x t*N mask.
     """
     batch, frames, _, channels = query.shape
-    attend = _attend_in_products if query.is_cuda and query.dtype != torch.float32 else F.scaled_dot_product_attention
+    # The products are for decoding alone: one clip, no gradients. Training has batches and goes through here, too.
+    alone = batch == 1 and not torch.is_grad_enabled()
+    products = alone and query.is_cuda and query.dtype != torch.float32
+    attend = _attend_in_products if products else F.scaled_dot_product_attention
     outputs = []
     for i in range(frames):
         keys, values = (x[:, : i + 1].reshape(batch, 1, -1, channels) for x in (key, value))

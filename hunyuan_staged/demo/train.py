@@ -3,7 +3,7 @@
 First the VAE, on rendered clips; then language model, glyph encoder, image encoder and transformer together, by flow
 matching on the VAE's latents, with the text dropped now and then so that guidance works. What is saved are averages of
 the weights, in bfloat16, in the official layout. Stops and goes on: `--stop_after` ends a call early, the next one goes
-on from DIR/state.pt.
+on from DIR/state.pt. `--start_from CHECKPOINT` trains all but the VAE of a finished checkpoint further.
 
 Letters: B clips of a batch; L language tokens, G glyph tokens, N image tokens; t h w of the latents.
 """
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_staged import text, versions
+from hunyuan_staged import InputError, text, versions
+from hunyuan_staged.checkpoints import open_model
 from hunyuan_staged.demo import draw, world
 from hunyuan_staged.transformer import GLYPH, IMAGE, LANGUAGE, apply_rope, modulate, modulation, project_qkv, rope_table
 from hunyuan_staged.vae import prepare_decoder
@@ -57,7 +58,7 @@ DEMO = draw.Sizes(
 )
 VERSION = "demo_t2v"
 SHARD_BYTES = 15_000_000  # files of the repository stay under 16 MB
-PROMPT_TOKENS, GLYPH_TOKENS = 56, 24  # behind the crop; longer prompts do not occur in the world
+PROMPT_TOKENS, GLYPH_TOKENS = 64, 24  # behind the crop; longer prompts do not occur in the world
 WORDINGS = 4  # of each clip in the pool
 LATENT_GRID = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)[2:]
 TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
@@ -676,8 +677,7 @@ def train_transformer(
         optimizer.load_state_dict(state["optimizer"])
         for mean, kept in zip(average.mean, state["average"], strict=True):
             mean.copy_(kept)
-        average.count = 100_000
-    step = state.get("step", 0)
+    step = average.count = state.get("step", 0)
     ids, valid = pool.words.language([""])
     empty = {"ids": ids.to(device), "valid": valid.to(device)}
     torch.manual_seed(step + 1)
@@ -742,24 +742,37 @@ def build(seed: int = 0) -> draw.Modules:
     return draw.build_modules(DEMO, seed, (VERSION,), corpus())
 
 
-def take_weights(modules: draw.Modules, checkpoint: Path) -> float:
-    """A finished checkpoint's weights and tokenizer, into modules of its sizes; the VAE's scaling factor.
+def load_trained(path: Path, seed: int = 0) -> draw.Modules:
+    """All modules of a finished checkpoint of DEMO's sizes, in float32, with its own tokenizer.
 
-    The layers of the language model that nobody reads stay as they were drawn.
+    The language model's last layers, which stage 1 never reads, are drawn as `build` draws them. Raises InputError where
+    the folder is none, lacks a part, or holds another size.
     """
-    from hunyuan_staged.checkpoints import open_model
-
-    folder = open_model(checkpoint, ("transformer", "vae", "text", "glyph", "image"))
     options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    folder = open_model(path, ("transformer", "vae", "text", "glyph", "image"))
+    modules = build(seed)
     modules.tokenizer, language = folder.load_language_model(**options)
-    modules.language_model.load_state_dict(language.state_dict(), strict=False)
-    modules.glyph_encoder.encoder.load_state_dict(folder.load_glyph_encoder(**options)[1].state_dict())
-    modules.image_encoder.load_state_dict(folder.load_image_encoder(**options)[1].state_dict())
-    modules.transformers[VERSION].load_state_dict(folder.load_transformer(VERSION, **options).state_dict())
-    modules.vae.decoder.load_state_dict(folder.load_vae_decoder(**options)[0].state_dict())
+    for option in ("is_local", "local_files_only"):  # how it was read, not what it is
+        modules.tokenizer.init_kwargs.pop(option, None)
+    modules.glyph_tokenizer, glyph = folder.load_glyph_encoder(**options)
     encoder, config = folder.load_vae_encoder(**options)
-    modules.vae.encoder.load_state_dict(encoder.state_dict())
-    return float(config["scaling_factor"])
+    pairs = (
+        (modules.language_model, language),
+        (modules.glyph_encoder.encoder, glyph),
+        (modules.image_encoder, folder.load_image_encoder(**options)[1]),
+        (modules.transformers[VERSION], folder.load_transformer(VERSION, **options)),
+        (modules.vae.encoder, encoder),
+        (modules.vae.decoder, folder.load_vae_decoder(**options)[0]),
+    )
+    for module, trained in pairs:
+        weights, own = trained.state_dict(), module.state_dict()
+        for name, tensor in weights.items():
+            if name not in own or own[name].shape != tensor.shape:
+                wanted = list(own[name].shape) if name in own else "no such weight"
+                raise InputError(f"{path}: {name} is {list(tensor.shape)}; the demo's sizes have {wanted}")
+        module.load_state_dict(weights, strict=module is not modules.language_model)
+    modules.vae.register_to_config(scaling_factor=config["scaling_factor"])
+    return modules
 
 
 def parameters(modules: draw.Modules) -> Iterator[nn.Parameter]:
@@ -790,9 +803,6 @@ def write_checkpoint(modules: draw.Modules, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="state.pt, the pool and the checkpoint go here")
-    parser.add_argument(
-        "--start_from", type=Path, help="a finished checkpoint: its VAE stays, all else is trained further"
-    )
     parser.add_argument("--vae_minutes", type=float, default=4.0, help="over all calls (default: %(default)s)")
     parser.add_argument(
         "--minutes", type=float, default=14.0, help="of the transformer, over all calls (default: %(default)s)"
@@ -800,19 +810,31 @@ def main() -> None:
     parser.add_argument(
         "--stop_after", type=float, default=math.inf, help="seconds after which this call saves and ends"
     )
+    parser.add_argument("--start_from", type=Path, help="a finished checkpoint to train further; its VAE stays")
+    parser.add_argument(
+        "--finish_after", type=float, help="seconds that this call may take: the transformer's minutes are what is left"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--vae_batch", type=int, default=24)
     parser.add_argument("--clips", type=int, default=6144, help="rendered clips for the VAE (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=16384, help="encoded clips at hand (default: %(default)s)")
     parser.add_argument("--refresh", type=int, default=32, help="clips renewed every 16 steps (default: %(default)s)")
     parser.add_argument("--unseen", type=int, default=48, help="clips that measure the VAE (default: %(default)s)")
-    parser.add_argument("--muon_rate", type=float, default=0.02, help="peak for matrices (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak for all else (default: %(default)s)")
+    parser.add_argument("--muon_rate", type=float, help="peak for matrices (default: 0.02, or 0.008 with --start_from)")
+    parser.add_argument("--rate", type=float, help="peak for all else (default: 1.5e-3, or 6e-4 with --start_from)")
     parser.add_argument(
         "--decay", type=float, default=0.9995, help="of the average of weights, a step (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        train(args)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def train(args: argparse.Namespace) -> None:
+    """What the flags ask for; InputError where --start_from cannot be gone on from."""
     begun = time.time()
     deadline = begun + args.stop_after
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -820,7 +842,6 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    args.out.mkdir(parents=True, exist_ok=True)
     state_file, pool_file = args.out / "state.pt", args.out / "pool.pt"
 
     def save(content: dict) -> None:
@@ -829,20 +850,22 @@ def main() -> None:
         temporary.replace(state_file)
 
     state: dict = torch.load(state_file, map_location=device, weights_only=True) if state_file.exists() else {}
-    modules = build(args.seed)
+    if state and ("start_from" in state) != bool(args.start_from):
+        raise InputError(f"{state_file} was begun {'with' if 'start_from' in state else 'without'} --start_from")
+    modules = load_trained(args.start_from, args.seed) if args.start_from else build(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
     count = sum(parameter.numel() for parameter in parameters(modules))
     log("build", 0, parameters=count, megabytes=2e-6 * count)
-    if args.start_from and "vae_done" not in state:
-        state |= {"vae_done": True, "vae_measured": {"scaling_factor": take_weights(modules, args.start_from)}}
-        state["vae"] = {name: tensor.to(device) for name, tensor in modules.vae.state_dict().items()}
-    elif args.start_from:
-        take_weights(modules, args.start_from)
     vae: Any = prepare_decoder(modules.vae).to(device)
     if "vae" in state:
         vae.load_state_dict(state["vae"])
+    elif args.start_from:
+        measured = {"scaling_factor": vae.config.scaling_factor}
+        state |= {"start_from": True, "vae": vae.state_dict(), "vae_done": True, "vae_measured": measured}
     else:
         start_vae(vae)
-    peaks = (args.muon_rate, args.rate)
+    scale = 0.4 if args.start_from else 1.0  # of the peaks: enough to learn new words, and not to forget the old ones
+    peaks = (args.muon_rate or 0.02 * scale, args.rate or 1.5e-3 * scale)
     if not state.get("vae_done"):
         budget = Budget(args.vae_minutes * 60, state.get("vae_spent", 0.0))
         clips = Clips(args.clips, device, seed=1000 + state.get("vae_step", 0))
@@ -882,6 +905,8 @@ def main() -> None:
     log("pool", args.pool, seconds=time.time() - begun)
 
     budget = Budget(args.minutes * 60, state.get("spent", 0.0), warmup=300)
+    if args.finish_after:
+        budget.seconds = budget.spent + max(0.0, begun + args.finish_after - time.time())
     done = train_transformer(
         learner,
         pool,

@@ -262,9 +262,20 @@ _MORE = {
         "a {background} backdrop with a {thing} in front of it that {verb}",
         "{thing} {verb}, {background} background",
         "a clip in which the {thing} {verb}, everything behind it is {background}",
+        "over a {background} backdrop there is a {thing}; it {verb}",
+        "over a {background} wall we see a {thing} that {verb}",
+        "above a {background} backdrop, a {thing} {verb}",
+        "with a {background} background, the {thing} {verb}",
+        "the {thing}, which {verb}, is before a {background} wall",
+        "a {thing} on a {background} backdrop {verb}",
+        "this {thing} {verb} before a background that is {background}",
+        "behind the {thing} that {verb} is a {background} backdrop",
     ),
     "pair": (
         "{things} {verb} on a {background} backdrop",
+        "in front of a {background} wall there are {things} that {verb}",
+        "before a {background} background, {things} {verb}",
+        "over a {background} backdrop we see {things} that {verb}",
         "against a {background} backdrop, {things} {verb}",
         "{things} {verb}. The background is {background}.",
         "there are {things} that {verb} across a {background} background",
@@ -275,6 +286,9 @@ _MORE = {
         '"{word}" is written on a {card} card, the background is {background}',
         'the word "{word}" on a {card} sign against a {background} wall',
         '{background} backdrop, a {card} sign with the letters "{word}"',
+        'the text "{word}" is written on a {card} sign in front of a {background} backdrop',
+        'a {card} card before a {background} wall says "{word}"',
+        'over a {background} background, the {card} card with the text "{word}"',
     ),
 }
 _MORE_VERBS = {
@@ -319,7 +333,11 @@ def _background_words(draw: random.Random, scene: Scene) -> str:
 
 def describe(scene: Scene, draw: random.Random, wording: str = FIRST) -> str:
     """The scene in words, in a random sentence of a wording: FIRST, MORE or UNSEEN."""
-    return re.sub(r"\b([Aa]) (?=orange)", r"\1n ", _describe(scene, draw, wording))
+    sentence = re.sub(r"\b([Aa]) (?=orange)", r"\1n ", _describe(scene, draw, wording))
+    if wording == MORE and draw.random() < 0.3:  # as people write
+        sentence = sentence[0].upper() + sentence[1:]
+        sentence = sentence if sentence.endswith((".", '"')) else f"{sentence}."
+    return sentence
 
 
 def _describe(scene: Scene, draw: random.Random, wording: str) -> str:
