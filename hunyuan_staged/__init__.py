@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ class InputError(ValueError):
 def one_line(text: object) -> str:
     """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
     return printable(" ".join(str(text).split()))
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """The exit status of a command: 0, or BAD_INPUT after one line on stderr where the work raised InputError."""
+    try:
+        work()
+    except InputError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
 
 
 def check_output_dir(flag: str, folder: str | Path) -> None:

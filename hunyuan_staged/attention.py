@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hunyuan_staged import InputError, sparse
 from hunyuan_staged.sparse import HALF, HOPPER, installed
@@ -25,7 +25,8 @@ PACKAGES = {
 }
 
 # How wide a head may be, where a kernel takes few widths. The published model's are 128, the demo's 32.
-HEAD_WIDTHS = {"flash4": sparse.FLASH4_HEAD_WIDTHS, "sageattn": (64, 96, 128)}
+HEAD_WIDTHS = {"flash4": sparse.FLASH4_HEAD_WIDTHS}
+SAGE_HEAD_WIDTHS = (64, 96, 128)  # of version 1.0.6
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -91,10 +92,19 @@ def _flash_attn_4() -> Kernel:
     return lambda q, k, v: sparse.output_alone(flash_attn_func(q, k, v))
 
 
-def _sageattention() -> Kernel:
+def _sageattention(head_width: int) -> Kernel:
+    """Heads of another width are filled up with zeros, which change neither a product nor a quantisation step."""
     from sageattention import sageattn
 
-    return lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD")
+    zeros = min(width for width in SAGE_HEAD_WIDTHS if width >= head_width) - head_width
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if not zeros:
+            return sageattn(q, k, v, tensor_layout="NHD")
+        q, k, v = (pad(x, (0, zeros)) for x in (q, k, v))
+        return sageattn(q, k, v, tensor_layout="NHD", sm_scale=head_width**-0.5)[..., :head_width]
+
+    return attend
 
 
 def choose_attention(
@@ -134,6 +144,8 @@ def choose_attention(
     elif head_width not in HEAD_WIDTHS.get(mode, (head_width,)):
         widths = ", ".join(map(str, HEAD_WIDTHS[mode]))
         obstacle = f"it takes heads that are {widths} wide, and this model's are {head_width}"
+    elif mode == "sageattn" and head_width > max(SAGE_HEAD_WIDTHS):
+        obstacle = f"it takes heads up to {max(SAGE_HEAD_WIDTHS)} wide, and this model's are {head_width}"
     if obstacle:
         raise InputError(f"--attn_mode {mode}: {obstacle}; use flash or torch")
     if mode == "flash2":
@@ -147,7 +159,7 @@ def choose_attention(
     return AttentionMode(
         mode,
         "as asked: the sageattention package, INT8, not exact",
-        _dense(_sageattention()),
+        _dense(_sageattention(head_width)),
         sage_blocks,
         _fastest(capability, None, head_width),
     )

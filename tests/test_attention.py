@@ -1,7 +1,11 @@
 """Which kernel a mode means, and what is refused."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from hunyuan_staged import InputError, attention, sparse
 from hunyuan_staged.attention import AttentionMode, choose_attention
@@ -46,13 +50,29 @@ def hopper(monkeypatch, *packages: str) -> None:
 def test_a_kernel_that_does_not_take_the_models_heads(monkeypatch):
     """The demo's heads are 32 wide: the fastest kernel is then another, and one that was asked for is refused."""
     hopper(monkeypatch, "flash_attn.cute", "sageattention")
-    for mode in ("flash4", "sageattn"):
-        with pytest.raises(
-            InputError,
-            match=f"--attn_mode {mode}: it takes heads that are 64, 96, 128 wide, and this model's are 32; use flash",
-        ):
-            choose_attention(mode, CUDA, torch.bfloat16, head_width=32)
+    for mode, width, takes in (("flash4", 32, "64, 96, 128"), ("sageattn", 160, "up to 128")):
+        message = f"--attn_mode {mode}: it takes heads .*{takes} wide, and this model's are {width}; use flash"
+        with pytest.raises(InputError, match=message):
+            choose_attention(mode, CUDA, torch.bfloat16, head_width=width)
     assert choose_attention("flash", CUDA, torch.bfloat16, head_width=32).name == "cudnn"
+
+
+@pytest.mark.parametrize(("width", "wanted"), [(32, 64), (80, 96), (128, 128)])
+def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted):
+    seen = []
+
+    def sageattn(q, k, v, tensor_layout, sm_scale=None):
+        seen.append((q.shape, sm_scale))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, scale=sm_scale).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    hopper(monkeypatch, "sageattention")
+    attend = choose_attention("sageattn", CUDA, torch.bfloat16, head_width=width).kernels(GRID, 1)[0]
+    q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
+    out = attend(q, k, v)
+    assert seen == [((1, 9, 2, wanted), None if wanted == width else width**-0.5)]
+    assert torch.allclose(out, exact(q, k, v), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +114,19 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("mode", "tolerance"),
-    [("flash", 5e-3), ("flash2", 5e-3), ("flash4", 5e-3), ("cudnn", 5e-3), ("torch", 5e-3), ("sageattn", 5e-2)],
+    ("mode", "width", "tolerance"),
+    [
+        *[(mode, 128, 5e-3) for mode in ("flash", "flash2", "flash4", "cudnn", "torch")],
+        *[("sageattn", width, 5e-2) for width in (128, 32)],
+    ],
 )
-def test_every_kernel_agrees_with_float32_on_the_gpu(mode, tolerance):
+def test_every_kernel_agrees_with_float32_on_the_gpu(mode, width, tolerance):
     """Modes whose package is absent are no case of this test there: pytest names them as skipped, with the reason."""
     draw = torch.Generator("cuda").manual_seed(0)
-    q, k, v = torch.randn(3, 1, 1111, 4, 128, device="cuda", dtype=torch.bfloat16, generator=draw)
+    q, k, v = torch.randn(3, 1, 1111, 4, width, device="cuda", dtype=torch.bfloat16, generator=draw)
     reference = exact(q, k, v)
     try:
-        attend = kernel(mode, torch.device("cuda"), torch.bfloat16)
+        attend = choose_attention(mode, CUDA, torch.bfloat16, head_width=width).kernels(GRID, 1)[0]
     except InputError as error:
         pytest.skip(str(error))
     assert distance(attend(q, k, v), reference) < tolerance

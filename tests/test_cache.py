@@ -18,6 +18,7 @@ from test_transformer import build, distance, load
 from hunyuan_staged import InputError, artifacts
 from hunyuan_staged.attention import choose_attention
 from hunyuan_staged.cache import Cache, CacheSettings, check_flags, settle
+from hunyuan_staged.demo import CHECKPOINT
 from hunyuan_staged.denoise import condition_channels, denoise
 from hunyuan_staged.offload import stream_blocks
 from hunyuan_staged.parallel import Layout, World
@@ -233,8 +234,11 @@ def test_the_demo_compares_each_type_at_three_strengths(tmp_path):
         transformer=SimpleNamespace(transformer_blocks=[0] * 5),
         latents=latents,
     )
-    rows = caches.measure(generator, ["deepcache", "magcache"], 2)
-    assert [row["type"] for row in rows] == ["none"] + ["deepcache"] * 3 + ["magcache"] * 3
+    tenth_more = SimpleNamespace(latents=lambda *given: (latents(*given)[0] + 0.1, latents(*given)[1]))
+    rows = caches.measure({"torch": generator, "sageattn": tenth_more}, ["deepcache", "magcache"], 2)
+    assert [row["type"] for row in rows] == (["none"] + ["deepcache"] * 3 + ["magcache"] * 3) * 2
+    assert [row["attn_mode"] for row in rows] == ["torch"] * 7 + ["sageattn"] * 7
+    assert [row["error"] for row in rows[7:9]] == [0.1, 1.1]  # against the exact mode without a cache
     assert rows[0]["error"] == 0 and rows[0]["computed"] == 1
     # Of the steps 7 to 26 every 2nd, 3rd and 5th is computed: 10, 13 and 16 are reused.
     assert [row["error"] for row in rows[1:4]] == [1.0, 1.3, 1.6]
@@ -242,6 +246,25 @@ def test_the_demo_compares_each_type_at_three_strengths(tmp_path):
     assert rows[5]["settings"]["threshold"] == 0.06
     caches.plot(rows, tmp_path / "caches.png")
     assert (tmp_path / "caches.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts", "0"], "--prompts 0 is not a positive number"),
+        (
+            ["--attn_modes", "sageattn"],
+            "--attn_mode sageattn needs a GPU, and this run is on a cpu; use flash or torch",
+        ),
+    ],
+)
+def test_the_demos_comparison_refuses_in_one_line(flags, message, tmp_path, capsys, monkeypatch):
+    from hunyuan_staged.demo import caches
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert caches.main(["--model_path", str(CHECKPOINT), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
 
 
 # -- in the loop --

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hunyuan_staged import BAD_INPUT, InputError, artifacts, check_output_dir, lora, one_line, quiet
+from hunyuan_staged import InputError, artifacts, check_output_dir, lora, quiet, status_of
 from hunyuan_staged.checkpoints import open_model
 from hunyuan_staged.demo import evaluate, train, world
 from hunyuan_staged.vae import prepare_decoder
@@ -267,36 +267,36 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train or judge, print a line of JSON, and return the exit status: 0, or 2 after a line on what was refused."""
     args = build_parser().parse_args(argv)
+    return status_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the flags ask for. Raises InputError on what cannot be used."""
     from tqdm import tqdm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begun = time.time()
-    try:
-        for name in ("rank", "steps", "batch", "clips", "prompts"):
-            if getattr(args, name) < 1:
-                raise InputError(f"--{name} {getattr(args, name)} is not a positive number")
-        if args.judge:
-            print(json.dumps(measure(args.model_path, args.judge, args.prompts, device, tqdm)))
-            return 0
-        check_output_dir("--out", args.out.parent)
-        lesson = Lesson(args.model_path, device)
-        pool = draw_lessons(lesson, args.clips, args.seed, tqdm)
-        added = learn(
-            lesson,
-            pool,
-            rank=args.rank,
-            steps=args.steps,
-            batch=args.batch,
-            rate=args.rate,
-            seed=args.seed,
-            progress=tqdm,
-        )
-        size = save(args.out, added)
-    except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+    for name in ("rank", "steps", "batch", "clips", "prompts"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} is not a positive number")
+    if args.judge:
+        print(json.dumps(measure(args.model_path, args.judge, args.prompts, device, tqdm)))
+        return
+    check_output_dir("--out", args.out.parent)
+    lesson = Lesson(args.model_path, device)
+    pool = draw_lessons(lesson, args.clips, args.seed, tqdm)
+    added = learn(
+        lesson,
+        pool,
+        rank=args.rank,
+        steps=args.steps,
+        batch=args.batch,
+        rate=args.rate,
+        seed=args.seed,
+        progress=tqdm,
+    )
+    size = save(args.out, added)
     print(json.dumps({"out": str(args.out), "bytes": size, "seconds": round(time.time() - begun, 1)}))
-    return 0
 
 
 if __name__ == "__main__":

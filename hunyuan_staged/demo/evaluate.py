@@ -8,6 +8,7 @@ one, shapes by overlap with drawn ones, directions by the path of the centre, ch
 import argparse
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hunyuan_staged import quiet, versions
+from hunyuan_staged import InputError, quiet, status_of, versions
 from hunyuan_staged.cache import CacheSettings
 from hunyuan_staged.demo import world
 
@@ -172,22 +173,38 @@ class Setting:
 
 
 class Generator:
-    """The three stages in one process: all parts of the demo checkpoint loaded once."""
+    """The three stages in one process: all parts of the demo checkpoint loaded once.
 
-    def __init__(self, model_path: str | Path, device: torch.device, version: str = "demo_t2v") -> None:
+    The transformer computes in `dtype`, all else in float32. Raises InputError where attn_mode cannot run.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        device: torch.device,
+        version: str = "demo_t2v",
+        *,
+        attn_mode: str = "torch",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from hunyuan_staged.attention import choose_attention
         from hunyuan_staged.checkpoints import open_model
 
         folder = open_model(model_path, ("transformer", "vae", "text", "glyph"))
-        self.device, self.version = device, versions.parse_version(version)
+        self.device, self.version, self.dtype = device, versions.parse_version(version), dtype
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.language = folder.load_language_model(**options)
         self.glyph = folder.load_glyph_encoder(**options)
-        self.transformer: Any = folder.load_transformer(version, **options)
+        model: Any = folder.load_transformer(version, device=device, dtype=dtype)
+        head_width = model.config.attention_head_dim
+        self.transformer = model
+        self.attention = choose_attention(attn_mode, device, dtype, head_width=head_width)
         self.decoder, self.vae_config = folder.load_vae_decoder(**options)
 
-    def setting(self, ablation: str = "none") -> Setting:
+    def setting(self, ablation: str = "none", steps: int | None = None) -> Setting:
+        """The version's own, or of so many steps; with something broken where asked."""
         version = self.version
-        chosen = Setting(version.num_inference_steps, version.guidance_scale, version.flow_shift, ablation)
+        chosen = Setting(steps or version.num_inference_steps, version.guidance_scale, version.flow_shift, ablation)
         return replace(chosen, guidance_scale=1.0) if ablation == "guidance_1" else chosen
 
     def embed(self, prompt: str, ablation: str = "none") -> dict[str, torch.Tensor]:
@@ -208,24 +225,22 @@ class Generator:
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """(latents [1, 32, t, h, w] on the CPU, (steps computed, steps reused from a cache))."""
         from hunyuan_staged import denoise, parallel, schedule, transformer
-        from hunyuan_staged.attention import choose_attention
         from hunyuan_staged.cache import Cache
 
         embeddings = self.embed(prompt, setting.ablation)
         height, width = versions.size_for_ratio(self.version.resolution, versions.DEFAULT_ASPECT_RATIO)
         shape = versions.latent_shape(self.version.video_length, height, width, versions.LATENT_CHANNELS)
-        attention = choose_attention("torch", self.device, torch.float32)
-        forward: Any = transformer.Transformer(self.transformer, attention, shape[2:])
+        forward: Any = transformer.Transformer(self.transformer, self.attention, shape[2:])
         if setting.ablation == "timesteps_off_by_one":
             forward = _one_step_late(forward, setting)
         prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
-        rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=torch.float32) for p in prefixes]
+        rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=self.dtype) for p in prefixes]
         noise = denoise.draw_noise(shape, seed, torch.float32).to(self.device)
         cache = Cache(caching, parallel.Layout(), forward.total) if caching else None
         latents = denoise.denoise(
             forward,
             noise,
-            denoise.condition_channels(noise, None),
+            denoise.condition_channels(noise.to(self.dtype), None),
             rows,
             schedule.flow_sigmas(setting.steps, setting.flow_shift),
             guidance_scale=setting.guidance_scale,
@@ -335,9 +350,8 @@ def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> No
     sheet.save(path)
 
 
-def main() -> None:
-    from tqdm import tqdm
-
+def main() -> int:
+    """Generate, judge, print, and return the exit status: 0, or 2 after a line on what was refused."""
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument(
@@ -345,12 +359,27 @@ def main() -> None:
     )
     parser.add_argument("--cards", type=int, default=50, help="clips of a card in each wording (default: %(default)s)")
     parser.add_argument("--ablation", choices=ABLATIONS, default="none", help="break something, to see the score fall")
+    parser.add_argument("--steps", type=int, help="of each clip (default: the version's)")
     parser.add_argument("--contact_sheet", type=Path, help="also write this PNG")
     args = parser.parse_args()
+    return status_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the flags ask for. Raises InputError on what cannot be used."""
+    from tqdm import tqdm
+
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps {args.steps} is not a positive number")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = Generator(args.model_path, device)
-    setting = generator.setting(args.ablation)
-    results: dict[str, Any] = {"ablation": args.ablation, "shapes": args.shapes, "cards": args.cards}
+    setting = generator.setting(args.ablation, args.steps)
+    results: dict[str, Any] = {
+        "ablation": args.ablation,
+        "steps": setting.steps,
+        "shapes": args.shapes,
+        "cards": args.cards,
+    }
     for name, kind, count in (("shape clips", "single", args.shapes), ("card clips", "card", args.cards)):
         for wording in ("known", "new") if count else ():
             prompts = held_out_prompts(kind, count, new_wording=wording == "new")
@@ -364,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

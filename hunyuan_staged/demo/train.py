@@ -15,6 +15,7 @@ import json
 import math
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_staged import InputError, text, versions
+from hunyuan_staged import InputError, status_of, text, versions
 from hunyuan_staged.checkpoints import open_model
 from hunyuan_staged.demo import draw, world
 from hunyuan_staged.transformer import GLYPH, IMAGE, LANGUAGE, apply_rope, modulate, modulation, project_qkv, rope_table
@@ -800,7 +801,8 @@ def write_checkpoint(modules: draw.Modules, folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
+def main() -> int:
+    """Train, and return the exit status: 0, or 2 after a line on what was refused."""
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="state.pt, the pool and the checkpoint go here")
     parser.add_argument("--vae_minutes", type=float, default=4.0, help="over all calls (default: %(default)s)")
@@ -827,10 +829,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        train(args)
-    except InputError as error:
-        parser.error(str(error))
+    return status_of(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -928,4 +927,4 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
