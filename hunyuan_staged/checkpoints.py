@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hunyuan_staged import InputError, float8, quiet
+from hunyuan_staged import InputError, float8, quiet, reading
 from hunyuan_staged.versions import (
     BUCKET_BASE,
     DEFAULT_RESOLUTION,
@@ -279,7 +279,7 @@ def _tensors(
     device: torch.device,
     at_home: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Named]:
-    """The tensors of safetensors files whose names are wanted, read one by one straight onto a device.
+    """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
 
     Those that are at_home, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What has
     been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
@@ -291,22 +291,22 @@ def _tensors(
             try:
                 with safe_open(path, "pt") as file:
                     names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
-                while names:
+                mapped = [name for name in names if device.type == "cpu" or at_home(name)]
+                sent = set(names) - set(mapped)
+                if sent:
+                    yield from reading.tensors(path, sent, device)
+                while mapped:
                     # The tensors lie in about the order of their names.
                     thread.submit(_read_ahead, path, read, 2 * MAPPED_BYTES)
                     unread = MAPPED_BYTES
-                    with contextlib.ExitStack() as stack:
-                        opened = {
-                            place: stack.enter_context(safe_open(path, "pt", device=str(place)))
-                            for place in {device, torch.device("cpu")}
-                        }
-                        while names and unread > 0:
-                            name = names.pop(0)
-                            tensor = opened[torch.device("cpu") if at_home(name) else device].get_tensor(name)
+                    with safe_open(path, "pt") as file:
+                        while mapped and unread > 0:
+                            name = mapped.pop(0)
+                            tensor = file.get_tensor(name)
                             unread -= tensor.nbytes
                             read += tensor.nbytes
                             yield name, tensor
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"{path} is not a whole safetensors file ({error})") from error
 
 

@@ -202,3 +202,9 @@ def test_the_readme_shows_the_checkpoints_own_figures():
         assert all(f"| {name} | {share:g} % | {new[name]:g} % |" in readme for readme in readmes)
     chinese = (ROOT / "README.zh.md").read_text()
     assert all(f"| {share:g} % | {new[name]:g} % |" in chinese for name, share in known.items())
+
+
+def test_a_loss_that_is_no_number_ends_training():
+    assert train.finite(torch.tensor(0.25), 7) == 0.25
+    with pytest.raises(FloatingPointError, match="the loss is nan after step 7"):
+        train.finite(torch.tensor(float("nan")), 7)

@@ -204,7 +204,7 @@ def learn(
         optimizer.step()
         schedule.step()
         if step % 20 == 0 or step == steps - 1:
-            train.log("adapter", step, loss=loss.item())
+            train.log("adapter", step, loss=train.finite(loss.detach(), step))
     return added
 
 

@@ -529,6 +529,28 @@ def joint_block(
     return video, texts
 
 
+def refined(embedder: Any, states: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The token refiner (diffusers' HunyuanVideo15TokenRefiner) over a batch [B, L, C] with a mask [B, L] of tokens.
+
+    As diffusers', but that padding may look at tokens, too: attention over nothing, which is what padding gets there, is
+    0 forwards and NaN backwards in cuDNN. What becomes of padding is never read.
+    """
+    weight = mask[..., None].to(states.dtype)
+    pooled = (states * weight).sum(dim=1) / weight.sum(dim=1)
+    temb = embedder.time_text_embed(timestep, pooled)
+    states = embedder.proj_in(states)
+    for block in embedder.token_refiner.refiner_blocks:
+        states = block(states, temb, mask[:, None, None])
+    return states
+
+
+def finite(loss: torch.Tensor, step: int) -> float:
+    """The loss as a number. Raises FloatingPointError where it is none: going on would learn nothing."""
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()} after step {step}")
+    return loss.item()
+
+
 def without_unused(language: Any) -> tuple[nn.Module, nn.Module]:
     """Take off the language model, and return, its last layers and its norm: stage 1 reads hidden_states[-3]."""
     unused = (language.layers[-SKIPPED_LAYERS:], language.norm)
@@ -580,7 +602,7 @@ class Learner(nn.Module):
             [
                 model.image_embedder(images) + kinds[IMAGE],
                 model.context_embedder_2(glyphs) + kinds[GLYPH],
-                model.context_embedder(states, timestep, language_mask.long()) + kinds[LANGUAGE],
+                refined(model.context_embedder, states, timestep, language_mask) + kinds[LANGUAGE],
             ],
             dim=1,
         )
@@ -683,7 +705,7 @@ def train_transformer(
     empty = {"ids": ids.to(device), "valid": valid.to(device)}
     torch.manual_seed(step + 1)
     started, before, saved = time.time(), budget.spent, time.time()
-    loss = torch.tensor(math.nan)
+    loss, first = torch.zeros(()), step
 
     def learn() -> torch.Tensor:
         optimizer.zero_grad()
@@ -712,15 +734,17 @@ def train_transformer(
         average.update()
         if refresh and step % 16 == 15:
             pool.renew(refresh)
+        if step == first + 20:
+            finite(loss, step)
         if step % 200 == 0:
-            log("transformer", step, loss=loss.item(), share=budget.share(step), seconds=budget.spent)
+            log("transformer", step, loss=finite(loss, step), share=budget.share(step), seconds=budget.spent)
         budget.spent = before + time.time() - started
         step += 1
         if time.time() - saved > 120:
             saved = time.time()
             keep()
     done = budget.spent >= budget.seconds
-    log("transformer", step, loss=loss.item(), seconds=budget.spent)
+    log("transformer", step, loss=finite(loss, step), seconds=budget.spent)
     keep()
     if done:
         average.swap()
