@@ -76,6 +76,38 @@ def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted
 
 
 @pytest.mark.parametrize(
+    ("capability", "width", "takes_tiles", "tile"),
+    [
+        ((9, 0), 128, True, (192, 128)),
+        ((9, 0), 64, True, None),
+        ((10, 0), 128, True, None),
+        ((9, 0), 128, False, None),
+    ],
+)
+def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability, width, takes_tiles, tile):
+    """On Hopper, for heads of 128, if this version of the package lets one choose; else it chooses."""
+    tiles = []
+
+    def inner(q, k, v, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None):
+        tiles.append(tile_mn)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+    package = SimpleNamespace(flash_attn_func=lambda q, k, v: inner(q, k, v))
+    package._flash_attn_fwd = inner if takes_tiles else package.flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=package))
+    hopper(monkeypatch, "flash_attn.cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
+    for mode in ("flash", "flash4"):
+        chosen = choose_attention(mode, CUDA, torch.bfloat16, head_width=width)
+        assert chosen.name == "flash4"
+        assert torch.allclose(chosen.kernels(GRID, 1)[0](q, k, v), exact(q, k, v), atol=1e-6)
+    assert tiles == [tile, tile]
+
+
+@pytest.mark.parametrize(
     ("dtype", "width", "packages", "core"),
     [
         (torch.bfloat16, 128, ["flash_attn.cute"], "flash4"),
