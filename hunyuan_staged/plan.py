@@ -282,8 +282,8 @@ class MeasuredStep:
 
 H100 = "NVIDIA H100 80GB HBM3"
 MEASURED_STEPS = (
-    MeasuredStep(H100, 111_600, "flash4", True, 0, 18.58, 13.6),
-    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.81, 13.6),
+    MeasuredStep(H100, 111_600, "flash4", True, 0, 17.94, 17.7),
+    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.72, 17.8),
     MeasuredStep(H100, 49_290, "flash4", True, 0, 4.19, 15.5),
     MeasuredStep(H100, 111_600, "cudnn", True, 0, 21.69, 14.4),
     MeasuredStep(H100, 111_600, "cudnn", True, LAYERS, 21.54, 11.9),
@@ -416,8 +416,8 @@ def fit_decoding(
 # Seconds of decoding with the published VAE in float16 at an overlap of 0.25, on one GPU, as README's "Measured" has it:
 # (GPU, (T, H, W), side of a tile, latent frames at once).
 MEASURED_DECODINGS: dict[tuple[str, tuple[int, int, int], int | None, int], float] = {
-    (H100, (121, 720, 1280), 256, 8): 8.26,
-    (H100, (49, 720, 1280), 256, 8): 3.35,
+    (H100, (121, 720, 1280), 256, 8): 8.61,
+    (H100, (49, 720, 1280), 256, 8): 3.49,
     (H100, (121, 720, 1280), None, 8): 5.04,
     (H100, (121, 720, 1280), None, 1): 5.22,
     (H100, (121, 720, 1280), 128, 8): 9.99,
