@@ -232,7 +232,7 @@ class Generator:
         shape = versions.latent_shape(self.version.video_length, height, width, versions.LATENT_CHANNELS)
         forward: Any = transformer.Transformer(self.transformer, self.attention, shape[2:])
         if setting.ablation == "timesteps_off_by_one":
-            forward = _one_step_late(forward, setting)
+            forward = _off_by_one(forward, setting)
         prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
         rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=self.dtype) for p in prefixes]
         noise = denoise.draw_noise(shape, seed, torch.float32).to(self.device)
@@ -272,17 +272,17 @@ class Generator:
             return video.read_video(target)[0]
 
 
-def _one_step_late(forward: Any, setting: Setting) -> Any:
-    """The forward, told the timestep of the step after the one it is at."""
+def _off_by_one(forward: Any, setting: Setting) -> Any:
+    """The forward, told the timestep of the step before the one it is at."""
     from hunyuan_staged import schedule
 
     times = schedule.timesteps_of(schedule.flow_sigmas(setting.steps, setting.flow_shift))
 
-    def late(hidden_states: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
-        index = int((times - timestep.cpu()).abs().argmin())
-        return forward(hidden_states, times[index + 1 : index + 2].to(timestep), *rest)
+    def told(hidden_states: torch.Tensor, timestep: torch.Tensor, *rest: Any) -> torch.Tensor:
+        index = max(0, int((times - timestep.cpu()).abs().argmin()) - 1)
+        return forward(hidden_states, times[index : index + 1].to(timestep), *rest)
 
-    return late
+    return told
 
 
 def held_out_prompts(
