@@ -9,6 +9,7 @@ import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
 from hunyuan_staged import bench, bench_memory, compare
+from hunyuan_staged.demo import adapter, caches, evaluate
 
 READMES = ("README.md", "README.zh.md")
 # In the order of their tables
@@ -36,11 +37,11 @@ def test_the_flag_tables_are_the_parsers(readme):
 
 @pytest.mark.parametrize("readme", READMES)
 def test_every_flag_in_the_text_exists(readme):
-    known = set().union(*(flags_of(module.build_parser()) for module in COMMANDS))
+    known = set().union(*(flags_of(module.build_parser()) for module in (*COMMANDS, adapter, caches, evaluate)))
     stages = next(action for action in bench.build_parser()._actions if isinstance(action.choices, dict))
     known |= set().union(*(flags_of(parser) for parser in stages.choices.values()))
-    # torchrun's, the hub's and modelscope's own, the launchers', and the demo adapter's
-    others = {"--gpus", "--help", "--nproc", "--local", "--local_dir", "--model", "--out"}
+    # torchrun's, the hub's and modelscope's own, and the launchers'
+    others = {"--gpus", "--help", "--nproc", "--local", "--local_dir", "--model"}
     text = (ROOT / readme).read_text(encoding="utf-8")
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - others <= known
 

@@ -101,8 +101,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit status: 0, or 2 after a line on what was refused."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.caches", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets caches.json and caches.png")
@@ -110,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attn_modes", nargs="*", choices=versions.ATTN_MODES, default=(), help="in which modes, too")
     parser.add_argument("--prompts", type=int, default=4, help="clips of each setting (default: %(default)s)")
     parser.add_argument("--judge", action="store_true", help="also decode and judge each clip")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and return the exit status: 0, or 2 after a line on what was refused."""
+    args = build_parser().parse_args(argv)
     return status_of(lambda: run(args))
 
 

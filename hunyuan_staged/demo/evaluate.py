@@ -350,8 +350,7 @@ def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> No
     sheet.save(path)
 
 
-def main() -> int:
-    """Generate, judge, print, and return the exit status: 0, or 2 after a line on what was refused."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument(
@@ -361,7 +360,12 @@ def main() -> int:
     parser.add_argument("--ablation", choices=ABLATIONS, default="none", help="break something, to see the score fall")
     parser.add_argument("--steps", type=int, help="of each clip (default: the version's)")
     parser.add_argument("--contact_sheet", type=Path, help="also write this PNG")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Generate, judge, print, and return the exit status: 0, or 2 after a line on what was refused."""
+    args = build_parser().parse_args()
     return status_of(lambda: run(args))
 
 
