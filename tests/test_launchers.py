@@ -225,6 +225,11 @@ while true; do sleep 0.05; done
 """
 
 
+def heed_interrupts() -> None:
+    """Tests that were started in the background inherit that SIGINT is ignored, and bash could not trap it then."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130)])
 @pytest.mark.parametrize("script", ["run_staged.sh", "run_stage2.sh"])
 def test_a_signal_reaches_the_stage_and_its_status_comes_back(tmp_path, script, name, status):
@@ -234,7 +239,7 @@ def test_a_signal_reaches_the_stage_and_its_status_comes_back(tmp_path, script, 
     stand_in.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
     command = ["bash", str(ROOT / script), "--gpus", "1"]
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, preexec_fn=heed_interrupts)
     while not (calls.exists() and "ready" in calls.read_text()):
         assert process.poll() is None
         time.sleep(0.02)
