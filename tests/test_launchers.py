@@ -239,7 +239,9 @@ def test_a_signal_reaches_the_stage_and_its_status_comes_back(tmp_path, script, 
     stand_in.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stand_in), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
     command = ["bash", str(ROOT / script), "--gpus", "1"]
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, preexec_fn=heed_interrupts)
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, start_new_session=True, preexec_fn=heed_interrupts
+    )
     while not (calls.exists() and "ready" in calls.read_text()):
         assert process.poll() is None
         time.sleep(0.02)
