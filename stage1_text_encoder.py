@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, check_output_dir, plan, versions
+from hunyuan_staged import geometry, options, versions
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.memory import budget, estimates
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from hunyuan_staged.checkpoints import ModelFolder
-    from hunyuan_staged.versions import Version
+    from hunyuan_staged.versions import TransformerVersion
+    from hunyuan_staged.weights.folder import ModelFolder
 
 EXAMPLE = """\
 examples:
@@ -36,17 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="model folder in the official or the diffusers layout, or a hub id (default: the demo weights)",
     )
     files.add_argument(
-        "--output_dir", default=versions.DEFAULT_OUTPUT_DIR, help="folder of the run (default: %(default)s)"
+        "--output_dir", default=options.DEFAULT_OUTPUT_DIR, help="folder of the run (default: %(default)s)"
     )
     what = parser.add_argument_group("what to show")
     what.add_argument(
         "--prompt",
-        default=versions.DEFAULT_PROMPT,
+        default=options.DEFAULT_PROMPT,
         help="the video in words; texts in quotation marks are spelt out (default: %(default)r)",
     )
     what.add_argument(
         "--negative_prompt",
-        default=versions.DEFAULT_NEGATIVE_PROMPT,
+        default=options.DEFAULT_NEGATIVE_PROMPT,
         help="what guidance leads away from (default: empty)",
     )
     what.add_argument("--image_path", help="first frame: image to video (default: none, text to video)")
@@ -57,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     weights.add_argument(
         "--dtype",
-        choices=(*utils.DTYPES, versions.DEFAULT_DTYPE),
-        default=versions.DEFAULT_DTYPE,
+        choices=(*utils.DTYPES, options.DEFAULT_DTYPE),
+        default=options.DEFAULT_DTYPE,
         help="of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
     )
     weights.add_argument("--cfg_distilled", action="store_true", help="the weights with guidance distilled into them")
@@ -72,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> None:
     """Refuse every flag value that can be judged without reading the model."""
     utils.check_paths(args)
-    if args.resolution is not None and args.resolution not in versions.BUCKET_BASE:
-        raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(versions.BUCKET_BASE)}")
+    if args.resolution is not None and args.resolution not in geometry.BUCKET_BASE:
+        raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(geometry.BUCKET_BASE)}")
     if args.step_distilled and (args.cfg_distilled or args.sparse_attn):
         raise InputError("--step_distilled excludes --cfg_distilled and --sparse_attn: no such weights are published")
     if args.image_path and not Path(args.image_path).is_file():
@@ -92,14 +95,14 @@ def demo_checkpoint(run: utils.Run) -> str:
     return str(CHECKPOINT)
 
 
-def pick_version(args: argparse.Namespace, folder: ModelFolder) -> Version:
+def pick_version(args: argparse.Namespace, folder: ModelFolder) -> TransformerVersion:
     """The version that the flags name; without --resolution the default one, else the first that the folder has."""
     offered = folder.resolutions()
     default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
     resolution = args.resolution or default
     if resolution is None:
         raise InputError(f"{folder.path} holds no transformer version")
-    version = versions.version(
+    version = versions.make_version(
         resolution,
         "i2v" if args.image_path else "t2v",
         cfg_distilled=args.cfg_distilled,
@@ -112,21 +115,23 @@ def pick_version(args: argparse.Namespace, folder: ModelFolder) -> Version:
 
 
 def plan_memory(
-    run: utils.Run, args: argparse.Namespace, skeleton: Any, version: Version, dtype: torch.dtype
-) -> tuple[plan.Fit, dict[str, object]]:
+    run: utils.Run, args: argparse.Namespace, skeleton: Any, version: TransformerVersion, dtype: torch.dtype
+) -> tuple[budget.BlockPlan, dict[str, object]]:
     """How the language model, the largest by far, is laid out in memory, and the rows that --dry_run prints.
 
     InputError where it does not fit.
     """
-    from hunyuan_staged import offload
+    from hunyuan_staged.memory import offloading
 
-    weights = offload.weights_of(skeleton, skeleton.layers, dtype)
+    weights = offloading.weights_of(skeleton, skeleton.layers, dtype)
     free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
     remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
-    fit = plan.fit("the text encoder", weights, plan.LANGUAGE_WORKING, free, asked=asked, remedies=remedies)
+    fit = budget.plan_blocks(
+        "the text encoder", weights, estimates.LANGUAGE_WORKING, free, asked=asked, remedies=remedies
+    )
     return fit, {
         "version": version.name,
-        "weights": f"{plan.gib(weights.total)} of the language model, {dtype}",
+        "weights": f"{budget.gib(weights.total)} of the language model, {dtype}",
         **fit.rows(weights.count, free, "layers"),
         "ranks": 1,
         "expected time": "unknown: not measured",
@@ -134,21 +139,22 @@ def plan_memory(
 
 
 def load_language_model(
-    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
 ) -> tuple[Any, Any]:
     """(tokenizer, language model), with as many of its layers on the host as the flags or the memory ask for."""
-    from hunyuan_staged import checkpoints, offload
+    from hunyuan_staged.memory import offloading
+    from hunyuan_staged.weights import loading
 
     skeleton = folder.language_skeleton()
     fit, _ = plan_memory(run, args, skeleton, version, dtype)
     run.log.info(fit.describe(len(skeleton.layers), "layers"))
 
-    def load(places: checkpoints.Places) -> tuple[Any, Any]:
+    def load(places: loading.Destinations) -> tuple[Any, Any]:
         return folder.load_language_model(
             device=run.device, dtype=dtype, progress=run.progress, skeleton=skeleton, places=places
         )
 
-    (tokenizer, model), layers = offload.load_offloaded(
+    (tokenizer, model), layers = offloading.load_offloaded(
         skeleton, "layers", fit.offloaded, load, device=run.device, dtype=dtype, world=run.world
     )
     if layers:
@@ -157,10 +163,10 @@ def load_language_model(
 
 
 def encode_text(
-    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: Version, dtype: torch.dtype
+    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
-    from hunyuan_staged import text
+    from hunyuan_staged.encoders import text
 
     with run.part("load"):
         tokenizer, model = load_language_model(run, args, folder, version, dtype)
@@ -182,15 +188,15 @@ def encode_text(
 
 
 def encode_image(
-    run: utils.Run, picture: Image.Image | None, folder: ModelFolder, version: Version, dtype: torch.dtype
+    run: utils.Run, picture: Image.Image | None, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
 ) -> dict[str, Any]:
     """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image."""
     if picture is None:
         return {}
-    from hunyuan_staged import image
+    from hunyuan_staged.encoders import image
 
-    height, width = versions.nearest_size(version.resolution, picture.height / picture.width)
-    fitted = image.fit(picture, height, width)
+    height, width = geometry.nearest_size(version.resolution, picture.height / picture.width)
+    fitted = image.resize_and_center_crop(picture, height, width)
     run.log.info(f"image {picture.width}x{picture.height} → {width}x{height}")
     with run.part("load"):
         processor, model = folder.load_image_encoder(device=run.device, dtype=dtype)
@@ -206,15 +212,19 @@ def encode_image(
 
 def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Choose the version, encode text and image, write the embeddings and the config."""
-    from hunyuan_staged import artifacts, checkpoints, image, text
+    from hunyuan_staged.encoders import image, text
+    from hunyuan_staged.files import contract, provenance
+    from hunyuan_staged.files.config import update_config
+    from hunyuan_staged.files.tensors import save_embeddings
+    from hunyuan_staged.weights.folder import open_model
 
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
     picture = image.load_image(args.image_path) if args.image_path else None
     if not args.dry_run:
-        run.claim(Path(args.output_dir) / artifacts.LOCK_FILE, artifacts.STAGE_FILES[1])
+        run.lock(Path(args.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])
     parts = ["text"] + ["glyph"] * bool(text.glyph_text(args.prompt)) + ["image", "vae"] * bool(picture)
     model_path = args.model_path or demo_checkpoint(run)
-    folder = checkpoints.open_model(model_path, [*parts, "transformer"], run.progress)
+    folder = open_model(model_path, [*parts, "transformer"], run.progress)
     version = pick_version(args, folder)
     for part in parts:
         folder.require(part)
@@ -230,21 +240,21 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         about = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "task_type": version.task}
         metadata = about | {"model": recorded, "version": version.name}
         source = about | {"version": version.name, "dtype": str(dtype), "weights": folder.fingerprint(parts)}
-        source["image"] = artifacts.sha256(args.image_path) if args.image_path else None
-        metadata[artifacts.MADE_FROM] = artifacts.digest(source)
-        path = artifacts.save_embeddings(args.output_dir, tensors, metadata)
+        source["image"] = provenance.sha256(args.image_path) if args.image_path else None
+        metadata[contract.MADE_FROM] = provenance.digest(source)
+        path = save_embeddings(args.output_dir, tensors, metadata)
         additions = {
             "model_path": recorded,
             "resolution": version.resolution,
             "transformer_version": version.name,
             "image_path": args.image_path,
             "dtype": args.dtype,
-            artifacts.EMBEDDINGS_HASH: artifacts.sha256(path),
+            contract.EMBEDDINGS_HASH: provenance.sha256(path),
         }
-        config = artifacts.update_config(args.output_dir, about | additions)
+        config = update_config(args.output_dir, about | additions)
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
-    run.wrote(path, shapes)
-    run.wrote(config, "the settings of the run")
+    run.add_output(path, shapes)
+    run.add_output(config, "the settings of the run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import InputError, cache, check_output_dir, plan, versions
+from hunyuan_staged import geometry, options, versions
+from hunyuan_staged.attention import modes
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.memory import budget, estimates, timings
+from hunyuan_staged.sampling import cache, cache_settings
 
 if TYPE_CHECKING:
-    from hunyuan_staged.lora import Adapters
-    from hunyuan_staged.resume import Facts
-    from hunyuan_staged.versions import Version
+    from hunyuan_staged.sampling.state import RunIdentity
+    from hunyuan_staged.versions import TransformerVersion
+    from hunyuan_staged.weights.lora import Adapters
 
 EXAMPLE = """\
 examples:
@@ -35,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = utils.make_parser("stage2_transformer.py", __doc__ or "", EXAMPLE)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--input_dir", default=versions.DEFAULT_OUTPUT_DIR, help="folder that stage 1 wrote (default: %(default)s)"
+        "--input_dir", default=options.DEFAULT_OUTPUT_DIR, help="folder that stage 1 wrote (default: %(default)s)"
     )
     files.add_argument("--output_dir", help="where the latents go (default: --input_dir)")
     files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
@@ -44,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     kept.add_argument(
         "--checkpoint_every",
         type=int,
-        default=versions.DEFAULT_CHECKPOINT_EVERY,
+        default=options.DEFAULT_CHECKPOINT_EVERY,
         help="save the state every so many steps, for --resume; 0: never (default: %(default)s)",
     )
     kept.add_argument(
@@ -53,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     video = parser.add_argument_group("video")
     video.add_argument(
         "--aspect_ratio",
-        help=f"width:height (default: {versions.DEFAULT_ASPECT_RATIO}, or the image's own for image to video)",
+        help=f"width:height (default: {options.DEFAULT_ASPECT_RATIO}, or the image's own for image to video)",
     )
     video.add_argument("--video_length", type=int, help="frames, 4n+1 (default: 121; 33 for the demo weights)")
-    video.add_argument("--seed", type=int, default=versions.DEFAULT_SEED, help="noise seed (default: %(default)s)")
+    video.add_argument("--seed", type=int, default=options.DEFAULT_SEED, help="noise seed (default: %(default)s)")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--num_inference_steps", type=int, help="denoising steps (default by version: 50 for the base models)"
@@ -68,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument(
         "--dtype",
-        choices=(*utils.DTYPES, versions.DEFAULT_DTYPE),
+        choices=(*utils.DTYPES, options.DEFAULT_DTYPE),
         help="of weights and activations (default: as stage 1)",
     )
     sampling.add_argument(
@@ -80,21 +85,21 @@ def build_parser() -> argparse.ArgumentParser:
     speed = parser.add_argument_group("attention and memory")
     speed.add_argument(
         "--attn_mode",
-        choices=versions.ATTN_MODES,
-        help=f"attention kernel; flash takes the fastest exact one here (default: {versions.DEFAULT_ATTN_MODE})",
+        choices=modes.ATTN_MODES,
+        help=f"attention kernel; flash takes the fastest exact one here (default: {modes.DEFAULT_ATTN_MODE})",
     )
     speed.add_argument("--use_sageattn", action="store_true", help="short for --attn_mode sageattn")
     speed.add_argument(
         "--sage_blocks_range",
-        help=f"which blocks run sageattn, FIRST-LAST; the others run flash (default: {versions.DEFAULT_SAGE_BLOCKS}, all)",
+        help=f"which blocks run sageattn, FIRST-LAST; the others run flash (default: {options.DEFAULT_SAGE_BLOCKS}, all)",
     )
     speed.add_argument(
         "--sparse_attn", action="store_true", help="short for --attn_mode flex-block-attn with the sparse weights"
     )
     speed.add_argument(
         "--cfg_parallel",
-        choices=versions.CFG_PARALLEL,
-        default=versions.DEFAULT_CFG_PARALLEL,
+        choices=options.CFG_PARALLEL,
+        default=options.DEFAULT_CFG_PARALLEL,
         help="the two guidance rows side by side on half of the processes each; auto: where they halve "
         "(default: %(default)s)",
     )
@@ -103,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speed.add_argument(
         "--weights_dtype",
-        choices=versions.WEIGHTS_DTYPES,
+        choices=options.WEIGHTS_DTYPES,
         help="store the linear weights of the blocks in float8 and compute in --dtype: half the memory (default: --dtype)",
     )
     offloading = utils.add_offload_flags(speed, blocks="blocks")
@@ -115,13 +120,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the feature cache; None where one is not given, so that a flag without its cache can be refused."""
-    flags, types = versions.CACHE_FLAGS, versions.CACHE_TYPES
-    group = parser.add_argument_group("feature cache", f"steps are those of {versions.CACHE_STEPS}, others in scale")
+    flags, types = cache_settings.CACHE_FLAGS, cache_settings.CACHE_TYPES
+    group = parser.add_argument_group(
+        "feature cache", f"steps are those of {cache_settings.CACHE_STEPS}, others in scale"
+    )
     group.add_argument(
         "--enable_cache", action="store_true", help="let some steps take most of the transformer from those before"
     )
     group.add_argument(
-        "--cache_type", choices=tuple(types), help=f"what is taken over (default: {versions.DEFAULT_CACHE_TYPE})"
+        "--cache_type", choices=tuple(types), help=f"what is taken over (default: {cache_settings.DEFAULT_CACHE_TYPE})"
     )
     group.add_argument(
         "--cache_start_step",
@@ -152,7 +159,8 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
 
 def cache_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The values of the cache's flags but --enable_cache and --cache_type, None where one is not given."""
-    names = dict.fromkeys([*versions.CACHE_FLAGS, *(name for own in versions.CACHE_TYPES.values() for name in own)])
+    own = (name for names in cache_settings.CACHE_TYPES.values() for name in names)
+    names = dict.fromkeys([*cache_settings.CACHE_FLAGS, *own])
     return {name: getattr(args, name) for name in names}
 
 
@@ -164,7 +172,7 @@ def check_cache(args: argparse.Namespace) -> None:
         if idle:
             raise InputError(f"--{idle[0]} needs --enable_cache")
         return
-    cache.check_flags(args.cache_type or versions.DEFAULT_CACHE_TYPE, given)
+    cache_settings.check_flags(args.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
 
 
 def attention_mode(args: argparse.Namespace) -> str:
@@ -173,10 +181,10 @@ def attention_mode(args: argparse.Namespace) -> str:
     if args.use_sageattn:
         asked["--use_sageattn"] = "sageattn"
     if args.sparse_attn:
-        asked["--sparse_attn"] = versions.SPARSE_ATTN_MODE
+        asked["--sparse_attn"] = modes.SPARSE_ATTN_MODE
     if len(set(asked.values())) > 1:
         raise InputError(f"{' and '.join(asked)} ask for different attention; give one of them")
-    mode = next(iter(asked.values()), versions.DEFAULT_ATTN_MODE)
+    mode = next(iter(asked.values()), modes.DEFAULT_ATTN_MODE)
     if args.sage_blocks_range is not None and mode != "sageattn":
         raise InputError(f"--sage_blocks_range belongs to --attn_mode sageattn, not to {mode}")
     return mode
@@ -184,7 +192,7 @@ def attention_mode(args: argparse.Namespace) -> str:
 
 def sage_blocks(args: argparse.Namespace) -> range:
     """Which blocks --sage_blocks_range names; InputError where it is no range."""
-    return versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS)
+    return versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range or options.DEFAULT_SAGE_BLOCKS)
 
 
 def adapter_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
@@ -212,13 +220,13 @@ def check(args: argparse.Namespace) -> None:
     check_cache(args)
     adapter_files(args)
     if args.video_length is not None:
-        versions.check_video_length(args.video_length)
+        geometry.check_video_length(args.video_length)
     if args.aspect_ratio is not None:
-        versions.check_aspect_ratio(args.aspect_ratio)
+        geometry.check_aspect_ratio(args.aspect_ratio)
     if args.num_inference_steps is not None and args.num_inference_steps < 1:
         raise InputError(f"--num_inference_steps {args.num_inference_steps} is not a positive number")
-    if args.num_inference_steps is not None and args.num_inference_steps > versions.MAX_STEPS:
-        raise InputError(f"--num_inference_steps {args.num_inference_steps} is more than {versions.MAX_STEPS}")
+    if args.num_inference_steps is not None and args.num_inference_steps > options.MAX_STEPS:
+        raise InputError(f"--num_inference_steps {args.num_inference_steps} is more than {options.MAX_STEPS}")
     if args.checkpoint_every < 0:
         raise InputError(f"--checkpoint_every {args.checkpoint_every} is neither 0 (never) nor a number of steps")
     if args.guidance_scale is not None and not 1 <= args.guidance_scale < 100:
@@ -235,7 +243,7 @@ def check(args: argparse.Namespace) -> None:
 class Settings:
     """What a run is, after flags, config, embeddings and version have been brought together."""
 
-    version: Version
+    version: TransformerVersion
     height: int
     width: int
     video_length: int
@@ -246,14 +254,14 @@ class Settings:
 
 
 def settle(
-    args: argparse.Namespace, config: dict[str, Any], version: Version, flow_shift: float, image_latents: Any
+    args: argparse.Namespace, config: dict[str, Any], version: TransformerVersion, flow_shift: float, image_latents: Any
 ) -> Settings:
     """Every value from its flag, else from stage 1, else from the version."""
     if image_latents is None:
-        height, width = versions.size_for_ratio(version.resolution, args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO)
+        height, width = geometry.size_for_ratio(version.resolution, args.aspect_ratio or options.DEFAULT_ASPECT_RATIO)
     else:
-        height, width = (n * versions.SPATIAL_RATIO for n in image_latents.shape[-2:])
-        if args.aspect_ratio and versions.size_for_ratio(version.resolution, args.aspect_ratio) != (height, width):
+        height, width = (n * geometry.SPATIAL_RATIO for n in image_latents.shape[-2:])
+        if args.aspect_ratio and geometry.size_for_ratio(version.resolution, args.aspect_ratio) != (height, width):
             raise InputError(f"--aspect_ratio {args.aspect_ratio} contradicts the image, which is {width}x{height}")
     return Settings(
         version,
@@ -263,11 +271,11 @@ def settle(
         args.num_inference_steps or version.num_inference_steps,
         version.guidance_scale if args.guidance_scale is None else args.guidance_scale,
         flow_shift,
-        args.dtype or config.get("dtype") or versions.DEFAULT_DTYPE,
+        args.dtype or config.get("dtype") or options.DEFAULT_DTYPE,
     )
 
 
-def pick_version(config: dict[str, Any], offered: Sequence[str], *, sparse: bool) -> Version:
+def pick_version(config: dict[str, Any], offered: Sequence[str], *, sparse: bool) -> TransformerVersion:
     """The version that stage 1 recorded, or the folder's only one; --sparse_attn takes the sparse weights beside it."""
     name = config.get("transformer_version")
     if name is None:
@@ -279,7 +287,7 @@ def pick_version(config: dict[str, Any], offered: Sequence[str], *, sparse: bool
         name = offered[0]
     version = versions.parse_version(name)
     if sparse and not version.sparse:
-        version = versions.version(version.resolution, version.task, sparse=True)
+        version = versions.make_version(version.resolution, version.task, sparse=True)
     return version
 
 
@@ -293,7 +301,7 @@ WIDTHS = {
 }
 
 
-def check_widths(embeddings: dict[str, Any], model_config: dict[str, Any], version: Version) -> None:
+def check_widths(embeddings: dict[str, Any], model_config: dict[str, Any], version: TransformerVersion) -> None:
     """InputError for embeddings that another model's encoders made, before the transformer is loaded."""
     for name, entry in WIDTHS.items():
         if name in embeddings and entry in model_config and embeddings[name].shape[2] != model_config[entry]:
@@ -310,24 +318,25 @@ def facts_of(
     dtype: Any,
     attention: Any,
     hashes: dict[str, tuple[str, str]],
-    caching: cache.CacheSettings | None,
+    caching: cache_settings.CacheSettings | None,
     adapters: Adapters,
-) -> Facts:
+) -> RunIdentity:
     """All that the latents follow from, and what only rounds them. hashes: of what goes in, each with where it lies."""
     import torch
 
-    from hunyuan_staged import artifacts, schedule
-    from hunyuan_staged.resume import Facts
+    from hunyuan_staged.files import provenance
+    from hunyuan_staged.sampling import schedule
+    from hunyuan_staged.sampling.state import RunIdentity
 
     sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
     chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(dtype), "seed": args.seed}
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
-    return Facts(
+    return RunIdentity(
         chosen
         | {
             "attn_mode": attention_mode(args),
-            "sage_blocks_range": args.sage_blocks_range or versions.DEFAULT_SAGE_BLOCKS,
-            "sigmas": artifacts.digest({"sigmas": sigmas}),
+            "sage_blocks_range": args.sage_blocks_range or options.DEFAULT_SAGE_BLOCKS,
+            "sigmas": provenance.digest({"sigmas": sigmas}),
         }
         # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
         | ({"weights_dtype": args.weights_dtype} if args.weights_dtype else {})
@@ -359,35 +368,36 @@ def plan_memory(
     dtype: Any,
     attention: Any,
     text_tokens: int,
-) -> tuple[plan.Fit, dict[str, object]]:
+) -> tuple[budget.BlockPlan, dict[str, object]]:
     """How the transformer is laid out in memory, and the rows that --dry_run prints; InputError where it does not fit."""
     import torch
 
-    from hunyuan_staged import offload, parallel
+    from hunyuan_staged.memory.offloading import weights_of, widened_bytes
+    from hunyuan_staged.parallel.layout import Layout, plan_layout
 
     config = skeleton.config
-    rows, shards = parallel.plan_layout(run.world.size, guidance_rows(settings), args.cfg_parallel)
-    weights = offload.weights_of(skeleton, skeleton.transformer_blocks, dtype)
+    rows, shards = plan_layout(run.world.size, guidance_rows(settings), args.cfg_parallel)
+    weights = weights_of(skeleton, skeleton.transformer_blocks, dtype)
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    denoising = plan.Denoising(
-        plan.video_tokens(settings.video_length, settings.height, settings.width, patch),
+    denoising = estimates.DenoisingSize(
+        geometry.video_tokens(settings.video_length, settings.height, settings.width, patch),
         text_tokens,
         config.num_attention_heads * config.attention_head_dim,
         dtype.itemsize,
         attention.name,
         compiled(run, args),
         shards,
-        offload.widened_bytes(skeleton.transformer_blocks[0], dtype),
+        widened_bytes(skeleton.transformer_blocks[0], dtype),
     )
     free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
-    fit = plan.fit(
+    fit = budget.plan_blocks(
         f"{settings.width}x{settings.height}, {settings.video_length} frames",
         weights,
         denoising.working,
         free,
         asked=asked,
         ranks=int(os.environ.get("LOCAL_WORLD_SIZE", run.world.size)),
-        remedies=plan.denoising_remedies(
+        remedies=estimates.denoising_remedies(
             weights,
             denoising,
             free,
@@ -398,7 +408,7 @@ def plan_memory(
         ),
     )
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
-    seconds = plan.expected_seconds(
+    seconds = timings.expected_seconds(
         gpu,
         denoising,
         fit.offloaded,
@@ -413,9 +423,9 @@ def plan_memory(
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{denoising.video_tokens} of the video, {text_tokens} of the text",
         "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
-        "weights": f"{plan.gib(weights.total)}, {args.weights_dtype or dtype}; computed in {dtype}",
+        "weights": f"{budget.gib(weights.total)}, {args.weights_dtype or dtype}; computed in {dtype}",
         "attention": f"{attention.name} ({attention.reason})",
-        "ranks": f"{run.world.size}: {parallel.Layout(rows, shards).describe()}",
+        "ranks": f"{run.world.size}: {Layout(rows, shards).describe()}",
         **fit.rows(weights.count, free),
         "expected time": "unknown: no such step has been measured" if seconds is None else f"{seconds:.0f} s ({gpu})",
     }
@@ -429,18 +439,18 @@ def guidance_rows(settings: Settings) -> int:
 def settle_cache(
     args: argparse.Namespace,
     settings: Settings,
-    version: Version,
+    version: TransformerVersion,
     model_config: dict[str, Any],
     warn: Callable[[str], Any],
-) -> cache.CacheSettings | None:
+) -> cache_settings.CacheSettings | None:
     """The cache of this run, if it has one."""
     if not args.enable_cache:
         return None
     if version.step_distilled:
         warn(f"{version.name} takes few, long steps, which have little in common: a cache costs it much")
     layers = model_config.get("num_layers", versions.LAYERS)
-    return cache.settle(
-        args.cache_type or versions.DEFAULT_CACHE_TYPE, cache_flags(args), settings.num_inference_steps, layers
+    return cache_settings.resolve(
+        args.cache_type or cache_settings.DEFAULT_CACHE_TYPE, cache_flags(args), settings.num_inference_steps, layers
     )
 
 
@@ -448,23 +458,33 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     """Read the embeddings, load the transformer, denoise, write the latents."""
     import torch
 
-    from hunyuan_staged import artifacts, checkpoints, denoise, lora, offload, parallel, resume, schedule, transformer
-    from hunyuan_staged.attention import choose_attention
+    from hunyuan_staged.attention.choose import choose_attention
+    from hunyuan_staged.files import contract, provenance, tensors
+    from hunyuan_staged.files.config import read_config, update_config
+    from hunyuan_staged.memory.offloading import load_offloaded
+    from hunyuan_staged.models import transformer
+    from hunyuan_staged.models.embeddings import conditioning_of
+    from hunyuan_staged.parallel.layout import make_layout
+    from hunyuan_staged.sampling import conditions, loop, schedule, state
+    from hunyuan_staged.weights import loading, lora
+    from hunyuan_staged.weights.folder import open_model
 
     output_dir = Path(args.output_dir or args.input_dir)
-    artifacts.require_file(Path(args.input_dir) / artifacts.CONFIG_FILE)
+    contract.require_file(Path(args.input_dir) / contract.CONFIG_FILE)
     if not args.dry_run:
-        run.claim(output_dir / artifacts.LOCK_FILE, artifacts.STAGE_FILES[2])
-    config = artifacts.read_config(args.input_dir)
-    embeddings, metadata = artifacts.load_embeddings(args.input_dir)
-    embeddings_hash = artifacts.sha256(Path(args.input_dir) / artifacts.EMBEDDINGS_FILE)
-    run.doubt(artifacts.doubt_embeddings(args.input_dir, config, metadata, embeddings_hash), strict=args.strict)
+        run.lock(output_dir / contract.LOCK_FILE, contract.STAGE_FILES[2])
+    config = read_config(args.input_dir)
+    embeddings, metadata = tensors.load_embeddings(args.input_dir)
+    embeddings_hash = provenance.sha256(Path(args.input_dir) / contract.EMBEDDINGS_FILE)
+    run.warn_or_refuse(
+        provenance.embeddings_mismatch(args.input_dir, config, metadata, embeddings_hash), strict=args.strict
+    )
     image_latents = embeddings.get("image_latents")
     model_path = args.model_path or config.get("model_path")
     if not model_path:
         raise InputError(f"{args.input_dir} records no model_path; give --model_path")
 
-    folder = checkpoints.open_model(model_path, ("transformer", "scheduler"), run.progress)
+    folder = open_model(model_path, ("transformer", "scheduler"), run.progress)
     version = pick_version(config, folder.versions(), sparse=args.sparse_attn)
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
     settings = settle(args, config, version, flow_shift, image_latents)
@@ -474,20 +494,19 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     model_config = folder.transformer_config(version.name)
     width = model_config.get("attention_head_dim", 128)
     attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args), head_width=width)
-    if attention.name == versions.SPARSE_ATTN_MODE and not version.sparse:
+    if attention.name == modes.SPARSE_ATTN_MODE and not version.sparse:
         run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
     check_widths(embeddings, model_config, version)
-    shape = versions.latent_shape(
+    shape = geometry.latent_shape(
         settings.video_length,
         settings.height,
         settings.width,
-        model_config.get("out_channels", versions.LATENT_CHANNELS),
+        model_config.get("out_channels", geometry.LATENT_CHANNELS),
     )
     prefixes = ("negative_", "") if guidance_rows(settings) == 2 else ("",)
     skeleton = folder.transformer_skeleton(version.name, weights_dtype=args.weights_dtype)
     text_tokens = max(
-        transformer.conditioning_of(embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
-        for prefix in prefixes
+        conditioning_of(embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length for prefix in prefixes
     )
     caching = settle_cache(args, settings, version, model_config, run.log.warning)
     files = adapter_files(args)
@@ -497,10 +516,10 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         return
     hashes = {
         "weights": (folder.fingerprint(["transformer"], version.name), model_path),
-        artifacts.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
+        contract.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
     }
     facts = facts_of(run, args, settings, dtype, attention, hashes, caching, adapters)
-    keeper = resume.Keeper(
+    keeper = state.StateSaver(
         output_dir,
         facts,
         steps=settings.num_inference_steps,
@@ -512,13 +531,13 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     )
     done, kept, more = keeper.load(shape, resume=args.resume)
     fit, _ = plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)
-    layout = parallel.make_layout(run.world, guidance_rows(settings), args.cfg_parallel)
+    layout = make_layout(run.world, guidance_rows(settings), args.cfg_parallel)
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
     run.log.info(fit.describe(len(skeleton.transformer_blocks)))
 
     with run.part("load"):
 
-        def load(places: checkpoints.Places) -> Any:
+        def load(places: loading.Destinations) -> Any:
             return folder.load_transformer(
                 version.name,
                 device=run.device,
@@ -529,7 +548,7 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
                 adapt=adapters.fused,
             )
 
-        model, blocks = offload.load_offloaded(
+        model, blocks = load_offloaded(
             skeleton,
             "transformer_blocks",
             fit.offloaded,
@@ -546,8 +565,8 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     with run.part("compute"):
         started = time.perf_counter()
         forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, args))
-        rows = [transformer.conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
-        noise = denoise.draw_noise(shape, args.seed, dtype).to(run.device)
+        rows = [conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
+        noise = schedule.initial_noise(shape, args.seed, dtype).to(run.device)
         cached = None
         if caching:
             cached = cache.Cache(caching, layout, forward.total)
@@ -555,14 +574,14 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
 
         def after_step(i: int, latents: torch.Tensor) -> None:
             if cached:
-                run.note("{} computed, {} reused".format(*cached.counts))
+                run.set_postfix("{} computed, {} reused".format(*cached.counts))
             on_step(i, latents)
 
         with keeper.watching(partial(cached.tensors, run.world) if cached else dict) as on_step:
-            latents = denoise.denoise(
+            latents = loop.denoise(
                 forward,
                 noise if kept is None else kept.to(run.device),
-                denoise.condition_channels(noise, image_latents),
+                conditions.condition_channels(noise, image_latents),
                 rows,
                 schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
                 guidance_scale=settings.guidance_scale,
@@ -592,23 +611,23 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         about = {
             "num_frames": settings.video_length,
             "attn_mode": attention.name,
-            artifacts.EMBEDDINGS_HASH: embeddings_hash,
-            artifacts.MADE_FROM: facts.digest(),
+            contract.EMBEDDINGS_HASH: embeddings_hash,
+            contract.MADE_FROM: facts.digest(),
             **({"weights_dtype": args.weights_dtype} if args.weights_dtype else {}),
         }
         if caching:
             about["cache"] = json.dumps(caching.record())
         if adapters.given:
             about["lora"] = json.dumps(adapters.given)
-        path = artifacts.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
+        path = tensors.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
         additions = {
-            "aspect_ratio": args.aspect_ratio or versions.DEFAULT_ASPECT_RATIO,
+            "aspect_ratio": args.aspect_ratio or options.DEFAULT_ASPECT_RATIO,
             "video_length": settings.video_length,
             "stage2_elapsed_time": round(elapsed, 3),
         }
-        artifacts.update_config(output_dir, chosen | additions, source=args.input_dir)
+        update_config(output_dir, chosen | additions, source=args.input_dir)
         keeper.remove()
-    run.wrote(path, f"latents {list(latents.shape)} {latents.dtype}")
+    run.add_output(path, f"latents {list(latents.shape)} {latents.dtype}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,14 +16,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hunyuan_staged import BAD_INPUT, InputError, one_line, versions
-from hunyuan_staged.interrupt import SIGNALLED, SIGNALS, Interrupted, Interrupts
+from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
+from hunyuan_staged.options import DEFAULT_DTYPE, DEFAULT_OUTPUT_DIR
+from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted, Interrupts
 
 if TYPE_CHECKING:
     import torch
 
-    from hunyuan_staged.parallel import World
-    from hunyuan_staged.plan import Free
+    from hunyuan_staged.memory.budget import FreeMemory
+    from hunyuan_staged.parallel.world import World
 
 FAULT = 1  # what Python itself ends with after a traceback
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -138,10 +139,10 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    if name == versions.DEFAULT_DTYPE:
+    if name == DEFAULT_DTYPE:
         name = "bf16" if device.type == "cuda" else "fp32"
     if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, versions.DEFAULT_DTYPE))}")
+        raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, DEFAULT_DTYPE))}")
     return getattr(torch, DTYPES[name])
 
 
@@ -176,14 +177,14 @@ class Run:
             bar.close()
         self._claims.close()
 
-    def claim(self, lock: str | Path, files: Sequence[str]) -> None:
-        """Be the only run that writes these files beside the path `lock`, until this run ends; see artifacts.claimed."""
-        from hunyuan_staged import artifacts
+    def lock(self, path: str | Path, files: Sequence[str]) -> None:
+        """Be the only run that writes these files beside the lock at `path`, until this run ends; see atomic.locked."""
+        from hunyuan_staged.files import atomic
 
         if self.world.is_main:
-            self._claims.enter_context(artifacts.claimed(lock, files))
+            self._claims.enter_context(atomic.locked(path, files))
 
-    def doubt(self, reason: str | None, *, strict: bool) -> None:
+    def warn_or_refuse(self, reason: str | None, *, strict: bool) -> None:
         """Warn of files that do not belong together; with --strict, InputError."""
         if reason and strict:
             raise InputError(f"{reason}; --strict refuses that")
@@ -198,7 +199,7 @@ class Run:
         self._bars.append(bar)
         return bar
 
-    def note(self, text: str) -> None:
+    def set_postfix(self, text: str) -> None:
         """Show a few words behind the newest bar, from its next redrawing on."""
         self._bars[-1].set_postfix_str(text, refresh=False)
 
@@ -211,14 +212,14 @@ class Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def free_memory(self) -> Free:
+    def free_memory(self) -> FreeMemory:
         """What is free for each process of the run: the least that any of them has."""
-        from hunyuan_staged import plan
+        from hunyuan_staged.memory import available, budget
 
-        own = plan.free_memory(self.device)
-        words = self.world.exchange("free memory", f"{-1 if own.device is None else own.device} {own.host}")
+        own = available.free_memory(self.device)
+        words = self.world.all_gather_text("free memory", f"{-1 if own.device is None else own.device} {own.host}")
         device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
-        return plan.Free(None if own.device is None else device, host)
+        return budget.FreeMemory(None if own.device is None else device, host)
 
     def show_plan(self, rows: Mapping[str, object]) -> None:
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
@@ -228,7 +229,7 @@ class Run:
             for name, value in rows.items():
                 print(f"{name:{width}}  {one_line(value)}", flush=True)
 
-    def wrote(self, path: str | Path, what: str) -> None:
+    def add_output(self, path: str | Path, what: str) -> None:
         """Note a file for the closing report."""
         self.written.append(f"{path}: {what}")
 
@@ -280,15 +281,15 @@ def run_stage(
     with Interrupts() as interrupts:
         try:
             checked = check(args) if check else None
-            from hunyuan_staged import parallel
+            from hunyuan_staged.parallel.world import PATIENCE_SECONDS, lone_world, start_world, stop_world
 
-            world = parallel.start_world() if every_rank else parallel.lone_world()
-            interrupts.patience = parallel.PATIENCE_SECONDS if world.size > 1 else None
+            world = start_world() if every_rank else lone_world()
+            interrupts.patience = PATIENCE_SECONDS if world.size > 1 else None
             with Run(name, world, interrupts) as run:
                 body(run, checked)
                 world.barrier("end")
                 run.report()
-            parallel.stop_world(world)
+            stop_world(world)
         except BaseException as error:
             if world is not None and world.size > 1:
                 _leave(name, error, args.debug, world, interrupts)
@@ -321,7 +322,7 @@ def _leave(name: str, error: BaseException, debug: bool, world: World, interrupt
     interrupts.ignore()
     if isinstance(error, Interrupted):
         # All have been told to stop, or have agreed to; but torchrun also ends the others so when one has failed.
-        speaks, status = world.is_main and not world.heard(), error.status
+        speaks, status = world.is_main and not world.error_reported(), error.status
     else:
         speaks, status = _is_the_cause(error, world, interrupts), BAD_INPUT if isinstance(error, InputError) else FAULT
     if speaks and (status == FAULT or (debug and status == BAD_INPUT)):
@@ -330,9 +331,9 @@ def _leave(name: str, error: BaseException, debug: bool, world: World, interrupt
         line = f"{name} {one_line(error)}" if isinstance(error, Interrupted) else one_line(error)
         print(f"error: {line}", file=sys.stderr, flush=True)
     if speaks:
-        world.said()
+        world.report_error()
     else:
-        _wait_until(world.heard)
+        _wait_until(world.error_reported)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -344,9 +345,9 @@ def _is_the_cause(error: BaseException, world: World, interrupts: Interrupts) ->
     An exchange that failed is most often the consequence of another process's error or death. That process, or torchrun,
     then says so; if nobody does, the failed exchange is all that there is to show.
     """
-    if _failed_exchange(error) and _wait_until(lambda: bool(interrupts.received) or world.heard()):
+    if _failed_exchange(error) and _wait_until(lambda: bool(interrupts.received) or world.error_reported()):
         return False
-    return world.first_to_fail()
+    return world.claims_report()
 
 
 def _failed_exchange(error: BaseException) -> bool:
@@ -396,7 +397,7 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
     parsers = [import_module(stage).build_parser() for stage in STAGES]
     flags = [{flag: action for action in parser._actions for flag in action.option_strings} for parser in parsers]
     lists: list[list[str]] = [[], [], []]
-    folder = versions.DEFAULT_OUTPUT_DIR
+    folder = DEFAULT_OUTPUT_DIR
     rest = list(argv)
     while rest:
         word = rest.pop(0)

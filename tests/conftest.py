@@ -1,4 +1,4 @@
-"""What several test files share: the drawn checkpoints, ../shared, and the golden weights."""
+"""What several test files share: the drawn checkpoints, the golden numbers, and a folder of the TPU suite."""
 
 import json
 import os
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 def pytest_configure() -> None:
@@ -18,12 +19,41 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real", metavar="DIR", help="a folder that the TPU suite wrote with the published weights")
+
+
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """../shared with the golden numbers; the checkout may lie where there is none."""
-    if not SHARED.is_dir():
-        pytest.skip("../shared is absent: no golden numbers here")
-    return SHARED
+def golden_folder() -> Path:
+    """The numbers of the official implementation; README.md there says where they come from."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session", params=["drawn", "real"])
+def tpu_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the format of the suite for TPUs, drawn with its keys, and with --real the one it wrote itself."""
+    if request.param == "real":
+        given = request.config.getoption("--real")
+        if not given:
+            pytest.skip("--real DIR was not given")
+        return Path(given)
+    folder = tmp_path_factory.mktemp("tpu")
+    config = {
+        "prompt": 'A girl holding a paper with words "Hello, world!"',
+        "negative_prompt": "",
+        "model_id": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",
+    }
+    (folder / "generation_config.json").write_text(json.dumps(config, indent=2))
+    latents = torch.randn(1, 32, 13, 45, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    metadata = {
+        "num_inference_steps": "50",
+        "num_frames": "49",
+        "guidance_scale": "6.0",
+        "seed": "42",
+        "dtype_info": json.dumps({"latents": "torch.bfloat16"}),
+    }
+    save_file({"latents": latents}, folder / "stage2_latents.safetensors", metadata=metadata)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +84,7 @@ def _drawn(factory: pytest.TempPathFactory, layout: str) -> Path:
 
 
 def golden_weights(shapes: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict of an official-layout *_shapes.json by the weight rule of ../shared/golden/README.md."""
+    """The state dict of an official-layout *_shapes.json by the weight rule of golden/README.md."""
     ones = ("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "proj.0.weight", "proj.4.weight")
     weights = {}
     for name, shape in json.loads(Path(shapes).read_text()).items():

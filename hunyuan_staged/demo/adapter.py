@@ -26,10 +26,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hunyuan_staged import InputError, artifacts, check_output_dir, lora, quiet, status_of
-from hunyuan_staged.checkpoints import open_model
 from hunyuan_staged.demo import evaluate, train, world
-from hunyuan_staged.vae import prepare_decoder
+from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.files import atomic
+from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.models.vae_decoder import prepare_decoder
+from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.weights import lora
+from hunyuan_staged.weights.folder import open_model
 
 MOTION = "bounce"
 NEW_SHARE = 0.65  # of the clips that are trained on; the others show what the checkpoint knows
@@ -145,7 +149,7 @@ def save(path: Path, added: Mapping[str, LowRank]) -> int:
     for name, pair in added.items():
         for leaf, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):
             tensors[f"transformer.{name}.{leaf}.weight"] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-    with artifacts.replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         save_file(tensors, temporary)
     return path.stat().st_size
 

@@ -16,9 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_staged import InputError, artifacts, cache, check_output_dir, quiet, status_of, versions
-from hunyuan_staged.compare import latent_errors
+from hunyuan_staged.attention import modes
+from hunyuan_staged.compare.measures import latent_errors
 from hunyuan_staged.demo import evaluate
+from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.files import atomic
+from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.sampling import cache_settings
 
 # From careful to bold: how many steps apart the computed ones are; the thresholds of those that adapt, whose interval is
 # then 6.
@@ -53,7 +58,7 @@ def measure(
     layers = len(exact.transformer.transformer_blocks)
     settings: list[tuple[str, Any]] = [("none", None)]
     for name in types:
-        settings += [(name, cache.settle(name, given, setting.steps, layers)) for given in STRENGTHS[name]]
+        settings += [(name, cache_settings.resolve(name, given, setting.steps, layers)) for given in STRENGTHS[name]]
     plans = [(mode, *plan) for mode in generators for plan in settings]
     held_out = evaluate.held_out_prompts("single", prompts)
     found: list[dict[str, list]] = [{"error": [], "computed": [], "verdicts": []} for _ in plans]
@@ -97,7 +102,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="steps / computed steps", ylabel="relative error of the latents", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with artifacts.replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
@@ -106,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets caches.json and caches.png")
     parser.add_argument("--types", nargs="*", choices=tuple(STRENGTHS), default=tuple(STRENGTHS), help="which caches")
-    parser.add_argument("--attn_modes", nargs="*", choices=versions.ATTN_MODES, default=(), help="in which modes, too")
+    parser.add_argument("--attn_modes", nargs="*", choices=modes.ATTN_MODES, default=(), help="in which modes, too")
     parser.add_argument("--prompts", type=int, default=4, help="clips of each setting (default: %(default)s)")
     parser.add_argument("--judge", action="store_true", help="also decode and judge each clip")
     return parser
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         name = f"{mode}, bfloat16" if mode in generators else mode
         generators[name] = evaluate.Generator(args.model_path, device, attn_mode=mode, dtype=torch.bfloat16)
     rows = measure(generators, args.types, args.prompts, judge=args.judge, progress=tqdm)
-    with artifacts.replacing(args.output_dir / "caches.json") as temporary:
+    with atomic.replacing(args.output_dir / "caches.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.types:
         plot(rows, args.output_dir / "caches.png")

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hunyuan_staged import InputError
-from hunyuan_staged.text import SYSTEM_PROMPT
-from hunyuan_staged.versions import BUCKET_BASE, Version, parse_version
+from hunyuan_staged.encoders.text import SYSTEM_PROMPT
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.geometry import BUCKET_BASE
+from hunyuan_staged.versions import TransformerVersion, parse_version
 
 LAYOUTS = ("official", "diffusers")
 DEMO_VERSIONS = ("demo_t2v", "demo_i2v")
@@ -283,7 +284,7 @@ def build_language_model(config: Mapping[str, Any]) -> nn.Module:
 def build_glyph_tokenizer(colors: Mapping[str, int], fonts: Mapping[str, int]) -> Any:
     from transformers import ByT5Tokenizer
 
-    from hunyuan_staged.checkpoints import glyph_tokens
+    from hunyuan_staged.weights.components import glyph_tokens
 
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(glyph_tokens(colors, fonts), special_tokens=True)
@@ -350,7 +351,7 @@ def build_image_encoder(sizes: Sizes) -> nn.Module:
     )
 
 
-def build_transformer(sizes: Sizes, version: Version) -> Any:
+def build_transformer(sizes: Sizes, version: TransformerVersion) -> Any:
     from diffusers import HunyuanVideo15Transformer3DModel
 
     return HunyuanVideo15Transformer3DModel(
@@ -417,7 +418,7 @@ def save_official(
     return Path(folder)
 
 
-def official_transformer_dict(config: Any, version: Version) -> dict[str, Any]:
+def official_transformer_dict(config: Any, version: TransformerVersion) -> dict[str, Any]:
     """The official config.json of a transformer, from diffusers' config object."""
     return {
         "_class_name": "HunyuanVideo_1_5_DiffusionTransformer",
@@ -473,16 +474,16 @@ def official_vae_dict(config: Any) -> dict[str, Any]:
 
 
 def _save_official_transformer(
-    folder: Path, module: Any, version: Version, dtype: torch.dtype, shard_bytes: int | None
+    folder: Path, module: Any, version: TransformerVersion, dtype: torch.dtype, shard_bytes: int | None
 ) -> None:
-    from hunyuan_staged.checkpoints import TRANSFORMER_MAP, to_official
+    from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 
     _save_sharded(folder, "diffusion_pytorch_model", to_official(_weights(module, dtype), TRANSFORMER_MAP), shard_bytes)
     _write_json(folder / "config.json", official_transformer_dict(module.config, version))
 
 
 def _save_official_vae(folder: Path, module: Any, dtype: torch.dtype) -> None:
-    from hunyuan_staged.checkpoints import VAE_MAP, to_official
+    from hunyuan_staged.weights.key_maps import VAE_MAP, to_official
 
     _save_tensors(folder / "diffusion_pytorch_model.safetensors", to_official(_weights(module, dtype), VAE_MAP))
     _write_json(folder / "config.json", official_vae_dict(module.config))

@@ -18,9 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hunyuan_staged import InputError, quiet, status_of, versions
-from hunyuan_staged.cache import CacheSettings
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.decoding import tiling
 from hunyuan_staged.demo import world
+from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DEFAULT_SEED
+from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.sampling.cache_settings import CacheSettings
 
 SEED = 4242
 ABLATIONS = ("none", "guidance_1", "no_mask", "no_glyphs", "timesteps_off_by_one")
@@ -187,8 +191,8 @@ class Generator:
         attn_mode: str = "torch",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from hunyuan_staged.attention import choose_attention
-        from hunyuan_staged.checkpoints import open_model
+        from hunyuan_staged.attention.choose import choose_attention
+        from hunyuan_staged.weights.folder import open_model
 
         folder = open_model(model_path, ("transformer", "vae", "text", "glyph"))
         self.device, self.version, self.dtype = device, versions.parse_version(version), dtype
@@ -209,7 +213,7 @@ class Generator:
 
     def embed(self, prompt: str, ablation: str = "none") -> dict[str, torch.Tensor]:
         """Stage 1's eight tensors."""
-        from hunyuan_staged import text
+        from hunyuan_staged.encoders import text
 
         width = self.transformer.config.text_embed_2_dim
         tensors = text.language_embeddings(*self.language, prompt, "")
@@ -224,23 +228,26 @@ class Generator:
         self, prompt: str, seed: int, setting: Setting, caching: CacheSettings | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """(latents [1, 32, t, h, w] on the CPU, (steps computed, steps reused from a cache))."""
-        from hunyuan_staged import denoise, parallel, schedule, transformer
-        from hunyuan_staged.cache import Cache
+        from hunyuan_staged.models import transformer
+        from hunyuan_staged.models.embeddings import conditioning_of
+        from hunyuan_staged.parallel import layout
+        from hunyuan_staged.sampling import conditions, loop, schedule
+        from hunyuan_staged.sampling.cache import Cache
 
         embeddings = self.embed(prompt, setting.ablation)
-        height, width = versions.size_for_ratio(self.version.resolution, versions.DEFAULT_ASPECT_RATIO)
-        shape = versions.latent_shape(self.version.video_length, height, width, versions.LATENT_CHANNELS)
+        height, width = geometry.size_for_ratio(self.version.resolution, DEFAULT_ASPECT_RATIO)
+        shape = geometry.latent_shape(self.version.video_length, height, width, geometry.LATENT_CHANNELS)
         forward: Any = transformer.Transformer(self.transformer, self.attention, shape[2:])
         if setting.ablation == "timesteps_off_by_one":
             forward = _off_by_one(forward, setting)
         prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
-        rows = [transformer.conditioning_of(embeddings, p, device=self.device, dtype=self.dtype) for p in prefixes]
-        noise = denoise.draw_noise(shape, seed, torch.float32).to(self.device)
-        cache = Cache(caching, parallel.Layout(), forward.total) if caching else None
-        latents = denoise.denoise(
+        rows = [conditioning_of(embeddings, p, device=self.device, dtype=self.dtype) for p in prefixes]
+        noise = schedule.initial_noise(shape, seed, torch.float32).to(self.device)
+        cache = Cache(caching, layout.Layout(), forward.total) if caching else None
+        latents = loop.denoise(
             forward,
             noise,
-            denoise.condition_channels(noise.to(self.dtype), None),
+            conditions.condition_channels(noise.to(self.dtype), None),
             rows,
             schedule.flow_sigmas(setting.steps, setting.flow_shift),
             guidance_scale=setting.guidance_scale,
@@ -254,27 +261,29 @@ class Generator:
 
     def decode(self, latents: torch.Tensor, path: Path | None = None) -> np.ndarray:
         """The same of latents."""
-        from hunyuan_staged import parallel, vae, video
+        from hunyuan_staged.decoding import tiled
+        from hunyuan_staged.files import video
+        from hunyuan_staged.parallel import world as parallel_world
 
-        height, width = (size * versions.SPATIAL_RATIO for size in latents.shape[-2:])
-        blocks = vae.decode_frames(
+        height, width = (size * geometry.SPATIAL_RATIO for size in latents.shape[-2:])
+        blocks = tiled.decode_frames(
             self.decoder,
             latents,
             self.vae_config,
-            tile_size=versions.DEFAULT_TILE_SIZE,
-            tile_overlap=versions.DEFAULT_TILE_OVERLAP,
-            world=parallel.World(0, 1, self.device),
+            tile_size=tiling.DEFAULT_TILE_SIZE,
+            tile_overlap=tiling.DEFAULT_TILE_OVERLAP,
+            world=parallel_world.World(0, 1, self.device),
         )
         with tempfile.TemporaryDirectory() as scratch:
             target = path or Path(scratch) / "clip.mp4"
             frames = (frame for block in blocks for frame in block.frames.numpy())
-            video.write_video(target, frames, versions.DEFAULT_FPS, height, width)
+            video.write_video(target, frames, DEFAULT_FPS, height, width)
             return video.read_video(target)[0]
 
 
 def _off_by_one(forward: Any, setting: Setting) -> Any:
     """The forward, told the timestep of the step before the one it is at."""
-    from hunyuan_staged import schedule
+    from hunyuan_staged.sampling import schedule
 
     times = schedule.timesteps_of(schedule.flow_sigmas(setting.steps, setting.flow_shift))
 
@@ -338,7 +347,7 @@ def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> No
     sheet = Image.new("RGB", (columns * (cell_width + 12), rows * (world.HEIGHT // 2 + line + 8)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, prompt in enumerate(progress(SHEET, desc="contact sheet", unit="clip")):
-        frames = generator.frames(prompt, versions.DEFAULT_SEED, generator.setting())
+        frames = generator.frames(prompt, DEFAULT_SEED, generator.setting())
         x0 = (number % columns) * (cell_width + 12) + 4
         y0 = (number // columns) * (world.HEIGHT // 2 + line + 8) + 2
         pen.text((x0, y0), prompt, fill="black", font=font)

@@ -27,12 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hunyuan_staged import InputError, status_of, text, versions
-from hunyuan_staged.checkpoints import open_model
+from hunyuan_staged import geometry
 from hunyuan_staged.demo import draw, world
-from hunyuan_staged.transformer import GLYPH, IMAGE, LANGUAGE, apply_rope, modulate, modulation, project_qkv, rope_table
-from hunyuan_staged.vae import prepare_decoder
+from hunyuan_staged.encoders import text
+from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.models.blocks import modulate, modulation, project_qkv
+from hunyuan_staged.models.embeddings import GLYPH, IMAGE, LANGUAGE, apply_rope, rope_table
+from hunyuan_staged.models.vae_decoder import prepare_decoder
 from hunyuan_staged.versions import SKIPPED_LAYERS
+from hunyuan_staged.weights.folder import open_model
 
 # All weights together stay under 32 MB in bfloat16. Much of that is the glyph projection, 2048 wide by design.
 DEMO = draw.Sizes(
@@ -61,7 +64,7 @@ VERSION = "demo_t2v"
 SHARD_BYTES = 15_000_000  # files of the repository stay under 16 MB
 PROMPT_TOKENS, GLYPH_TOKENS = 64, 24  # behind the crop; longer prompts do not occur in the world
 WORDINGS = 4  # of each clip in the pool
-LATENT_GRID = versions.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, versions.LATENT_CHANNELS)[2:]
+LATENT_GRID = geometry.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, geometry.LATENT_CHANNELS)[2:]
 TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
 TRAINING_SHIFT = 3.0  # of the noise levels: nearer to noise than uniform, as sampling with shift 5 dwells there
 LATENT_NOISE, LATENT_PULL = 0.05, 1e-3
@@ -437,7 +440,7 @@ class Pool:
         self.size, self.next = size, 0
         length = words.crop + PROMPT_TOKENS
         dtype = torch.bfloat16 if device.type == "cuda" else None
-        self.latents = torch.zeros(size, versions.LATENT_CHANNELS, *LATENT_GRID, device=device, dtype=dtype)
+        self.latents = torch.zeros(size, geometry.LATENT_CHANNELS, *LATENT_GRID, device=device, dtype=dtype)
         self.ids = torch.zeros(size, WORDINGS, length, device=device, dtype=torch.int64)
         self.valid = torch.zeros(size, WORDINGS, device=device, dtype=torch.int64)
         self.glyph_ids = torch.zeros(size, GLYPH_TOKENS, device=device, dtype=torch.int64)

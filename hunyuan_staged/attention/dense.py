@@ -1,0 +1,76 @@
+"""Exact attention kernels (and sageattn), each as kernel(q, k, v) over [1, N, H, D]."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from hunyuan_staged.attention import packages
+from hunyuan_staged.attention.packages import HOPPER
+
+SAGE_HEAD_WIDTHS = (64, 96, 128)  # of version 1.0.6
+
+# flash-attn-4 on Hopper, heads of 128: queries x keys of a tile, and the softmax through shared memory. The package's own
+# choice, 128 x 128 through registers, takes 3 % longer (README, ideas tried).
+FLASH4_TILE: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "intra_wg_overlap": True}
+FLASH4_TILE_HEADS = 128
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def dense(kernel: Kernel) -> Callable[[Sequence[int]], Kernel]:
+    return lambda grid: kernel
+
+
+def sdpa(*backends: SDPBackend) -> Kernel:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if not backends:
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        with sdpa_kernel(list(backends)):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+def flash_attn_2() -> Kernel:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def flash_attn_3() -> Kernel:
+    from flash_attn_interface import flash_attn_func
+
+    return lambda q, k, v: packages.output_alone(flash_attn_func(q, k, v))
+
+
+def flash_attn_4(capability: tuple[int, int], head_width: int) -> Kernel:
+    """With a tile of our own where the GPU is a Hopper and the package lets one choose; its public function does not."""
+    from flash_attn.cute import interface
+
+    kernel: Any = interface.flash_attn_func
+    inner: Any = getattr(interface, "_flash_attn_fwd", None)
+    chosen = capability[0] == HOPPER[0] and head_width == FLASH4_TILE_HEADS and inner is not None
+    if chosen and FLASH4_TILE.keys() <= signature(inner).parameters.keys():
+        kernel = partial(inner, **FLASH4_TILE)
+    return lambda q, k, v: packages.output_alone(kernel(q, k, v))
+
+
+def sageattention_kernel(head_width: int) -> Kernel:
+    """Heads of another width are filled up with zeros, which change neither a product nor a quantisation step."""
+    from sageattention import sageattn
+
+    zeros = min(width for width in SAGE_HEAD_WIDTHS if width >= head_width) - head_width
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if not zeros:
+            return sageattn(q, k, v, tensor_layout="NHD")
+        q, k, v = (pad(x, (0, zeros)) for x in (q, k, v))
+        return sageattn(q, k, v, tensor_layout="NHD", sm_scale=head_width**-0.5)[..., :head_width]
+
+    return attend

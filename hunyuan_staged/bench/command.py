@@ -1,0 +1,90 @@
+"""`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
+device; `… bench memory CLAIM`: what is said about memory (bench_memory.py).
+
+Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from hunyuan_staged import geometry, options, versions
+from hunyuan_staged.attention import modes
+from hunyuan_staged.bench import memory
+from hunyuan_staged.bench.stage2 import bench_stage2
+from hunyuan_staged.bench.stage3 import bench_stage3
+from hunyuan_staged.decoding import tiling
+from hunyuan_staged.sampling import cache_settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    stage2 = stages.add_parser("stage2", help="a denoising step of the full-size transformer")
+    stage2.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
+    stage2.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
+    stage2.add_argument("--video_length", type=int, default=121)
+    stage2.add_argument("--guidance_scale", type=float, default=6.0)
+    stage2.add_argument("--attn_mode", default=modes.DEFAULT_ATTN_MODE, choices=modes.ATTN_MODES)
+    stage2.add_argument("--sage_blocks_range", default=options.DEFAULT_SAGE_BLOCKS)
+    stage2.add_argument(
+        "--cfg_parallel",
+        default=options.DEFAULT_CFG_PARALLEL,
+        choices=options.CFG_PARALLEL,
+        help="guidance rows apart",
+    )
+    stage2.add_argument(
+        "--cache_type", choices=tuple(cache_settings.CACHE_TYPES), help="also time a cache, over a run of 50 steps"
+    )
+    for flag in cache_settings.CACHE_FLAGS:
+        stage2.add_argument(f"--{flag}", type=int, help="as in stage 2")
+    stage2.add_argument("--no_cache_block_id", help="as in stage 2")
+    stage2.add_argument(
+        "--against",
+        choices=modes.ATTN_MODES,
+        help="also how far a step's velocity is from this mode's: ||difference|| / ||velocity||",
+    )
+    stage2.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
+    stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
+    stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
+    stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
+    offload = stage2.add_mutually_exclusive_group()
+    offload.add_argument("--enable_offloading", action="store_true", help="stream all blocks from host memory")
+    offload.add_argument("--disable_offloading", action="store_true", help="all weights on the device (default)")
+    offload.add_argument("--offload_blocks", type=int, help="stream so many blocks from host memory")
+    stage2.add_argument("--weights_dtype", choices=options.WEIGHTS_DTYPES, help="store the blocks' weights so")
+    stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
+    stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
+    stage2.set_defaults(run=bench_stage2)
+    stage3 = stages.add_parser("stage3", help="the full-size VAE's decoding of a video")
+    stage3.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
+    stage3.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
+    stage3.add_argument("--video_length", type=int, default=121)
+    stage3.add_argument("--tile_size", type=int, help="as in stage 3")
+    stage3.add_argument("--tile_overlap", type=float, default=tiling.DEFAULT_TILE_OVERLAP)
+    stage3.add_argument("--disable_tiling", action="store_true", help="as in stage 3")
+    stage3.add_argument("--at_once", type=int, help="latent frames of a chunk (default: what fits)")
+    stage3.add_argument("--channels", type=int, nargs=5, help="narrower levels than the real ones, for a quick look")
+    stage3.add_argument("--output_video", help="also encode the frames, to this mp4")
+    stage3.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
+    stage3.add_argument("--steps", type=int, default=2, help="timed decodings (default: %(default)s)")
+    stage3.set_defaults(run=bench_stage3)
+    memory.add_parser(stages)
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.gpus > 1 and "RANK" not in os.environ:
+        from torch.distributed.run import main as torchrun
+
+        words = ["--standalone", "--nproc-per-node", str(args.gpus), "-m", "hunyuan_staged.bench", *sys.argv[1:]]
+        torchrun(words)
+        return
+    result = args.run(args)
+    if result:
+        width = max(map(len, result))
+        for name, value in result.items():
+            print(f"{name:{width}}  {value}")
+        print(json.dumps(result))

@@ -1,0 +1,206 @@
+"""Latents → frames: the decoder over tiles, on one process or many, and what becomes of its pieces.
+
+A piece is what one tile gives of one chunk of frames. All rows of tiles but the last are decoded tile by tile; the last
+row chunk by chunk, so that whole frames leave while the rest of them is still being decoded.
+
+Letters: T frames, H x W px of the video; t, h, w the same of a latent; C channels; n frames of a chunk.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hunyuan_staged.decoding.blending import Blender, Canvas, FrameBatch, chunk_spans, piece_order
+from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tile, TilePlan, assign_by_cost, tile_plan, whole_plan
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.runtime.progress import quiet
+
+# Pieces that a rank keeps while rank 0 has not taken them yet: of a tile of 256 px and 32 frames 12.6 MB each.
+SENDS_AHEAD = 8
+
+
+def plan_decode(
+    latents: torch.Tensor, config: Mapping[str, Any], *, tile_size: int | None, tile_overlap: float
+) -> TilePlan:
+    """The tiles for latents [1, C, t, h, w]; tile_size (px) None decodes whole frames.
+
+    Needs no weights, so a caller can ask before it loads any. Raises InputError for latents that this decoder does not
+    take and for a tiling that makes no sense.
+    """
+    channels = config["latent_channels"]
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
+        raise InputError(f"latents {list(latents.shape)} do not fit this VAE, which takes [1, {channels}, t, h, w]")
+    height, width = latents.shape[-2:]
+    ratio = config["spatial_compression_ratio"]
+    if tile_size is None:
+        return whole_plan(height, width, spatial_ratio=ratio)
+    return tile_plan(height, width, tile_size=tile_size, tile_overlap=tile_overlap, spatial_ratio=ratio)
+
+
+def tile_owners(plan: TilePlan, ranks: int) -> list[int]:
+    """Which rank decodes each of plan.tiles. A rank that is not in the list needs no decoder."""
+    return assign_by_cost([tile.cost for tile in plan.tiles], ranks)
+
+
+# -- decoding, and what to do where memory runs out --
+
+
+def _pieces(
+    decoder: Decoder,
+    latents: torch.Tensor,
+    ratio: int,
+    at_once: int,
+    tile_overlap: float,
+    warn: Callable[[str], object],
+) -> Iterator[torch.Tensor]:
+    """A tile's pieces. Where memory runs out, the tile is decoded again in tiles of half its side, once."""
+    done = 0
+    try:
+        for piece in decoder(latents, at_once):
+            yield piece
+            done += 1
+        return
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+    # Out here nothing holds the failed try's memory any more.
+    height, width = latents.shape[-2:]
+    half = -(-max(height, width) // 2) * ratio
+    shape = f"{width * ratio}x{height * ratio} px"
+    if max(height, width) == 1:
+        raise InputError(f"a tile of {shape} does not fit in memory ({reason}), and there is none that is smaller")
+    warn(f"out of memory with a tile of {shape}: it is decoded in tiles of {half} px instead ({reason})")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    plan = tile_plan(height, width, tile_size=half, tile_overlap=tile_overlap, spatial_ratio=ratio)
+    try:
+        for number, piece in enumerate(_blended(decoder, latents, plan, at_once)):
+            if number >= done:
+                yield piece
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory with tiles of {half} px, too ({str(error).splitlines()[0]}); the latents are on disk: run "
+            f"this stage again with --tile_size {max(ratio, half // 2 // ratio * ratio)}, or where more memory is free"
+        ) from None
+
+
+def _blended(decoder: Decoder, latents: torch.Tensor, plan: TilePlan, at_once: int) -> Iterator[torch.Tensor]:
+    """The pieces of what `plan` cuts into smaller tiles, chunk by chunk."""
+    blender = Blender(plan)
+    parts = [decoder(_cut(latents, tile), at_once) for tile in plan.tiles]
+    for chunk, pieces in enumerate(zip(*parts, strict=True)):
+        height, width = (spans[-1].stop * plan.spatial_ratio for spans in (plan.rows, plan.columns))
+        whole = pieces[0].new_empty(len(pieces[0]), height, width, 3)
+        for tile, piece in zip(plan.tiles, pieces, strict=True):
+            rows, columns = blender.place(tile)
+            whole[:, rows, columns] = blender(tile, chunk, piece).to(whole.dtype)
+        yield whole
+
+
+def _cut(latents: torch.Tensor, tile: Tile) -> torch.Tensor:
+    return latents[..., tile.y.start : tile.y.stop, tile.x.start : tile.x.stop].contiguous()
+
+
+def _send(pieces: Iterator[torch.Tensor]) -> None:
+    """A rank other than 0: hand each piece to rank 0 while the next ones are decoded."""
+    pending: deque[tuple[Any, torch.Tensor]] = deque()  # a tensor must outlive its transfer
+    for piece in pieces:
+        if len(pending) == SENDS_AHEAD:
+            pending.popleft()[0].wait()
+        pending.append((dist.isend(piece.contiguous(), dst=0), piece))
+    for transfer, _ in pending:
+        transfer.wait()
+
+
+@torch.no_grad()
+def decode_frames(
+    decoder: torch.nn.Module | None,
+    latents: torch.Tensor,
+    config: Mapping[str, Any],
+    *,
+    tile_size: int | None,
+    tile_overlap: float,
+    world: World,
+    at_once: int = CHUNK_SIZES[0],
+    progress: Callable[..., Any] = quiet,
+    warn: Callable[[str], object] = str,
+    as_float: bool = False,
+) -> Iterator[FrameBatch]:
+    """Decode latents [1, C, t, h, w] to Blocks of frames, in order, on rank 0; the other ranks yield nothing.
+
+    Every rank of `world` calls this with the same arguments and goes through to the end. decoder: diffusers'
+    HunyuanVideo15Decoder3D on the rank's device; None where tile_owners gives the rank no tile. config: scaling_factor,
+    latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE. tile_size is in px, None for
+    whole frames. at_once: latent frames of a chunk. warn(line) is told where memory ran out and what was done.
+    The result has the same bits for any number of ranks: they only decode, and rank 0 does all later arithmetic.
+
+    Raises InputError as plan_decode does, and where memory runs out at half the tile size, too; FloatingPointError
+    where a tile decodes to NaN or Inf.
+    """
+    plan = plan_decode(latents, config, tile_size=tile_size, tile_overlap=tile_overlap)
+    owners = dict(zip(plan.tiles, tile_owners(plan, world.size), strict=True))
+    if world.rank not in owners.values():
+        return
+    assert decoder is not None, f"rank {world.rank} has tiles to decode and no decoder"
+    forward = Decoder(decoder)
+    scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
+    spans = chunk_spans(latents.shape[2], at_once, config["temporal_compression_ratio"])
+    order = piece_order(plan, len(spans))
+    start = partial(_pieces, forward, ratio=plan.spatial_ratio, at_once=at_once, tile_overlap=tile_overlap, warn=warn)
+
+    def mine() -> Iterator[torch.Tensor]:
+        begun: dict[Tile, Iterator[torch.Tensor]] = {}
+        for tile, chunk in order:
+            if owners[tile] != world.rank:
+                continue
+            if chunk == 0:
+                begun[tile] = start(latents=_cut(scaled, tile))
+            yield next(begun[tile])
+            if chunk == len(spans) - 1:
+                del begun[tile]
+
+    if not world.is_main:
+        _send(mine())
+        return
+
+    def receive(tile: Tile, chunk: int) -> torch.Tensor:
+        sides = (side * plan.spatial_ratio for side in (tile.y.size, tile.x.size))
+        frames = spans[chunk].stop - spans[chunk].start
+        incoming = torch.empty(frames, *sides, 3, dtype=forward.dtype, device=forward.device)
+        dist.recv(incoming, src=owners[tile])
+        return incoming
+
+    floats = forward.dtype if as_float else None
+    canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, floats)
+    doubts: deque[tuple[Tile, torch.Tensor]] = deque()
+    # Its own next piece is under way before rank 0 waits for others' that come earlier: it never idles with work left.
+    own = mine()
+    ahead = next(own, None)
+    for tile, chunk in progress(order, desc="decoding", total=len(order), unit="piece"):
+        if owners[tile] == 0:
+            assert ahead is not None
+            piece, ahead = ahead, next(own, None)
+        else:
+            piece = receive(tile, chunk)
+        doubts.append((tile, torch.isfinite(piece).all()))
+        canvas.draw(tile, chunk, spans[chunk], piece)
+        # Read one piece late, so that the device has the next one to work on meanwhile.
+        _settle(doubts, 1, forward.dtype)
+        if (tile.row, tile.column) == (len(plan.rows) - 1, len(plan.columns) - 1):
+            # The chunk before this one: the device works on the next meanwhile.
+            yield from canvas.arrived()
+            canvas.leave(spans[chunk])
+    _settle(doubts, 0, forward.dtype)
+    yield from canvas.arrived()
+
+
+def _settle(doubts: deque[tuple[Tile, torch.Tensor]], keep: int, dtype: torch.dtype) -> None:
+    while len(doubts) > keep:
+        tile, finite = doubts.popleft()
+        if not finite:
+            raise FloatingPointError(f"tile {tile.row},{tile.column} decoded to NaN or Inf in {dtype}")

@@ -1,0 +1,138 @@
+"""Writes that are whole or not at all, and locks on folders."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hunyuan_staged.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its ending, that takes its place when the block ends well.
+
+    A reader sees the old file or the new one, whole. If the block fails, nothing on disk has changed. The folder is
+    made if it is absent. Raises InputError where the folder cannot be written, and where the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp's file is the owner's alone; a new file gets what the user's umask leaves.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The machine's or the user's, not a fault of ours: no space, over the quota or the limit, read-only, no right, broken.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what `replacing` left beside `path` in a process that was killed. Only for who alone may write there."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.[a-z0-9_]{{8}}{re.escape(path.suffix)}")
+    for beside in path.parent.iterdir():
+        if pattern.fullmatch(beside.name):
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
+    """Be the only run that writes `files` into the folder of `lock`, a path, while the block runs.
+
+    The folder is made if it is absent, and removed again if it is then empty; what a killed process left half-written of
+    the files is removed. InputError where another run is at it, with its process id, and where the folder cannot be
+    written. The kernel drops a killed process's lock, so that none is left behind; on a file system without locks there
+    is none.
+    """
+    lock = Path(lock)
+    made: list[Path] = []
+    folder = lock.parent
+    try:
+        while not folder.exists():
+            made.append(folder)
+            folder = folder.parent
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {lock.parent}: {error.strerror}") from error
+    try:
+        handle = _lock(lock)
+        try:
+            for name in files:
+                remove_leftovers(lock.parent / name)
+            yield
+        finally:
+            # Once more, for an ffmpeg that outlived its killed parent.
+            for name in files:
+                remove_leftovers(lock.parent / name)
+            lock.unlink(missing_ok=True)  # before it is let go: see _lock
+            os.close(handle)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: the run wrote its files
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """An open file that is locked, with this process's id in it; InputError where another process has it."""
+    while True:
+        try:
+            # O_NOFOLLOW: the folder may be someone else's, and a link in it could lead anywhere.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"cannot write to {path.parent}: {error.strerror} ({path.name})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 300).decode(errors="replace").strip()
+            os.close(handle)
+            raise InputError(
+                f"{path.parent} is being written by another run ({owner or 'which is just starting'}); "
+                "wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(handle)
+                raise
+        # Its last owner may have removed it between the two calls: then it is no lock any more.
+        if path.exists() and os.path.samestat(os.fstat(handle), os.lstat(path)):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return handle
+        os.close(handle)
+
+
+def check_output_dir(flag: str, folder: str | Path) -> None:
+    """InputError where a folder cannot be made or written, before the work whose result it is for."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{flag} {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: {place} cannot be written")

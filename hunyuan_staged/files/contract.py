@@ -1,0 +1,98 @@
+"""The contract between stages: file names, tensors, metadata.
+
+Letters: T frames, H x W px; t = (T-1)/4+1, h = H/16, w = W/16 of the latents; L tokens; W widths of the encoders.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.geometry import LATENT_CHANNELS
+
+EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
+LATENTS_FILE = "stage2_latents.safetensors"
+FRAMES_FILE = "stage3_frames.safetensors"
+CONFIG_FILE = "generation_config.json"
+VIDEO_FILE = "output_video.mp4"
+# Where a stopped stage 2 goes on from; removed when the latents are there.
+STATE_FILE = "stage2_state.safetensors"
+LOCK_FILE = ".lock"
+
+# What each stage writes into its folder.
+STAGE_FILES = {
+    1: (EMBEDDINGS_FILE, CONFIG_FILE),
+    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE),
+    3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
+}
+
+# Metadata: the dtypes; the hash of everything that a file was made from; the hash of the file that it was made from.
+DTYPE_INFO = "dtype_info"
+MADE_FROM = "made_from_sha256"
+EMBEDDINGS_HASH = "embeddings_sha256"
+LATENTS_HASH = "latents_sha256"
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What a tensor of a file must look like: its axes, a number where the length is fixed, a letter where it is free.
+
+    A letter stands for one length throughout the file. mask: zeros and ones of any dtype, at least so many of them ones;
+    every other tensor is of finite floating-point numbers.
+    """
+
+    axes: tuple[int | str, ...]
+    required: bool = True
+    mask: int | None = None
+
+
+def _text_rules() -> dict[str, TensorRule]:
+    rules: dict[str, TensorRule] = {}
+    for prefix in ("", "negative_"):
+        rules |= {
+            f"{prefix}prompt_embeds": TensorRule((1, "L", "W")),
+            # The transformer takes the mean over these tokens.
+            f"{prefix}prompt_embeds_mask": TensorRule((1, "L"), mask=1),
+            f"{prefix}prompt_embeds_2": TensorRule((1, "L2", "W2")),
+            f"{prefix}prompt_embeds_mask_2": TensorRule((1, "L2"), mask=0),
+        }
+    return rules
+
+
+EMBEDDINGS_RULES = {
+    **_text_rules(),
+    "image_embeds": TensorRule((1, "N", "W3"), required=False),
+    "image_latents": TensorRule((1, LATENT_CHANNELS, 1, "h", "w"), required=False),
+}
+LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
+FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}
+# The state of a feature cache, by guidance row: numbers, text tokens, and all else over the video's tokens.
+_CACHE_STATE = re.compile(r"cache\.(?P<row>[01])\.(?P<name>\w+)")
+
+
+def state_rules(names: Iterable[str]) -> dict[str, TensorRule]:
+    """The rules of a state file with these tensors: the latents', and those of each that a cache has put there."""
+    rules = dict(LATENTS_RULES)
+    for match in filter(None, map(_CACHE_STATE.fullmatch, names)):
+        row, name = match["row"], match["name"]
+        axes: tuple[int | str, ...] = (1, f"L{row}" if name == "text" else "S", "D")
+        rules[match[0]] = TensorRule((f"n{row}",) if name == "numbers" else axes)
+    return rules
+
+
+WRITTEN_BY = {
+    EMBEDDINGS_FILE: "stage1_text_encoder.py",
+    LATENTS_FILE: "stage2_transformer.py",
+    FRAMES_FILE: "stage3_vae_decoder.py --save_frames",
+    CONFIG_FILE: "stage1_text_encoder.py",
+}
+
+
+def require_file(path: Path) -> None:
+    """InputError where a stage's file is absent, with the stage that writes it, or is no file."""
+    if not path.is_file():
+        where = path if path.parent.is_dir() else path.parent
+        if where.exists():
+            raise InputError(f"{where} is not a {'file' if where == path else 'folder'}")
+        raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")

@@ -1,0 +1,71 @@
+"""Hashes of files and settings; files that do not belong together."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hunyuan_staged.errors import printable
+from hunyuan_staged.files.contract import CONFIG_FILE, EMBEDDINGS_FILE, EMBEDDINGS_HASH, LATENTS_FILE
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON object, in hexadecimal; the order of its keys does not count."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# What embeddings and config say of the same thing, under the names that each gives it.
+SAID_TWICE = {"prompt": "prompt", "negative_prompt": "negative_prompt", "version": "transformer_version"}
+
+
+def embeddings_mismatch(
+    folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str], embeddings_hash: str
+) -> str | None:
+    """Why the embeddings in a folder are not those that its config describes; None where they are, or nothing tells.
+
+    metadata and embeddings_hash are the embeddings' own. The sibling suite records no hash.
+    """
+    embeddings, described = Path(folder) / EMBEDDINGS_FILE, Path(folder) / CONFIG_FILE
+    recorded = config.get(EMBEDDINGS_HASH)
+    if recorded == embeddings_hash:
+        return None
+    if recorded is not None:
+        return (
+            f"{embeddings} (sha256 {embeddings_hash[:12]}…) does not belong to {described}, "
+            f"which was written with sha256 {printable(recorded[:12])}…"
+        )
+    for theirs, ours in SAID_TWICE.items():
+        # Version and prompts may be absent on either side.
+        if config.get(ours) is not None and metadata.get(theirs, printable(config[ours])) != printable(config[ours]):
+            return (
+                f"{embeddings} ({theirs} {metadata[theirs][:60]!a}) does not belong to {described} "
+                f"({ours} {config[ours][:60]!a})"
+            )
+    return None
+
+
+def latents_mismatch(folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
+    """Why the latents in a folder do not belong to its embeddings; None where they do, or nothing tells.
+
+    metadata is the latents' own. Where stage 2 wrote to another folder than stage 1, the config tells of the embeddings.
+    """
+    latents, embeddings = Path(folder) / LATENTS_FILE, Path(folder) / EMBEDDINGS_FILE
+    recorded = metadata.get(EMBEDDINGS_HASH)
+    if recorded is None:
+        return None
+    present, source = config.get(EMBEDDINGS_HASH), Path(folder) / CONFIG_FILE
+    if embeddings.is_file():
+        present, source = sha256(embeddings), embeddings
+    if present is None or present == recorded:
+        return None
+    return (
+        f"{latents} was made from embeddings with sha256 {recorded[:12]}…, "
+        f"which {source} has since replaced (sha256 {printable(present[:12])}…)"
+    )

@@ -1,0 +1,102 @@
+"""Working memory of denoising, computed from measured figures, which stand here with their sources. In bytes."""
+
+from dataclasses import dataclass, replace
+
+from hunyuan_staged.attention.modes import SPARSE_ATTN_MODE
+from hunyuan_staged.geometry import TEMPORAL_RATIO
+from hunyuan_staged.memory.budget import GIB, BlockWeights, FreeMemory, device_parts
+
+# Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16,
+# compiled, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
+ACTIVATIONS = 6.8
+# 480p, whose number of tokens is odd: 2.25 GiB, before the compiler was told not to pad products.
+ACTIVATIONS_ODD = 11.9
+ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
+ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before attention's inputs and output were freed early
+ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sent and received. Not measured
+
+# Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. H100: 0.2 GiB.
+LANGUAGE_WORKING = GIB // 2
+
+
+# -- stage 2 --
+
+
+@dataclass(frozen=True)
+class DenoisingSize:
+    """What decides the working memory of a denoising step. channels: the width of the blocks; itemsize: of the dtype.
+
+    kernel: the attention mode that runs. shards: processes that a guidance row's tokens are split over. block: bytes of
+    one block in the run's dtype where it is stored in another one, else 0.
+    """
+
+    video_tokens: int
+    text_tokens: int
+    channels: int
+    itemsize: int
+    kernel: str
+    compiled: bool
+    shards: int = 1
+    block: int = 0
+
+    @property
+    def working(self) -> int:
+        """Bytes, by the measured activations a token; linear in the tokens, as both measured lengths are."""
+        shard = -(-self.video_tokens // self.shards)
+        activations = ACTIVATIONS if shard % 8 == 0 else ACTIVATIONS_ODD
+        if self.kernel == SPARSE_ATTN_MODE:
+            activations = ACTIVATIONS_SPARSE
+        if not self.compiled:
+            activations = ACTIVATIONS_EAGER
+        if self.shards > 1:
+            activations += ACTIVATIONS_EXCHANGE
+        tokens = shard + self.text_tokens
+        return int(activations * tokens * self.channels * self.itemsize) + self.block
+
+
+def longest_video(room: int, tokens_a_frame: int, denoising: DenoisingSize) -> int | None:
+    """The most frames (4n + 1) whose working memory is at most `room`; None where not even one frame's is."""
+
+    def fits(latent_frames: int) -> bool:
+        return replace(denoising, video_tokens=latent_frames * tokens_a_frame).working <= room
+
+    if not fits(1):
+        return None
+    low, high = 1, 1
+    while fits(high * 2):
+        low = high = high * 2
+    high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return (low - 1) * TEMPORAL_RATIO + 1
+
+
+def denoising_remedies(
+    weights: BlockWeights,
+    denoising: DenoisingSize,
+    free: FreeMemory,
+    *,
+    asked: int | None,
+    num_frames: int,
+    float8: bool,
+    resolution: str,
+) -> list[str]:
+    """The flags that would make a denoising fit that does not: only those that would, alone or with the ones before."""
+    remedies = []
+    if free.device is not None:
+        least = sum(device_parts(weights, denoising.working, weights.count).values())
+        if asked is not None and asked < weights.count:
+            if least <= free.device:
+                return ["--enable_offloading, or no flag about offloading"]
+            remedies.append("--enable_offloading")
+        latent_frames = (num_frames - 1) // TEMPORAL_RATIO + 1
+        room = free.device - (least - denoising.working)
+        shorter = longest_video(room, max(1, denoising.video_tokens // latent_frames), denoising)
+        if shorter:
+            remedies.append(f"--video_length {shorter} or less")
+        if resolution != "480p":
+            remedies.append("--resolution 480p in stage 1")
+    elif not float8:
+        remedies.append("--weights_dtype fp8")
+    return [*remedies, "more GPUs" if free.device is not None else "a GPU"]

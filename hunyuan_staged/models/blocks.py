@@ -1,0 +1,109 @@
+"""The parts of a double-stream block."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hunyuan_staged.models.embeddings import apply_rope
+
+
+def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm: norm(x) * (1 + scale) + shift."""
+    return norm(x) * (1 + scale) + shift
+
+
+def modulation(norm: Any, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Six [1, 1, C] from an AdaLayerNormZero: shift, scale, gate for attention, then for the feed-forward."""
+    return norm.linear(F.silu(temb))[:, None].chunk(6, dim=-1)
+
+
+def project_qkv(x: torch.Tensor, projections: tuple, norms: tuple, heads: int) -> list[torch.Tensor]:
+    """q, k, v [1, s, H, D] of tokens [1, s, C], with q and k normalised."""
+    q, k, v = (projection(x).unflatten(-1, (heads, -1)) for projection in projections)
+    return [norms[0](q), norms[1](k), v]
+
+
+@torch.library.custom_op("hunyuan_staged::linear_gelu", mutates_args=())
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(x W^T + b), tanh form, [1, s, C] → [1, s, F], on a GPU with the activation inside the product (cuBLASLt).
+
+    As an op of its own, because a compiler would take it apart again, and write and read the product once more.
+    """
+    if x.is_cuda:
+        return torch._addmm_activation(bias, x[0], weight.mT, use_gelu=True)[None]
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+@linear_gelu.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(1, x.shape[1], weight.shape[0])
+
+
+def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
+    """diffusers' FeedForward with gelu-approximate, [1, s, C] → [1, s, C]."""
+    first, last = ff.net[0].proj, ff.net[2]
+    return last(linear_gelu(x, first.weight, first.bias))
+
+
+def before_attention(
+    block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A block up to its attention: q, k, v [1, s, H, D] of the video [1, s, C], and [1, L, H, D] of the text [1, L, C]."""
+    attn = block.attn
+    shift, scale = modulation(block.norm1, temb)[:2]
+    q, k, v = project_qkv(
+        modulate(video, block.norm1.norm, shift, scale),
+        (attn.to_q, attn.to_k, attn.to_v),
+        (attn.norm_q, attn.norm_k),
+        attn.heads,
+    )
+    shift, scale = modulation(block.norm1_context, temb)[:2]
+    text_qkv = project_qkv(
+        modulate(text, block.norm1_context.norm, shift, scale),
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        (attn.norm_added_q, attn.norm_added_k),
+        attn.heads,
+    )
+    return [apply_rope(q, rope), apply_rope(k, rope), v], text_qkv
+
+
+def joint_qkv(*args: Any) -> tuple[torch.Tensor, ...]:
+    """before_attention where all tokens are here: q, k, v [1, S + L, H, D], text behind video."""
+    return tuple(torch.cat(pair, dim=1) for pair in zip(*before_attention(*args), strict=True))
+
+
+def packed_qkv(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """before_attention for an exchange: [3, s, H, D] of the video and [3, L, H, D] of the text."""
+    video, text = before_attention(*args)
+    return torch.cat(video), torch.cat(text)
+
+
+def attention_residual(
+    block: Any,
+    video: torch.Tensor,
+    text: torch.Tensor,
+    video_out: torch.Tensor,
+    text_out: torch.Tensor,
+    temb: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Video [1, s, C] and text [1, L, C] with what attention gave, [s, H, D] and [L, H, D], projected, gated and added."""
+    gates = modulation(block.norm1, temb)[2], modulation(block.norm1_context, temb)[2]
+    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * gates[0]
+    return video, text + block.attn.to_add_out(text_out.flatten(1)[None]) * gates[1]
+
+
+def mlp_residual(
+    block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rest of a block, behind its attention: video [1, s, C] and text [1, L, C] → the same.
+
+    Apart from add_attention so that what attention gave is freed before the feed-forward's hidden layer, the largest
+    activation of all, comes to be.
+    """
+    shift, scale, gate = modulation(block.norm1, temb)[3:]
+    video = video + feed_forward(block.ff, modulate(video, block.norm2, shift, scale)) * gate
+    shift, scale, gate = modulation(block.norm1_context, temb)[3:]
+    text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, shift, scale)) * gate
+    return video, text

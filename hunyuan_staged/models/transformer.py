@@ -1,0 +1,136 @@
+"""One forward of the HunyuanVideo-1.5 transformer over unpadded tokens.
+
+The modules are diffusers' HunyuanVideo15Transformer3DModel; its own forward pads the text and builds an N x N mask,
+this one lets only valid tokens in, so no attention needs a mask. It knows neither ranks nor kernels: `layout` moves
+tokens (and does nothing on one process), `attention` computes.
+
+Letters: T h w latent frames, rows and columns after patching; S = T*h*w video tokens, s this rank's; L text tokens;
+H heads, D head width, C = H*D; P = values in a patch.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from hunyuan_staged.attention.choose import AttentionMode
+from hunyuan_staged.memory.offloading import StreamedBlocks
+from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, modulate, packed_qkv
+from hunyuan_staged.models.embeddings import Conditioning, embed_text, embed_time, rope_table
+from hunyuan_staged.parallel.layout import Layout
+
+RunBlocks = Callable[[Callable[..., tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Transformer:
+    """The forward of one loaded model on one layout, with what stays the same from step to step computed once.
+
+    model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: what choose_attention gave.
+    latent_size: (frames, height, width) of the latents. blocks: what a slice of yields these blocks of the model in order,
+    each with its weights in place (offload.StreamedBlocks); by default the model's own list. compile: let torch.compile
+    fuse what is around attention. Its three parts are compiled once, for all blocks and every text length.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention: AttentionMode,
+        latent_size: tuple[int, int, int],
+        layout: Layout | None = None,
+        blocks: StreamedBlocks | None = None,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.layout = model, layout or Layout()
+        self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
+        self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
+        self.parts: tuple[Callable[..., Any], ...] = attention_residual, mlp_residual
+        if compile:
+            # Without padding products whose number of tokens is odd: for no speed it costs a copy of the activations.
+            how: dict[str, Any] = {"fullgraph": True, "options": {"shape_padding": False}}
+            self.before, *parts = (torch.compile(part, **how) for part in (self.before, *self.parts))
+            self.parts = tuple(parts)
+        config = model.config
+        self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
+        self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
+        self.total = self.grid[0] * self.grid[1] * self.grid[2]
+        self.attention = attention.kernels(self.grid, len(model.transformer_blocks))
+        weight = model.x_embedder.proj.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        cos, sin = rope_table(model, *self.grid)
+        self.rope = tuple(self.layout.scatter(table, dim=0).to(self.device) for table in (cos, sin))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        timestep_r: torch.Tensor | None = None,
+        through: RunBlocks | None = None,
+    ) -> torch.Tensor:
+        """The velocity [1, 32, T, h, w] for the input [1, 65, T, h, w] at a timestep [1] (sigma x 1000, float32).
+
+        timestep_r [1] is for meanflow models alone. through(blocks, video, text) gives the video behind the last block,
+        from blocks(video, text, first, last), which runs some of them: what a cache may do otherwise than to run all.
+        Every rank of the layout gets the whole velocity.
+        """
+        model, layout = self.model, self.layout
+        temb = embed_time(model, timestep, timestep_r)
+        text = embed_text(model, conditioning, timestep)
+        patches = rearrange(
+            hidden_states.to(self.dtype),
+            "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)",
+            **self.patch,
+        )
+        embed = model.x_embedder.proj
+
+        def tokens() -> torch.Tensor:
+            return F.linear(layout.scatter(patches), embed.weight.flatten(1), embed.bias)
+
+        if through is None:
+            # Not held by a name here: it is as large as any activation, and the first block is done with it.
+            video = self._run(temb, tokens(), text, 0, None)[0]
+        else:
+            video = through(partial(self._run, temb), tokens(), text)
+        scale, shift = model.norm_out.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
+        patches = layout.gather(model.proj_out(modulate(video, model.norm_out.norm, shift, scale)), self.total)
+        frames, rows, columns = self.grid
+        return rearrange(
+            patches,
+            "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)",
+            t=frames,
+            h=rows,
+            w=columns,
+            **self.patch,
+        )
+
+    def _run(
+        self, temb: torch.Tensor, video: torch.Tensor, text: torch.Tensor, first: int, last: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Video [1, s, C] and text [1, L, C] through the blocks [first, last), all from first on with None."""
+        part = slice(first, last)
+        for block, attention in zip(self.blocks[part], self.attention[part], strict=True):
+            torch._dynamo.mark_dynamic(text, 1)
+            q, k, v = self._query_key_value(block, video, text, temb)
+            attended = attention(q, k, v).squeeze(0)
+            del q, k, v
+            outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
+            torch._dynamo.mark_dynamic(outs[1], 0)
+            video, text = self.parts[0](block, video, text, *outs, temb)
+            del attended, outs
+            torch._dynamo.mark_dynamic(text, 1)
+            video, text = self.parts[1](block, video, text, temb)
+        return video, text
+
+    def _query_key_value(
+        self, block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+    ) -> Iterable[torch.Tensor]:
+        """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
+        if self.layout.shards == 1:
+            return self.before(block, video, text, temb, self.rope)
+        qkv, text_qkv = self.before(block, video, text, temb, self.rope)
+        return self.layout.tokens_to_heads(qkv, text_qkv, self.total)[:, None]

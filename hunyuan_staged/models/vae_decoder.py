@@ -1,0 +1,270 @@
+"""The VAE decoder's forward: latents → frames, channels last, a chunk of frames at a time.
+
+The modules are diffusers' HunyuanVideo15Decoder3D. Its own forward goes over memory many times between two convolutions:
+bias, residual, norm, activation and padding are a pass each, and cuDNN turns the layout around besides. Here the layout
+is the one that convolutions compute in, and one pass (`padded`) does all that lies between two of them.
+
+A convolution looks back two frames and never ahead. So behind the mid block, whose attention sees all earlier frames, the
+decoder runs over chunks of frames, and each convolution remembers the last two frames of its input for the next chunk.
+
+Letters: T frames, H x W positions, C channels of a level; t, h, w of the latents; N = h * w positions of a frame.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE
+
+# -- attention --
+
+
+def frame_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention in which each position sees its own frame and all earlier ones.
+
+    query, key, value [B, t, N, C] → [B, t, N, C]. Frame by frame, so that no mask exists: frame i's queries against the
+    keys of frames 0..i. The same sums as diffusers' masked call, without the t*N x t*N mask.
+    """
+    batch, frames, _, channels = query.shape
+    # The products are for decoding alone: one clip, no gradients. Training has batches and goes through here, too.
+    alone = batch == 1 and not torch.is_grad_enabled()
+    products = alone and query.is_cuda and query.dtype != torch.float32
+    attend = _attend_in_products if products else F.scaled_dot_product_attention
+    outputs = []
+    for i in range(frames):
+        keys, values = (x[:, : i + 1].reshape(batch, 1, -1, channels) for x in (key, value))
+        outputs.append(attend(query[:, i : i + 1], keys, values))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_in_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[1, 1, N, C] x [1, 1, M, C] → [1, 1, N, C] with the scores in memory, in float32.
+
+    The head is as wide as the level, 1024 channels: no flash kernel takes that, and torch's memory-efficient one leaves
+    all but a few multiprocessors idle with one head and one frame of queries.
+    """
+    keys, values = key[0, 0].mT, value[0, 0]
+    scale = query.shape[-1] ** -0.5
+    outputs = []
+    for rows in query[0, 0].split(max(1, SCORES_AT_ONCE // keys.shape[1])):
+        scores = torch.mm(rows, keys, out_dtype=torch.float32).mul_(scale)
+        outputs.append(torch.softmax(scores, dim=-1).to(values.dtype) @ values)
+    return torch.cat(outputs)[None, None]
+
+
+def _attention_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """HunyuanVideo15AttnBlock.forward with the mask replaced by its meaning: [B, C, t, h, w] → the same."""
+    batch, channels, frames, height, width = x.shape
+    normed = self.norm(x)
+    query, key, value = (
+        # [B, C, t, h, w] → [B, t, N, C]
+        project(normed).permute(0, 2, 3, 4, 1).reshape(batch, frames, height * width, channels)
+        for project in (self.to_q, self.to_k, self.to_v)
+    )
+    attended = frame_causal_attention(query, key, value)
+    return x + self.proj_out(attended.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3))
+
+
+def prepare_decoder(decoder: nn.Module) -> nn.Module:
+    """Give the mid block's attention a forward without a mask; weights and numbers stay. Works on the encoder, too.
+
+    For training, which goes through the modules' own forward; Decoder below needs it not.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
+
+    for module in decoder.modules():
+        if isinstance(module, HunyuanVideo15AttnBlock):
+            module.forward = MethodType(_attention_forward, module)  # type: ignore[method-assign]
+    return decoder
+
+
+# -- between convolutions --
+
+
+class Sum:
+    """Activations that are yet to be added up: what a convolution gave [T, H, W, C], its bias [C], a residual.
+
+    It is used once, by take or add, and then holds nothing: at full size each of these is gigabytes.
+    """
+
+    def __init__(self, product: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        self._parts = [(product, bias, residual)]
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._parts[0][0].is_cuda
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self._parts.pop()
+
+    def add(self) -> torch.Tensor:
+        product, bias, residual = self.take()
+        total = product + bias
+        return total if residual is None else total + residual
+
+
+def normalise(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """diffusers' HunyuanVideo15RMS_norm over the last axis: x / ||x|| * sqrt(C) * gamma, the length in float32."""
+    return F.normalize(x.float(), dim=-1).to(x.dtype) * (x.shape[-1] ** 0.5 * gamma)
+
+
+def padded(
+    x: Sum | torch.Tensor, gamma: torch.Tensor | None, before: torch.Tensor | None, *, keep: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(input of the next convolution [T + 2, H + 2, W + 2, C], x added up [T, H, W, C], or None unless keep).
+
+    With gamma [C] the input is normalised and goes through SiLU; without, it is x. The sides repeat the outermost
+    positions; in front stands `before` [2, H + 2, W + 2, C], or else the first frame twice.
+    """
+    if x.is_cuda:
+        from hunyuan_staged.models import vae_kernels
+
+        product, bias, residual = x.take() if isinstance(x, Sum) else (x, None, None)
+        return vae_kernels.padded(product, bias, residual, gamma, before, keep=keep)
+    added = x.add() if isinstance(x, Sum) else x
+    values = added if gamma is None else F.silu(normalise(added, gamma))
+    rows, columns = (torch.arange(-1, n + 1, device=added.device).clamp(0, n - 1) for n in added.shape[1:3])
+    values = values[:, rows[:, None], columns]
+    front = values[:1].expand(2, -1, -1, -1) if before is None else before
+    return torch.cat([front, values]), added if keep else None
+
+
+def spread(
+    product: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, *, time: int, group: int, repeats: int
+) -> torch.Tensor:
+    """Channels to positions: [T, H, W, R * group] and the shortcut from x [T, H, W, C] → [T * time, 2 H, 2 W, c].
+
+    R = time * 2 * 2 groups of channels go to the positions that each position becomes. Of each group the first
+    c = C / R * repeats are taken, and x's channels are repeated so often. (diffusers: HunyuanVideo15Upsample.)
+    """
+    if product.is_cuda:
+        from hunyuan_staged.models import vae_kernels
+
+        return vae_kernels.spread(product, bias, x, time, group, repeats)
+    parts = {"a": time, "b": 2, "d": 2}
+    repeated = x.repeat_interleave(repeats, dim=-1)
+    shortcut, values = (
+        rearrange(part, "t h w (a b d c) -> (t a) (h b) (w d) c", **parts) for part in (repeated, product + bias)
+    )
+    return values[..., : shortcut.shape[-1]] + shortcut
+
+
+def _convolve(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T + 2, H + 2, W + 2, C] → [T, H, W, C'], weight [C', C, 3, 3, 3]."""
+    x = inputs.permute(3, 0, 1, 2)[None]  # [1, C, T, H, W], its memory format channels_last_3d
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # For few frames conv3d falls back to a loop of its own, ten times as slow.
+        product = torch.ops.aten.mkldnn_convolution(x, weight, None, [0] * 3, [1] * 3, [1] * 3, 1)
+    else:
+        product = F.conv3d(x, weight)
+    return product[0].permute(1, 2, 3, 0).contiguous()
+
+
+# -- the forward --
+
+
+@dataclass
+class Memory:
+    """What the causal convolutions of one video remember between two chunks: the last two frames of their input."""
+
+    frames: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+    first: bool = True
+    last: bool = False
+
+
+class Decoder:
+    """The forward of one loaded decoder, which must be in eval mode. Its convolutions' weights become channels last."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        for part in module.modules():
+            if isinstance(part, nn.Conv3d):
+                part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        weight = next(module.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor, frames_at_once: int | None = None) -> Iterator[torch.Tensor]:
+        """Frames [T, H, W, 3] in the decoder's range of about [-1, 1], from latents [1, C, t, h, w], chunk by chunk.
+
+        A chunk comes from so many latent frames, all of them by default. The first latent frame gives one frame, any
+        other as many as the decoder's temporal factor. Chunks change nothing but the rounding.
+        """
+        values = self._before_chunks(latents.to(self.device, self.dtype)[0].permute(1, 2, 3, 0).contiguous())
+        size = frames_at_once or len(values)
+        memory = Memory()
+        for start in range(0, len(values), size):
+            memory.first, memory.last = start == 0, start + size >= len(values)
+            yield self._chunk(values[start : start + size], memory)
+
+    def _before_chunks(self, latents: torch.Tensor) -> torch.Tensor:
+        """conv_in and the mid block, over all frames: [t, h, w, C] → [t, h, w, C']."""
+        module, memory = self.module, Memory(last=True)
+        product, _ = self._convolve(module.conv_in, latents, None, memory)
+        x: Sum | torch.Tensor = Sum(product, module.conv_in.conv.bias, latents.repeat_interleave(module.repeat, dim=-1))
+        x = self._resnet(module.mid_block.resnets[0], x, memory)
+        for attention, resnet in zip(module.mid_block.attentions, module.mid_block.resnets[1:], strict=True):
+            if attention is not None:
+                x = self._attention(attention, x.add())
+            x = self._resnet(resnet, x, memory)
+        return x.add()
+
+    def _chunk(self, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
+        for block in self.module.up_blocks:
+            for resnet in block.resnets:
+                x = self._resnet(resnet, x, memory)
+            for upsampler in block.upsamplers or ():
+                x = self._upsample(upsampler, x, memory)
+        product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)
+        return product + self.module.conv_out.conv.bias
+
+    def _convolve(
+        self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
+    ) -> tuple[torch.Tensor, Any]:
+        """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
+        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), memory.frames.get(layer), keep=keep)
+        if memory.last:
+            memory.frames.pop(layer, None)
+        else:
+            memory.frames[layer] = inputs[-2:].clone()
+        return _convolve(inputs, layer.conv.weight), added
+
+    def _resnet(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> Sum:
+        product, added = self._convolve(block.conv1, x, block.norm1, memory)
+        between = Sum(product, block.conv1.conv.bias)
+        del product
+        product, _ = self._convolve(block.conv2, between, block.norm2, memory, keep=False)
+        if block.conv_shortcut is not None:
+            added = F.linear(added, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
+        return Sum(product, block.conv2.conv.bias, added)
+
+    def _attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        normed = normalise(x, block.norm.gamma.flatten()).flatten(1, 2)[None]  # [1, t, N, C]
+        query, key, value = (
+            F.linear(normed, layer.weight.flatten(1), layer.bias) for layer in (block.to_q, block.to_k, block.to_v)
+        )
+        attended = frame_causal_attention(query, key, value)
+        return x + F.linear(attended.view(x.shape), block.proj_out.weight.flatten(1), block.proj_out.bias)
+
+    def _upsample(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
+        """Twice as high and wide, and with add_temporal_upsample twice as long but for a video's first frame."""
+        product, added = self._convolve(block.conv, x, None, memory)
+        bias = block.conv.conv.bias
+        if not block.add_temporal_upsample:
+            return spread(product, bias, added, time=1, group=product.shape[-1] // 4, repeats=block.repeats)
+        group = product.shape[-1] // 8
+        parts = []
+        if memory.first:
+            # One frame from the first: of each pair of groups in time the first half, which is the earlier group's place.
+            first = {"time": 1, "group": 2 * group, "repeats": block.repeats // 2}
+            parts.append(spread(product[:1], bias, added[:1], **first))
+            product, added = product[1:], added[1:]
+        if len(product):
+            parts.append(spread(product, bias, added, time=2, group=group, repeats=block.repeats))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

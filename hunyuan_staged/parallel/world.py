@@ -1,0 +1,186 @@
+"""The processes of a run: who this one is, its device, and what they tell each other."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# How long a collective may wait. It is the last resort, for a process that hangs: a death is noticed by torchrun, and by
+# gloo from the closed connection, within a second. Ranks wait for each other where one loads its weights or decodes a
+# tile more slowly, and on a slow disk or without a GPU that takes minutes.
+TIMEOUT = timedelta(minutes=30)
+# How long a process of several goes on after a signal while the others do not answer: torchrun, which sends SIGTERM to
+# the rest when one process dies, kills them 30 s later.
+PATIENCE_SECONDS = 20.0
+POLL_SECONDS = 0.05
+
+
+class PeerFailed(RuntimeError):
+    """Another process has failed, and said why."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run, and the device that it owns. store: what the processes tell each other."""
+
+    rank: int
+    size: int
+    device: torch.device
+    store: dist.Store | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self, name: str) -> None:
+        """Wait for every process of the run, however long it takes. Each name serves once.
+
+        Through the store, not the process group: what is waited for may be the writing of a video, or its decoding by
+        other ranks, for which no time-out is right. Raises PeerFailed where another process ends with an error; one
+        that is killed ends the run another way.
+        """
+        if self.store is None:
+            return
+        if self.store.add(f"{name}/arrived", 1) == self.size:
+            self.store.set(f"{name}/all", "yes")
+        while not self.store.check([f"{name}/all"]):
+            if self.error_reported():
+                raise PeerFailed("another process of the run has failed")
+            time.sleep(POLL_SECONDS)
+
+    def all_gather_text(self, name: str, word: str) -> list[str]:
+        """What every rank of the run says, by rank. Each name serves once; waits and fails as `barrier` does."""
+        if self.store is None:
+            return [word]
+        self.store.set(f"{name}/{self.rank}", word)
+        self.barrier(name)
+        return [self.store.get(f"{name}/{rank}").decode() for rank in range(self.size)]
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, on every rank; all give one of the same shape and dtype, on any device."""
+        if self.size == 1:
+            return tensor
+        shared = tensor.to(self.device)
+        dist.broadcast(shared, src=0)
+        return shared.to(tensor.device)
+
+    def broadcast_tensors(self, tensors: Mapping[str, torch.Tensor], source: int) -> dict[str, torch.Tensor]:
+        """One rank's named tensors, on every rank, on its device; the other ranks' are not looked at."""
+        if self.size == 1:
+            return dict(tensors)
+        head = [(name, list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()]
+        text = torch.tensor(list(json.dumps(head).encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(length, src=source)
+        text = text if self.rank == source else text.new_empty(int(length))
+        dist.broadcast(text, src=source)
+        shared = {}
+        for name, shape, dtype in json.loads(bytes(text.tolist())):
+            if self.rank == source:
+                tensor = tensors[name].to(self.device).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            # As bytes: every backend can send those.
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
+            shared[name] = tensor
+        return shared
+
+    def claims_report(self) -> bool:
+        """Whether this process is the first of the run that ends with an error, and so the one to speak.
+
+        Where the store is gone with the process that held it, each takes itself for the first.
+        """
+        if self.store is None:
+            return True
+        try:
+            return self.store.add("failed", 1) == 1
+        except dist.DistError:
+            return True
+
+    def report_error(self) -> None:
+        """Tell the others that the error has been printed: torchrun ends all processes once one has ended."""
+        if self.store is not None:
+            try:
+                self.store.set("said", "yes")
+            except dist.DistError:
+                return
+
+    def error_reported(self) -> bool:
+        """Whether another process has printed its error."""
+        try:
+            return self.store is not None and self.store.check(["said"])
+        except dist.DistError:
+            return False
+
+
+class MaxAcrossRanks:
+    """The largest of each of all ranks' numbers, once a step, without waiting for what a GPU has still to compute.
+
+    On a GPU the answer is therefore that of the call before (None the first time): its numbers are on the host by then.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, *numbers: int | torch.Tensor) -> list[int] | None:
+        """numbers: whole ones, or tensors [] on the device. Every rank must call it, with as many."""
+        device = self.world.device
+        parts = [
+            number.to(torch.int64) if isinstance(number, torch.Tensor) else torch.full((), number, device=device)
+            for number in numbers
+        ]
+        largest = torch.stack(parts)
+        if self.world.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if device.type != "cuda":
+            return largest.tolist()
+        before, host = self._pending, torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
+        host.copy_(largest, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = host, event
+        if before is None:
+            return None
+        before[1].synchronize()
+        return before[0].tolist()
+
+
+def lone_world() -> World:
+    """A world of this process alone, on the device that torchrun's environment gives it."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return World(0, 1, device)
+
+
+def start_world() -> World:
+    """Read torchrun's environment, take this rank's device, and join the others (NCCL on GPUs, gloo on CPUs)."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = lone_world().device
+    if size == 1:
+        return World(rank, size, device)
+    cuda = device.type == "cuda"
+    # As init_process_group would find it, from torchrun's environment; kept, because there is no public way to it.
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if cuda else None,
+    )
+    return World(rank, size, device, dist.PrefixStore("run", store))
+
+
+def stop_world(world: World) -> None:
+    """Leave the process group, if there is one."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,63 @@
+"""The denoising loop: noise to latents, with guidance, over one schedule."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from hunyuan_staged.models.embeddings import Conditioning
+from hunyuan_staged.parallel.layout import Layout
+from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.sampling.guidance import guide
+from hunyuan_staged.sampling.schedule import euler_step, timesteps_of
+
+VelocityModel = Callable[..., torch.Tensor]  # of (hidden_states, timestep, conditioning, timestep_r[, through])
+
+
+def denoise(
+    velocity: VelocityModel,
+    noise: torch.Tensor,
+    condition: torch.Tensor,
+    rows: Sequence[Conditioning],
+    sigmas: torch.Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    use_meanflow: bool = False,
+    layout: Layout | None = None,
+    cache: Callable[..., torch.Tensor] | None = None,
+    start: int = 0,
+    progress: Callable[..., Iterable[Any]] = quiet,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Latents [1, 32, T, h, w] in float32 from noise of that shape, by Euler steps along the guided velocity.
+
+    velocity: one transformer forward. condition [1, 33, T, h, w]: condition latents and mask. rows: one Conditioning
+    without guidance, [negative, positive] with it. sigmas [steps + 1], from 1 to 0. With use_meanflow the transformer
+    also gets the timestep it steps to. cache: a cache.Cache. start: how many steps have been done; noise is then the
+    latents that on_step got after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is
+    called after step i, counted from 0; it must not change the latents, which stay as they are after it.
+    """
+    layout = layout or Layout()
+    latents, condition = noise.float(), condition.to(noise.device)
+    levels = sigmas.tolist()
+    timesteps = timesteps_of(sigmas).to(noise.device)
+    steps = len(levels) - 1
+    for i in progress(range(start, steps), desc="denoising", unit="step", initial=start, total=steps):
+        hidden_states = torch.cat([latents.to(condition.dtype), condition], dim=1)
+        timestep_r = timesteps[i + 1 : i + 2] if use_meanflow else None
+        mine = [
+            velocity(
+                hidden_states,
+                timesteps[i : i + 1],
+                rows[row],
+                timestep_r,
+                *([partial(cache, row, i)] if cache else []),
+            )
+            for row in layout.my_rows(len(rows))
+        ]
+        velocities = layout.gather_rows(mine[0]) if layout.rows > 1 else mine
+        latents = euler_step(latents, guide(velocities, guidance_scale), levels[i], levels[i + 1])
+        if on_step:
+            on_step(i, latents)
+    return latents

@@ -1,0 +1,31 @@
+"""The flow-matching schedule: sigmas from 1 (noise) to 0 (video), their timesteps, and the Euler step."""
+
+from collections.abc import Sequence
+
+import torch
+
+TIMESTEPS = 1000.0
+
+
+def flow_sigmas(steps: int, shift: float) -> torch.Tensor:
+    """Sigmas [steps + 1], float32, from 1 to 0: s' = shift * s / (1 + (shift - 1) * s) over a linear s.
+
+    Source: FlowMatchDiscreteScheduler of the official implementation; golden/schedules.json.
+    """
+    sigmas = torch.linspace(1, 0, steps + 1)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def timesteps_of(sigmas: torch.Tensor) -> torch.Tensor:
+    """The timesteps [...] that the transformer takes for sigmas [...]: sigma x 1000, as float."""
+    return sigmas * TIMESTEPS
+
+
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
+    """latents + velocity * (next_sigma - sigma), in float32."""
+    return latents + velocity.float() * (next_sigma - sigma)
+
+
+def initial_noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """The starting noise [1, 32, T, h, w]: drawn on the CPU in the transformer's dtype, so that it depends on no device."""
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)

@@ -1,0 +1,161 @@
+"""safetensors files → the parameters of a module on a device, without a second copy."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import stream
+from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights.key_maps import Named, refuse_names
+from hunyuan_staged.weights.quantization import fp8_rows
+
+Progress = Callable[..., Iterable[Any]]
+
+# The names that weights go by in a part's folder; with .index.json behind them they are sharded.
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+MAPPED_BYTES = 2**30
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part: the shards that an index lists, else the only file.
+
+    Files of other names (an fp16 variant, say) count only where there is none of the usual name. Raises InputError
+    where no weights are found, a listed shard is absent, or it is unclear which files belong together.
+    """
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+                raise InputError(f"{index} has no weight_map from tensors to files")
+            files = [folder / Path(shard).name for shard in sorted(set(listed.values()))]
+            refuse_names(
+                f"{folder} lacks shards that its index lists", [path.name for path in files if not path.is_file()]
+            )
+            return files
+        if (folder / name).is_file():
+            return [folder / name]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        expected = " or ".join(WEIGHTS)
+        raise InputError(f"{folder} holds {len(files)} safetensors files; expected {expected}, alone or with its index")
+    return files
+
+
+def _read_ahead(path: Path, start: int, length: int) -> None:
+    """Have the kernel read a part of a file into its cache; past the end, and where it takes no advice, nothing."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+
+def read_tensors(
+    files: Iterable[Path],
+    wanted: Callable[[str], bool],
+    device: torch.device,
+    at_home: Callable[[str], bool] = lambda _: False,
+) -> Iterator[Named]:
+    """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
+
+    Those that are at_home, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What has
+    been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
+    works ahead by as much, on a thread of its own.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as thread:
+        for path in files:
+            read = 0
+            try:
+                with safe_open(path, "pt") as file:
+                    names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
+                mapped = [name for name in names if device.type == "cpu" or at_home(name)]
+                sent = set(names) - set(mapped)
+                if sent:
+                    yield from stream.tensors(path, sent, device)
+                while mapped:
+                    # The tensors lie in about the order of their names.
+                    thread.submit(_read_ahead, path, read, 2 * MAPPED_BYTES)
+                    unread = MAPPED_BYTES
+                    with safe_open(path, "pt") as file:
+                        while mapped and unread > 0:
+                            name = mapped.pop(0)
+                            tensor = file.get_tensor(name)
+                            unread -= tensor.nbytes
+                            read += tensor.nbytes
+                            yield name, tensor
+            except (SafetensorError, OSError, ValueError) as error:
+                raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Memory that some tensors of a module are to lie in, by name; fill: by this process, or by another one."""
+
+    tensors: Mapping[str, torch.Tensor]
+    fill: bool = True
+
+
+NO_DESTINATIONS = Destinations({})
+
+
+def assign_weights(
+    module: nn.Module,
+    tensors: Iterable[Named],
+    dtype: torch.dtype,
+    device: torch.device,
+    origin: Path,
+    places: Destinations = NO_DESTINATIONS,
+) -> nn.Module:
+    """Put named tensors in the place of a meta module's parameters, one by one, each in `dtype`, without gradients.
+
+    Tensors of the module that are in float8 stay so; those that have a place of their own go there, the others to the
+    device. Returns the module, in eval mode. InputError names what `origin` holds too much, what it lacks, and the first
+    tensor of another shape.
+    """
+    state = module.state_dict()
+    missing = dict.fromkeys(state)
+    leftover = []
+
+    def put(name: str, value: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        missing.pop(name, None)
+
+    if not places.fill:
+        for name, place in places.tensors.items():
+            put(name, place)
+    for name, tensor in tensors:
+        if name not in state:
+            leftover.append(name)
+            continue
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(state[name].shape)}"
+            )
+        if name in places.tensors:
+            put(name, places.tensors[name].copy_(tensor))
+            continue
+        # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
+        copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
+        stored = tensor.dtype if state[name].dtype == fp8_rows.STORED else dtype
+        put(name, tensor.to(device, stored, copy=copy))
+    refuse_names(f"{origin} holds tensors that the model does not have", leftover)
+    refuse_names(f"{origin} lacks tensors of the model", list(missing))
+    assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer that no file holds must be made anew"
+    return module.eval()
+
+
+def tensor_shape(path: Path, name: str) -> list[int] | None:
+    """The shape of a tensor of a safetensors file, which is not read; None where it is not in it."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from error

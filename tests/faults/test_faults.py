@@ -1,0 +1,458 @@
+"""Whatever happens: killed processes, lost ranks, full disks, two runs at once, files that do not belong together."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from folders import embed
+from forked import Forked, Moment, SmallDisk, run_stage
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import atomic, contract, provenance
+from hunyuan_staged.files.config import read_config
+from hunyuan_staged.files.tensors import (
+    load_embeddings,
+    load_latents,
+    load_state,
+    load_tensors,
+    save_embeddings,
+    save_tensors,
+)
+
+SMALL = ["--video_length", 5, "--num_inference_steps", 8]
+STEP = "hunyuan_staged.sampling.loop.euler_step"
+TIMES = ("stage2_elapsed_time", "stage3_decode_time", "output_video")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+def calls(model: Path, folder: Path) -> dict[int, list[object]]:
+    """The arguments of the three stages of one run."""
+    return {
+        1: ["--model_path", model, "--output_dir", folder, "--prompt", 'a card that says "AB"'],
+        2: ["--input_dir", folder, *SMALL, "--checkpoint_every", 2],
+        3: ["--input_dir", folder, "--tile_size", 64],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_official) -> tuple[dict[int, Path], dict[int, float]]:
+    """A run of all three stages that nothing happened to: the folder after each stage, and how long each took."""
+    base = tmp_path_factory.mktemp("whole")
+    after, seconds = {0: base / "0"}, {}
+    after[0].mkdir()
+    folder = base / "run"
+    run_stage(1, "--help", said=base / "said")  # so that the first time measured is not that of the imports
+    for stage in (1, 2, 3):
+        started = time.perf_counter()
+        status, said = run_stage(stage, *calls(tiny_official, folder)[stage], said=base / "said")
+        seconds[stage] = time.perf_counter() - started
+        assert status == 0, said
+        after[stage] = shutil.copytree(folder, base / str(stage))
+    return after, seconds
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    """The same files with the same bytes; of the config all but the times."""
+    assert names(folder) == names(expected)
+    for name in names(folder):
+        if name == contract.CONFIG_FILE:
+            ours, theirs = (json.loads((place / name).read_text()) for place in (folder, expected))
+            assert {k: v for k, v in ours.items() if k not in TIMES} == {
+                k: v for k, v in theirs.items() if k not in TIMES
+            }
+        else:
+            assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_killed_at_a_random_moment_and_resumed(whole, tmp_path, tiny_official, number):
+    """kill -9 at any moment of any stage: the same command (stage 2's with --resume) then gives the same bits."""
+    after, seconds = whole
+    chance = random.Random(number)
+    stage = chance.choices((1, 2, 3), [seconds[stage] for stage in (1, 2, 3)])[0]
+    delay = chance.random() * seconds[stage]
+    folder = tmp_path / "run"
+    said = tmp_path / "said"
+    argv = calls(tiny_official, folder)
+    status = 0
+    while status != 137:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(after[stage - 1], folder)
+        forked = Forked(stage, *argv[stage], said=said)
+        time.sleep(delay)
+        forked.process.kill()
+        status = forked.status()
+        delay *= 0.8  # it was done already
+    more = ["--resume"] if stage == 2 else []
+    for then in range(stage, 4):
+        status, told = run_stage(then, *argv[then], *(more if then == stage else []), said=said)
+        assert status == 0, told
+    assert_same(folder, after[3])
+
+
+# Ranks
+
+
+def ranks_of(launcher: int, size: int) -> dict[int, int]:
+    """Process ids by rank, once all are there."""
+    while True:
+        found = {}
+        for task in Path(f"/proc/{launcher}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                rank = next((int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")), None)
+                if rank is not None:
+                    found[rank] = child
+        if len(found) == size:
+            return found
+        time.sleep(0.05)
+
+
+def launch(size: int, folder: Path, *args: object) -> subprocess.Popen:
+    """Stage 2 through utils.launch, for so many steps that it does not end by itself; returns once it is in its loop."""
+    command = [sys.executable, ROOT / "utils.py", "launch", size, ROOT / "stage2_transformer.py", "--input_dir", folder]
+    command += ["--video_length", 5, "--num_inference_steps", 1000, "--checkpoint_every", 1, *args]
+    with (folder.parent / "said").open("w") as said:
+        process = subprocess.Popen([str(word) for word in command], stderr=said)
+    while not (folder / contract.STATE_FILE).exists():
+        assert process.poll() is None, (folder.parent / "said").read_text()
+        time.sleep(0.05)
+    return process
+
+
+def test_a_killed_rank_of_four_ends_the_run_within_30_seconds(tmp_path, tiny_official):
+    folder = embed(tmp_path / "run", tiny_official)
+    process = launch(4, folder)
+    os.kill(ranks_of(process.pid, 4)[2], signal.SIGKILL)
+    started = time.monotonic()
+    assert process.wait(60) == 137
+    assert time.monotonic() - started < 30
+    said = (tmp_path / "said").read_text()
+    assert [line for line in errors(said) if "interrupted" not in line] == [
+        "error: stage2_transformer.py: process 2 of 4 ended with status -9"
+    ]
+    assert len(errors(said)) <= 2
+    assert "Traceback" not in said
+    assert names(folder) == sorted([contract.CONFIG_FILE, contract.EMBEDDINGS_FILE, contract.STATE_FILE])
+    assert int(load_state(folder)[1]["step"]) >= 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_stops_all_ranks_after_the_same_step(tmp_path, tiny_official, number, status):
+    folder = embed(tmp_path / "run", tiny_official)
+    process = launch(2, folder)
+    process.send_signal(number)
+    assert process.wait(60) == status
+    said = (tmp_path / "said").read_text()
+    assert len(errors(said)) == 1, said
+    match = re.search(
+        rf"error: stage 2 was interrupted by {number.name} after step (\d+) of 1000; the same command", said
+    )
+    assert match, said
+    assert load_state(folder)[1]["step"] == match[1]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("fault", ["refusal", "fault of ours"])
+def test_one_ranks_error_is_said_once_and_ends_all(tmp_path, tiny_official, fault):
+    """Rank 1 alone fails; it was silent, for the first rank to speak, which knew of nothing."""
+    from forked import run_ranks
+
+    folder = embed(tmp_path / "run", tiny_official)
+    said = tmp_path / "said"
+    if fault == "refusal":
+        ranks = run_ranks(2, 2, "--input_dir", folder, *SMALL, said=said, more={1: ["--model_path", "/nowhere/at/all"]})
+    else:
+        # ZeroDivisionError, in the loop, while rank 0 waits for an exchange with rank 1.
+        ranks = run_ranks(2, 2, "--input_dir", folder, *SMALL, said=said, moments={1: Moment(STEP, 2, (), fails=True)})
+    started = time.monotonic()
+    statuses = [rank.status() for rank in ranks]
+    assert time.monotonic() - started < 30
+    told = [rank.said() for rank in ranks]
+    assert "Traceback" not in told[0]
+    assert not errors(told[0])
+    if fault == "refusal":
+        assert statuses == [1, 2]
+        assert errors(told[1]) == ["error: /nowhere/at/all does not exist, and it is no hub id (owner/name) either"]
+    else:
+        assert statuses == [1, 1]
+        assert told[1].count("Traceback") == 1
+        assert "ZeroDivisionError" in told[1]
+    assert contract.LATENTS_FILE not in names(folder)
+    assert contract.LOCK_FILE not in names(folder)
+
+
+# The folder
+
+
+def test_two_runs_at_once(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    argv = calls(tiny_official, folder)
+    first = Forked(2, *argv[2], said=tmp_path / "first", moment=Moment(STEP, 2, (), pause=600))
+    while f"process {first.pid}" not in (
+        (folder / contract.LOCK_FILE).read_text() if (folder / contract.LOCK_FILE).exists() else ""
+    ):
+        assert first.process.is_alive(), first.said()
+        time.sleep(0.02)
+    for stage in (1, 2, 3):
+        before = {name: (folder / name).read_bytes() for name in names(folder)}
+        status, said = run_stage(stage, *argv[stage], said=tmp_path / "said")
+        assert status == 2, said
+        assert len(errors(said)) == 1
+        refused = rf"error: {folder} is being written by another run \(process {first.pid} on \S+\); wait for it, or"
+        assert re.match(refused, errors(said)[0])
+        assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+    first.process.kill()
+    assert first.status() == 137
+    assert contract.LOCK_FILE in names(folder), "it is left behind, and holds nobody up"
+    for stage in (2, 3):
+        status, said = run_stage(stage, *argv[stage], said=tmp_path / "said")
+        assert status == 0, said
+    assert_same(folder, after[3])
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    kept = [".stage2_latents.abcd1234.mp4", ".stage2_latents.safetensors", ".stage2_latents.ABCD1234.safetensors"]
+    for name in [*kept, ".stage2_latents.abcd12_4.safetensors", ".generation_config.zzzzzzzz.json"]:
+        (tmp_path / name).touch()
+    with atomic.locked(tmp_path / contract.LOCK_FILE, contract.STAGE_FILES[2]):
+        assert names(tmp_path) == sorted([*kept, contract.LOCK_FILE])
+        assert (tmp_path / contract.LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_claim_makes_its_folder_and_takes_it_away_again(tmp_path):
+    with atomic.locked(tmp_path / "a" / "b" / contract.LOCK_FILE, []):
+        assert names(tmp_path / "a" / "b") == [contract.LOCK_FILE]
+        with (
+            pytest.raises(InputError, match=rf"a/b is being written by another run \(process {os.getpid()} on "),
+            atomic.locked(tmp_path / "a" / "b" / contract.LOCK_FILE, []),
+        ):
+            raise AssertionError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "message"),
+    [
+        (1, 100_000, "{target}/stage1_embeddings.safetensors"),
+        (2, 8192, "{target}/stage2_latents.safetensors"),
+        (3, 8192, "{target}/a.mp4"),
+    ],
+)
+def test_a_full_disk(whole, tmp_path, tiny_official, stage, size, message):
+    after, _ = whole
+    target = tmp_path / "small"
+    target.mkdir()
+    source = shutil.copytree(after[stage - 1], tmp_path / "source")
+    argv = calls(tiny_official, source)[stage]
+    if stage == 1 or stage == 2:
+        argv += ["--output_dir", target]
+    else:
+        argv += ["--output_video", target / "a.mp4"]
+    status, said = run_stage(stage, *argv, said=tmp_path / "said", disk=SmallDisk(target, size))
+    assert status == 2, said
+    assert len(errors(said)) == 1, said
+    assert message.format(target=target) in errors(said)[0]
+    assert re.search("No space left on device|File too large|os error 2[78]", errors(said)[0]), said
+    assert "Traceback" not in said
+    assert "left: []" in said
+    assert names(source) == names(after[stage - 1])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_disk_that_cannot_be_written(whole, tmp_path, tiny_official, stage):
+    """A file system mounted read-only, which no check of rights would tell of; without mounting a folder of /proc."""
+    after, _ = whole
+    source = shutil.copytree(after[stage - 1], tmp_path / "source")
+    target = Path("/proc/self/fdinfo")
+    flag = "--output_video" if stage == 3 else "--output_dir"
+    argv = [*calls(tiny_official, source)[stage], flag, target / "a.mp4" if stage == 3 else target]
+    status, said = run_stage(stage, *argv, said=tmp_path / "said")
+    assert status == 2, said
+    assert len(errors(said)) == 1
+    assert str(target) in errors(said)[0]
+    assert "Traceback" not in said
+    assert "loading" not in said
+    assert names(source) == names(after[stage - 1])
+
+
+# What belongs together
+
+
+def test_embeddings_of_another_run(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[1], tmp_path / "run")
+    tensors, metadata = load_embeddings(folder)
+    argv = calls(tiny_official, folder)[2]
+    old = read_config(folder)["embeddings_sha256"]
+    save_embeddings(folder, tensors | {"prompt_embeds": tensors["prompt_embeds"] * 2}, metadata)
+    new = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    reason = (
+        f"{folder}/stage1_embeddings.safetensors (sha256 {new[:12]}…) does not belong to "
+        f"{folder}/generation_config.json, which was written with sha256 {old[:12]}…"
+    )
+    status, said = run_stage(2, *argv, "--strict", said=tmp_path / "said")
+    assert status == 2
+    assert errors(said) == [f"error: {reason}; --strict refuses that"]
+    assert contract.LATENTS_FILE not in names(folder)
+    status, said = run_stage(2, *argv, said=tmp_path / "said")
+    assert status == 0, said
+    assert f"WARNING {reason}" in said
+
+
+def test_embeddings_without_a_hash_are_judged_by_their_prompt(tmp_path, tiny_official):
+    folder = embed(tmp_path, tiny_official, {"prompt": "another prompt"})
+    config = read_config(folder)
+    _, metadata = load_embeddings(folder)
+    reason = provenance.embeddings_mismatch(folder, config, metadata, "0" * 64)
+    assert reason == (
+        f"{folder}/stage1_embeddings.safetensors (prompt 'a') does not belong to "
+        f"{folder}/generation_config.json (prompt 'another prompt')"
+    )
+    assert provenance.embeddings_mismatch(folder, config | {"prompt": "a"}, metadata, "0" * 64) is None
+    assert provenance.embeddings_mismatch(folder, {"prompt": "a"}, {}, "0" * 64) is None
+
+
+def test_latents_whose_embeddings_were_replaced(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    argv = calls(tiny_official, folder)
+    old = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    status, said = run_stage(1, *argv[1], "--prompt", "another", said=tmp_path / "said")
+    assert status == 0, said
+    new = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    reason = (
+        f"{folder}/stage2_latents.safetensors was made from embeddings with sha256 {old[:12]}…, which "
+        f"{folder}/stage1_embeddings.safetensors has since replaced (sha256 {new[:12]}…)"
+    )
+    status, said = run_stage(3, *argv[3], "--strict", said=tmp_path / "said")
+    assert status == 2
+    assert errors(said) == [f"error: {reason}; --strict refuses that"]
+    status, said = run_stage(3, *argv[3], said=tmp_path / "said")
+    assert status == 0, said
+    assert f"WARNING {reason}" in said
+
+
+def test_each_file_says_what_it_was_made_from(whole):
+    after, _ = whole
+    folder = after[3]
+    _, embeddings = load_embeddings(folder)
+    _, latents = load_latents(folder)
+    config = read_config(folder)
+    assert len(embeddings[contract.MADE_FROM]) == len(latents[contract.MADE_FROM]) == 64
+    embeddings_hash = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    assert config[contract.EMBEDDINGS_HASH] == latents[contract.EMBEDDINGS_HASH] == embeddings_hash
+    assert config[contract.LATENTS_HASH] == provenance.sha256(folder / contract.LATENTS_FILE)
+
+
+def test_the_same_contents_give_the_same_bytes(tmp_path):
+    """The library writes metadata in an order that changes from process to process."""
+    metadata = dict.fromkeys("qwertyuiop", 'a "quoted" \\ naïve 猫')
+    path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, metadata)
+    header = path.read_bytes()[8:]
+    order = [header.index(f'"{letter}":'.encode()) for letter in sorted(metadata)]
+    assert order == sorted(order)
+    tensors, read = load_tensors(path)
+    assert read == metadata | {"dtype_info": '{"x": "torch.float32"}'}
+    assert torch.equal(tensors["x"], torch.ones(3))
+
+
+# Folders and files of someone else
+
+
+def test_a_link_in_the_locks_place_is_not_followed(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[1], tmp_path / "run")
+    (tmp_path / "precious").write_text("mine")
+    (folder / contract.LOCK_FILE).symlink_to(tmp_path / "precious")
+    status, said = run_stage(2, *calls(tiny_official, folder)[2], said=tmp_path / "said")
+    assert status == 2, said
+    assert f"cannot write to {folder}" in errors(said)[0]
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_links_in_the_files_places_are_replaced_not_followed(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "config").write_text((folder / contract.CONFIG_FILE).read_text())
+    for name, target in ((contract.VIDEO_FILE, "precious"), (contract.CONFIG_FILE, "config")):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / target)
+    before = (tmp_path / "config").read_text()
+    status, said = run_stage(3, *calls(tiny_official, folder)[3], said=tmp_path / "said")
+    assert status == 0, said
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "config").read_text() == before
+    assert not (folder / contract.VIDEO_FILE).is_symlink()
+
+
+def test_a_config_does_not_say_where_to_write(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    config = json.loads((folder / contract.CONFIG_FILE).read_text())
+    config |= {"output_video": str(tmp_path / "elsewhere.mp4"), "image_path": str(tmp_path / "x.png")}
+    (folder / contract.CONFIG_FILE).write_text(json.dumps(config))
+    status, said = run_stage(3, *calls(tiny_official, folder)[3], said=tmp_path / "said")
+    assert status == 0, said
+    assert names(tmp_path) == ["run", "said"]
+    assert (folder / contract.VIDEO_FILE).exists()
+
+
+def test_prompts_are_data(tmp_path, tiny_official):
+    """Control characters reach neither the log nor the metadata; braces, quotes and shell signs are text."""
+    prompt = "red\x1b[31m \x07{0} {prompt!r} %s $(touch x) `touch y` '\"\n--seed 4\x9b"
+    folder = tmp_path / "run"
+    argv = [
+        "--model_path",
+        tiny_official,
+        "--output_dir",
+        folder,
+        "--prompt",
+        prompt,
+        "--negative_prompt",
+        "\x1b]0;t\x07",
+    ]
+    status, said = run_stage(1, *argv, said=tmp_path / "said")
+    assert status == 0, said
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", said)
+    _, metadata = load_embeddings(folder)
+    assert not any(re.search(r"[\x00-\x1f\x7f-\x9f]", value) for value in metadata.values())
+    assert metadata["prompt"].startswith("red\\x1b[31m \\x07{0} {prompt!r} %s $(touch x)")
+    text = (folder / contract.CONFIG_FILE).read_text()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+    assert read_config(folder)["prompt"] == prompt, "JSON keeps it exactly"
+    assert names(tmp_path) == ["run", "said"]
+    status, said = run_stage(2, "--input_dir", folder, *SMALL, "--strict", said=tmp_path / "said")
+    assert status == 0, said
+
+
+def test_no_code_runs_what_a_file_brings():
+    sources = {path: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("hunyuan_staged/**/*.py")]}
+    for path, text in sources.items():
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, (path, call)
+        for call in re.findall(r"AutoTokenizer\.from_pretrained\([^\n]*", text):
+            assert "trust_remote_code=False" in call or "demo" in path.parts, (path, call)
+        assert not re.search(r"pickle\.loads?\(|shell=True|trust_remote_code=True|(?<![.\w])(?:eval|exec)\(", text), (
+            path
+        )

@@ -1,0 +1,165 @@
+"""Which kernel a mode means, and what is refused."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hunyuan_staged.attention import choose, ssta
+from hunyuan_staged.attention.choose import AttentionMode, choose_attention
+from hunyuan_staged.errors import InputError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GRID = (12, 16, 20)
+
+
+def kernel(mode: str, device: torch.device, dtype: torch.dtype):
+    return choose_attention(mode, device, dtype).kernels(GRID, 1)[0]
+
+
+@pytest.mark.parametrize("mode", ["flash", "torch"])
+def test_on_a_cpu_exact_attention_is_torchs(mode):
+    assert choose_attention(mode, CPU, torch.float32).name == "torch"
+    attention = kernel(mode, CPU, torch.float32)
+    q, k, v = torch.randn(3, 1, 9, 2, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8**0.5).softmax(-1)
+    assert torch.allclose(attention(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-6)
+
+
+def test_no_heads_no_work():
+    q = torch.zeros(1, 4, 0, 8)
+    assert kernel("flash", CPU, torch.float32)(q, q, q).shape == (1, 4, 0, 8)
+
+
+@pytest.mark.parametrize("mode", ["flash2", "flash3", "flash4", "cudnn", "sageattn"])
+def test_a_gpu_mode_on_a_cpu_is_refused(mode):
+    with pytest.raises(
+        InputError, match=f"--attn_mode {mode} needs a GPU, and this run is on a cpu; use flash or torch"
+    ):
+        choose_attention(mode, CPU, torch.bfloat16)
+
+
+def hopper(monkeypatch, *packages: str) -> None:
+    """A Hopper GPU that does not exist, on which these packages are installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for module in (choose, ssta):
+        monkeypatch.setattr(module, "installed", lambda package: package in packages)
+
+
+def test_a_kernel_that_does_not_take_the_models_heads(monkeypatch):
+    """The demo's heads are 32 wide: the fastest kernel is then another, and one that was asked for is refused."""
+    hopper(monkeypatch, "flash_attn.cute", "sageattention")
+    for mode, width, takes in (("flash4", 32, "64, 96, 128"), ("sageattn", 160, "up to 128")):
+        message = f"--attn_mode {mode}: it takes heads .*{takes} wide, and this model's are {width}; use flash"
+        with pytest.raises(InputError, match=message):
+            choose_attention(mode, CUDA, torch.bfloat16, head_width=width)
+    assert choose_attention("flash", CUDA, torch.bfloat16, head_width=32).name == "cudnn"
+
+
+@pytest.mark.parametrize(("width", "wanted"), [(32, 64), (80, 96), (128, 128)])
+def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted):
+    seen = []
+
+    def sageattn(q, k, v, tensor_layout, sm_scale=None):
+        seen.append((q.shape, sm_scale))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, scale=sm_scale).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    hopper(monkeypatch, "sageattention")
+    attend = choose_attention("sageattn", CUDA, torch.bfloat16, head_width=width).kernels(GRID, 1)[0]
+    q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
+    out = attend(q, k, v)
+    assert seen == [((1, 9, 2, wanted), None if wanted == width else width**-0.5)]
+    assert torch.allclose(out, exact(q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "takes_tiles", "tile"),
+    [
+        ((9, 0), 128, True, (192, 128)),
+        ((9, 0), 64, True, None),
+        ((10, 0), 128, True, None),
+        ((9, 0), 128, False, None),
+    ],
+)
+def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability, width, takes_tiles, tile):
+    """On Hopper, for heads of 128, if this version of the package lets one choose; else it chooses."""
+    tiles = []
+
+    def inner(q, k, v, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None):
+        tiles.append(tile_mn)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+    package = SimpleNamespace(flash_attn_func=lambda q, k, v: inner(q, k, v))
+    package._flash_attn_fwd = inner if takes_tiles else package.flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=package))
+    hopper(monkeypatch, "flash_attn.cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
+    for mode in ("flash", "flash4"):
+        chosen = choose_attention(mode, CUDA, torch.bfloat16, head_width=width)
+        assert chosen.name == "flash4"
+        assert torch.allclose(chosen.kernels(GRID, 1)[0](q, k, v), exact(q, k, v), atol=1e-6)
+    assert tiles == [tile, tile]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "packages", "core"),
+    [
+        (torch.bfloat16, 128, ["flash_attn.cute"], "flash4"),
+        (torch.bfloat16, 32, ["flash_attn.cute"], "flex"),
+        (torch.float32, 128, ["flash_attn.cute"], "flex"),
+        (torch.bfloat16, 128, [], "flex"),
+        (torch.bfloat16, 128, ["flash_attn.cute", "flex_block_attn"], "flex_block_attn"),
+    ],
+)
+def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, packages, core):
+    hopper(monkeypatch, *packages)
+    assert ssta.fastest_kernel(CUDA, dtype, width)[0] == core
+
+
+def test_blocks_outside_the_range_run_the_other_kernel():
+    def constant(value: float) -> AttentionMode:
+        return AttentionMode("constant", "a test", lambda grid: lambda q, k, v: torch.full_like(q, value))
+
+    mode = AttentionMode("mixed", "a test", constant(1.0).make, range(1, 3), constant(2.0))
+    q = torch.zeros(1, 2, 1, 4)
+    assert [float(run(q, q, q).mean()) for run in mode.kernels(GRID, 5)] == [2.0, 1.0, 1.0, 2.0, 2.0]
+
+
+def test_an_unknown_mode_lists_the_known():
+    with pytest.raises(InputError, match="'fast' is unknown; known: flash, flash2, flash3, flash4, cudnn, sageattn"):
+        choose_attention("fast", CPU, torch.bfloat16)
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return kernel("torch", CPU, torch.float32)(*(x.float().cpu() for x in (q, k, v)))
+
+
+def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours.float().cpu() - reference).norm() / reference.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("mode", "width", "tolerance"),
+    [
+        *[(mode, 128, 5e-3) for mode in ("flash", "flash2", "flash4", "cudnn", "torch")],
+        *[("sageattn", width, 5e-2) for width in (128, 32)],
+    ],
+)
+def test_every_kernel_agrees_with_float32_on_the_gpu(mode, width, tolerance):
+    """Modes whose package is absent are no case of this test there: pytest names them as skipped, with the reason."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1111, 4, width, device="cuda", dtype=torch.bfloat16, generator=draw)
+    reference = exact(q, k, v)
+    try:
+        attend = choose_attention(mode, CUDA, torch.bfloat16, head_width=width).kernels(GRID, 1)[0]
+    except InputError as error:
+        pytest.skip(str(error))
+    assert distance(attend(q, k, v), reference) < tolerance

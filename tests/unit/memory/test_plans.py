@@ -1,0 +1,279 @@
+"""What a stage needs, against what was measured and what is free: numbers in, numbers and messages out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hunyuan_staged import geometry
+from hunyuan_staged.decoding import planning
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory import budget, estimates, timings
+from hunyuan_staged.memory.available import host_available
+from hunyuan_staged.memory.budget import GIB, BlockWeights, FreeMemory
+from hunyuan_staged.memory.estimates import DenoisingSize
+
+# The published transformer in bf16: 54 blocks of 302 MB, and 0.32 GiB of the rest.
+WEIGHTS = BlockWeights(54, 302_118_912, 339_069_984)
+H100 = FreeMemory(int(78.9 * GIB), 100 * GIB)
+WHOLE = DenoisingSize(111_600, 256, 2048, 2, "flash4", True)
+SHORT = replace(WHOLE, video_tokens=46_800)
+RESIDENT, STREAMED = 0, 54
+
+
+def total(denoising: DenoisingSize, offloaded: int) -> float:
+    return sum(budget.device_parts(WEIGHTS, denoising.working, offloaded).values()) / GIB
+
+
+@pytest.mark.parametrize(
+    ("denoising", "offloaded", "measured"),
+    [
+        (replace(WHOLE, kernel="cudnn"), STREAMED, 3.67),
+        (replace(SHORT, kernel="cudnn"), RESIDENT, 16.73),
+        (replace(WHOLE, video_tokens=49_290), RESIDENT, 17.76),
+        (replace(WHOLE, kernel="flex-block-attn"), RESIDENT, 20.8),
+        (replace(SHORT, kernel="cudnn", compiled=False), RESIDENT, 19.2),
+    ],
+)
+def test_the_measured_peaks_come_out(denoising, offloaded, measured):
+    """README, "Measured": what was computed with is what the numbers were measured with."""
+    assert total(denoising, offloaded) == pytest.approx(measured, abs=0.12)
+
+
+def test_working_memory_follows_tokens_width_and_dtype():
+    assert WHOLE.working == pytest.approx(2.901 * GIB, rel=0.001)
+    assert replace(WHOLE, itemsize=4).working == pytest.approx(2 * WHOLE.working, abs=1)
+    assert replace(WHOLE, channels=1024).working == pytest.approx(WHOLE.working / 2, abs=1)
+    halves = replace(WHOLE, shards=2)
+    assert halves.working == int((6.8 + 6) * (55_800 + 256) * 2048 * 2)
+    assert replace(WHOLE, block=100).working == WHOLE.working + 100
+
+
+def test_tokens_of_a_video():
+    assert geometry.video_tokens(121, 720, 1280) == 111_600
+    assert geometry.video_tokens(49, 720, 1280) == 46_800
+    assert geometry.video_tokens(121, 720, 1280, (1, 2, 2)) == 31 * 22 * 40
+
+
+def test_on_a_large_gpu_everything_is_resident():
+    fit = budget.plan_blocks("video", WEIGHTS, WHOLE.working, H100)
+    assert (fit.offloaded, fit.host, fit.tight) == (0, 0, False)
+    assert fit.total == WEIGHTS.total + WHOLE.working
+    assert fit.describe(54) == "offloaded blocks: none (all of them resident need 18.4 GiB, 78.9 GiB are free)"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "denoising", "offloaded"), [(24, WHOLE, 0), (16, WHOLE, 16), (12, WHOLE, 31), (8, WHOLE, 45)]
+)
+def test_as_many_blocks_as_fit_are_resident(gigabytes, denoising, offloaded):
+    free = budget.card(gigabytes)
+    fit = budget.plan_blocks("video", WEIGHTS, denoising.working, free)
+    assert fit.offloaded == offloaded
+    assert fit.total <= free.device - budget.RESERVE
+    assert fit.host == offloaded * WEIGHTS.each
+    if offloaded:
+        one_less = budget.device_parts(WEIGHTS, denoising.working, offloaded - 1)
+        assert sum(one_less.values()) > free.device - budget.RESERVE
+
+
+def test_what_fits_without_the_reserve_alone_is_tried():
+    need = int(total(WHOLE, STREAMED) * GIB)
+    fit = budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(need + 100, 64 * GIB))
+    assert fit.offloaded == 54 and fit.tight
+    assert fit.describe(54).endswith("are free; that leaves little room)")
+    with pytest.raises(InputError, match=r"video with 54 of 54 blocks offloaded needs 3\.8 GiB of GPU memory"):
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(need - 100, 64 * GIB))
+
+
+def test_a_number_that_was_asked_for_is_honoured_or_refused():
+    assert budget.plan_blocks("video", WEIGHTS, WHOLE.working, H100, asked=7).offloaded == 7
+    assert budget.plan_blocks("video", WEIGHTS, WHOLE.working, H100, asked=54).reason == "as asked"
+    with pytest.raises(InputError, match="--offload_blocks 55 is more than the 54 blocks of video"):
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, H100, asked=55)
+    with pytest.raises(InputError) as refused:
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, budget.card(16), asked=0, remedies=["--enable_offloading"])
+    assert str(refused.value) == (
+        "video needs 18.4 GiB of GPU memory (weights 15.5 GiB, working memory 2.9 GiB); "
+        "free: GPU 15.2 GiB, host 64.0 GiB. What would help: --enable_offloading"
+    )
+
+
+def test_a_host_that_cannot_hold_the_offloaded_blocks_is_named():
+    with pytest.raises(InputError, match=r"video with 42 of 54 blocks offloaded needs 11\.8 GiB of host memory"):
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(8 * GIB, 8 * GIB))
+
+
+def test_on_a_cpu_each_process_has_its_own_weights_and_one_copy_is_shared():
+    assert budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(None, 16 * GIB)).offloaded == 0
+    with pytest.raises(InputError, match=r"video needs 31\.0 GiB of host memory"):
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(None, 30 * GIB), ranks=2)
+    offloaded = budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(None, 18 * GIB), asked=54, ranks=2)
+    assert offloaded.host == 54 * WEIGHTS.each
+
+
+def remedies(free: FreeMemory, denoising: DenoisingSize = WHOLE, **given) -> list[str]:
+    options = {"asked": None, "num_frames": 121, "float8": False, "resolution": "720p"} | given
+    return estimates.denoising_remedies(WEIGHTS, denoising, free, **options)
+
+
+def test_only_flags_that_would_help_are_named():
+    assert remedies(budget.card(8), asked=0) == ["--enable_offloading, or no flag about offloading"]
+    room = 22 * GIB // 10
+    said = remedies(FreeMemory(room, 64 * GIB))
+    assert said == ["--video_length 53 or less", "--resolution 480p in stage 1", "more GPUs"]
+    assert "--resolution 480p in stage 1" not in remedies(FreeMemory(room, 64 * GIB), resolution="480p")
+    fitting = replace(WHOLE, video_tokens=geometry.video_tokens(53, 720, 1280))
+    assert budget.plan_blocks("video", WEIGHTS, fitting.working, FreeMemory(room, 64 * GIB)).offloaded == 54
+    longer = replace(WHOLE, video_tokens=geometry.video_tokens(57, 720, 1280))
+    with pytest.raises(InputError):
+        budget.plan_blocks("video", WEIGHTS, longer.working, FreeMemory(room, 64 * GIB))
+    assert remedies(FreeMemory(GIB // 2, 64 * GIB)) == ["--resolution 480p in stage 1", "more GPUs"], (
+        "no length would do"
+    )
+    assert remedies(FreeMemory(None, 8 * GIB)) == ["--weights_dtype fp8", "a GPU"]
+
+
+def test_the_longest_video():
+    frame = 45 * 80
+    for frames in (1, 5, 49, 121, 125, 1201):
+        working = replace(WHOLE, video_tokens=geometry.video_tokens(frames, 720, 1280)).working
+        assert estimates.longest_video(working, frame, WHOLE) == frames
+        assert estimates.longest_video(working - 1, frame, WHOLE) == (frames - 4 if frames > 1 else None)
+
+
+def seconds(denoising: DenoisingSize, offloaded: int = 0, **given) -> float | None:
+    options = {"layers": 54, "rows": 2, "ranks": 1, "steps": 50} | given
+    return timings.expected_seconds(given.pop("gpu", timings.H100), denoising, offloaded, **options)
+
+
+def test_expected_time_is_a_measured_one_or_unknown():
+    assert seconds(WHOLE) == pytest.approx(50 * 17.94 + 17.7)
+    assert seconds(replace(SHORT, kernel="cudnn"), 54, steps=10) == pytest.approx(43.8 + 14.4)
+    assert seconds(WHOLE, 54) is None
+    assert seconds(replace(WHOLE, kernel="flash2")) is None
+    assert seconds(replace(WHOLE, video_tokens=111_601)) is None
+    for other in ({"layers": 2}, {"rows": 1}, {"ranks": 2}, {"float8": True}):
+        assert seconds(WHOLE, **other) is None
+    assert timings.expected_seconds("NVIDIA A100", WHOLE, 0, layers=54, rows=2, ranks=1, steps=50) is None
+
+
+# Stage 3
+
+DECODER = {
+    "block_out_channels": [128, 256, 512, 1024, 1024],
+    "layers_per_block": 2,
+    "spatial_compression_ratio": 16,
+    "temporal_compression_ratio": 4,
+}
+DECODER_WEIGHTS = int(1.62 * GIB)
+VIDEO = (121, 720, 1280)
+
+
+def decoding(free: float, **given) -> planning.Decoding:
+    options = {"asked": None, "whole": False} | given
+    return planning.fit_decoding(DECODER, DECODER_WEIGHTS, 2, VIDEO, FreeMemory(int(free * GIB), 64 * GIB), **options)
+
+
+def test_what_a_chunk_of_a_tile_takes():
+    """Counted by hand: 3 tensors of 128 channels for 34 frames, and two frames of each convolution's input."""
+    by_level = [7 * 1024 / 256, 7 * 1024 / 64, 7 * 512 / 16, 7 * 256 / 4, 7 * 128]
+    remembered = 2 * sum(by_level)
+    behind = (3 * 128 * 34 + remembered) * 256 * 256 * 2
+    values = 1024 * 31 * 256 * 2
+    assert planning.decoder_working(8, (121, 256, 256), 256 * 256, DECODER, 2) == behind + values
+    # A video of a single chunk remembers nothing; the mid block then takes more than what is behind it.
+    assert (
+        planning.decoder_working(8, (1, 16, 16), 16 * 16, DECODER, 2)
+        == max(3 * 128 * 3 * 256 * 2, 8 * 1024 * 2 + 10) + 1024 * 2
+    )
+
+
+def test_chunks_are_shorter_where_less_is_free_and_then_tiles_smaller():
+    chosen = [(decoding(free).tile_size, decoding(free).at_once) for free in (80, 6, 5, 4, 3.5)]
+    assert chosen == [(256, 8), (256, 8), (256, 2), (128, 8), (128, 4)]
+    assert decoding(80).reason == "the default"
+    assert decoding(4).reason == "256 px would need 3.8 GiB, 4.0 GiB are free"
+    assert decoding(80).parts["frames"] == 121 * 720 * 1280 * 3
+    with pytest.raises(
+        InputError, match=r"a tile of 128 px, 121 frames, needs 2\.5 GiB .*What would help: fewer frames"
+    ):
+        decoding(2)
+
+
+def test_tiles_that_were_asked_for_are_honoured_or_refused():
+    assert decoding(80, asked=128).tile_size == 128
+    assert decoding(3.8, asked=256).at_once == 1, "without the reserve it fits"
+    with pytest.raises(InputError, match=r"a tile of 256 px, 121 frames, needs 3\.8 GiB .* --tile_size 128"):
+        decoding(3.5, asked=256)
+    assert decoding(24, whole=True).tile_size is None
+    with pytest.raises(InputError, match=r"whole frames, 121 frames, needs 12\.0 GiB .* --tile_size 128"):
+        decoding(11, whole=True)
+
+
+def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
+    def seconds(decoding: planning.Decoding, **given) -> float | None:
+        options = {"gpu": timings.H100, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
+        return planning.decoding_seconds(decoding=decoding, **options)
+
+    assert seconds(decoding(80)) == 8.61
+    assert seconds(decoding(80, whole=True)) == 5.04
+    assert seconds(decoding(5)) is None, "shorter chunks were not measured"
+    narrow = DECODER | {"block_out_channels": [16, 32, 32, 64, 64]}
+    for other in ({"gpu": None}, {"gpu": "NVIDIA A100"}, {"config": narrow}, {"overlap": 0}, {"ranks": 2}):
+        assert seconds(decoding(80), **other) is None
+
+
+def test_a_tile_is_no_larger_than_the_frame():
+    parts = planning.fit_decoding(DECODER, 1, 2, (9, 96, 160), FreeMemory(GIB, GIB), asked=256).parts
+    values = 1024 * 3 * 60 * 2
+    assert parts["working memory"] == 3 * 128 * 11 * 96 * 160 * 2 + values
+
+
+# What is free
+
+
+def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable:     800 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "available"),
+    [
+        ("0::/\n", {}, 800 * 1024),
+        ("", {}, 800 * 1024),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/b/memory.current": "1"}, 800 * 1024),
+        (
+            "0::/a/b\n",  # the parent's limit holds; its page cache is given back
+            {
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "1",
+                "sys/fs/cgroup/a/memory.max": "1000",
+                "sys/fs/cgroup/a/memory.current": "900",
+                "sys/fs/cgroup/a/memory.stat": "anon 400\ninactive_file 200\nactive_file 50\n",
+            },
+            350,
+        ),
+        (
+            "0::/host/path\n",  # a container that sees its own group as the mount
+            {"sys/fs/cgroup/memory.max": "500", "sys/fs/cgroup/memory.current": "700"},
+            0,
+        ),
+        (
+            "5:cpu:/x\n4:memory:/x\n",
+            {
+                "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "1000",
+                "sys/fs/cgroup/memory/x/memory.usage_in_bytes": "300",
+                "sys/fs/cgroup/memory/x/memory.stat": "total_inactive_file 10\ninactive_file 99\n",
+            },
+            710,
+        ),
+    ],
+)
+def test_host_memory_is_what_the_kernel_or_a_cgroup_leaves(tmp_path, cgroup, files, available):
+    assert host_available(machine(tmp_path, cgroup, files)) == available

@@ -1,0 +1,87 @@
+"""The layout over processes: every exchange against what one process holds."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout, split_evenly
+from hunyuan_staged.parallel.world import World
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "plan"),
+    [(1, 2, (1, 1)), (2, 2, (2, 1)), (3, 2, (1, 3)), (4, 2, (2, 2)), (8, 2, (2, 4)), (8, 1, (1, 8)), (7, 2, (1, 7))],
+)
+def test_plan(world, rows, plan):
+    if world == 1:
+        assert make_layout(World(0, 1, torch.device("cpu")), rows) == Layout()
+    else:
+        assert plan_layout(world, rows) == plan
+
+
+@pytest.mark.parametrize(("total", "parts"), [(7, 3), (5, 8), (16, 16), (111600, 7)])
+def test_shares_are_whole_and_even(total, parts):
+    counts = split_evenly(total, parts)
+    assert sum(counts) == total and max(counts) - min(counts) <= 1
+
+
+def test_one_process_moves_nothing():
+    layout, tokens = Layout(), torch.randn(1, 7, 4)
+    assert layout.scatter(tokens) is tokens and layout.gather(tokens, 7) is tokens
+    attended = torch.randn(10, 2, 4)
+    video, text = layout.heads_to_tokens(attended, 2, 7)
+    assert torch.equal(torch.cat([video, text]), attended) and len(video) == 7
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "wish", "plan"),
+    [(4, 2, "auto", (2, 2)), (4, 2, "off", (1, 4)), (6, 2, "on", (2, 3)), (1, 2, "off", (1, 1)), (3, 1, "off", (1, 3))],
+)
+def test_cfg_parallel_is_followed(world, rows, wish, plan):
+    assert plan_layout(world, rows, wish) == plan
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "reason"), [(3, 2, "the number of processes, 3, is odd"), (4, 1, "there is one guidance row")]
+)
+def test_cfg_parallel_on_is_refused_where_it_cannot_be(world, rows, reason):
+    with pytest.raises(InputError, match=f"--cfg_parallel on: {reason}; use auto or off"):
+        plan_layout(world, rows, "on")
+
+
+def exchange(world: World, total: int, heads: int, length: int) -> dict:
+    """What one rank sees of a scatter, both all-to-alls and a gather, on tensors that every rank draws alike."""
+    draw = torch.Generator().manual_seed(3)
+    layout = make_layout(world, 1)
+    tokens = torch.randn(1, total, 6, generator=draw)
+    qkv, text = torch.randn(3, total, heads, 5, generator=draw), torch.randn(3, length, heads, 5, generator=draw)
+    joint = layout.tokens_to_heads(layout.scatter(qkv), text, total)
+    video, back = layout.heads_to_tokens(joint[0], heads, total)
+    sizes = split_evenly(heads, world.size)
+    first = sum(sizes[: world.rank])
+    mine = slice(first, first + sizes[world.rank])
+    return {
+        "gathered": torch.equal(layout.gather(layout.scatter(tokens), total), tokens),
+        "heads": torch.equal(joint, torch.cat([qkv, text], dim=1)[:, :, mine]),
+        "video": torch.equal(video, layout.scatter(qkv[0], dim=0)),
+        "text": torch.equal(back, text[0]),
+    }
+
+
+@pytest.mark.parametrize(("size", "total", "heads", "length"), [(2, 7, 3, 4), (3, 8, 4, 1), (4, 10, 3, 5)])
+def test_exchanges_lose_nothing_when_nothing_divides(size, total, heads, length):
+    for rank, seen in enumerate(run_ranks(size, exchange, total, heads, length)):
+        assert all(seen.values()), (rank, seen)
+
+
+def rows_of(world: World) -> list:
+    layout = make_layout(world, 2)
+    mine = torch.full((1, 2), float(layout.row))
+    return [layout.my_rows(2), [part.tolist() for part in layout.gather_rows(mine)], layout.shard]
+
+
+def test_guidance_rows_run_side_by_side():
+    seen = run_ranks(4, rows_of)
+    both = [[[0.0, 0.0]], [[1.0, 1.0]]]
+    assert seen == [[[0], both, 0], [[0], both, 1], [[1], both, 0], [[1], both, 1]]

@@ -1,0 +1,120 @@
+"""Reading tensors by many threads: the same bytes as safetensors gives, whatever the pieces."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hunyuan_staged.weights import stream
+from hunyuan_staged.weights.stream import Entry, entries, pieces, tensors
+
+CPU = torch.device("cpu")
+
+
+def sample(path) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    content = {
+        "a.large": torch.randn(50, 60, generator=draw),
+        "b.half": torch.randn(7, 3, generator=draw).to(torch.bfloat16),
+        "c.bytes": torch.randint(255, (13,), dtype=torch.uint8, generator=draw),
+        "d.eighth": torch.randn(9, generator=draw).to(torch.float8_e4m3fn),
+        "e.empty": torch.zeros(0, 4),
+        "f.number": torch.tensor(7, dtype=torch.int64),
+        "g.flags": torch.tensor([True, False, True]),
+    }
+    save_file(content, path, metadata={"format": "pt"})
+    return content
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check(read: dict[str, torch.Tensor], content: dict[str, torch.Tensor]) -> None:
+    assert read.keys() == content.keys()
+    for name, tensor in content.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape), name
+        assert bits(read[name]) == bits(tensor), name
+        assert read[name].untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1000, 2**20])
+@pytest.mark.parametrize("workers", [1, 5])
+def test_whatever_the_pieces_all_bytes_arrive(tmp_path, piece, workers):
+    content = sample(tmp_path / "x.safetensors")
+    check(dict(tensors(tmp_path / "x.safetensors", list(content), CPU, workers=workers, piece=piece)), content)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("piece", [1000, 2**24])
+def test_on_a_gpu_too(tmp_path, piece):
+    content = sample(tmp_path / "x.safetensors")
+    content["h.many"] = torch.randn(3000, 2000)
+    save_file(content, tmp_path / "x.safetensors")
+    read = dict(tensors(tmp_path / "x.safetensors", list(content), torch.device("cuda"), piece=piece))
+    assert {tensor.device.type for tensor in read.values()} == {"cuda"}
+    check(read, content)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    """Pieces do not span what nobody wants."""
+    path = tmp_path / "x.safetensors"
+    content = sample(path)
+    spans = []
+
+    def counted(file, buffer, start):
+        spans.append((start, start + len(buffer)))
+        return read(file, buffer, start)
+
+    read = stream._read
+    monkeypatch.setattr(stream, "_read", counted)
+    names = ["a.large", "c.bytes", "f.number"]
+    check(dict(tensors(path, names, CPU)), {name: content[name] for name in names})
+    held = entries(path)
+    assert sum(end - start for start, end in spans) == sum(held[name].end - held[name].start for name in names)
+
+
+def test_the_header_is_read_as_safetensors_reads_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    content = sample(path)
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == entries(path).keys()
+        assert file.metadata() == {"format": "pt"}
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries(path).items()} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in content.items()
+    }
+
+
+def test_neighbours_share_a_piece_and_large_ones_have_several():
+    a, b, c, d = (
+        Entry(name, torch.uint8, (end - start,), start, end)
+        for name, start, end in (("a", 8, 10), ("b", 10, 35), ("none", 35, 35), ("d", 40, 45))
+    )
+    assert list(pieces([d, c, b, a], 10)) == [
+        (8, 18, [a, b]),
+        (18, 28, [b]),
+        (28, 35, [b, c]),
+        (40, 45, [d]),
+    ]
+
+
+def test_a_file_that_was_cut_off(tmp_path):
+    """It may be cut between the look at its header and the reading."""
+    path = tmp_path / "x.safetensors"
+    content = sample(path)
+    held = entries(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="it ends before its tensors do"):
+        list(tensors(path, list(content), CPU))
+    assert held == entries(path)
+    path.write_bytes((10**6).to_bytes(8, "little"))
+    with pytest.raises(ValueError, match="its header is cut off"):
+        entries(path)
+
+
+def test_a_dtype_that_torch_cannot_hold(tmp_path):
+    path = tmp_path / "x.safetensors"
+    header = b'{"x":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(ValueError, match=r"x is of dtype F4; read are BOOL, .*, F64"):
+        entries(path)
