@@ -16,7 +16,7 @@ SPATIAL_RATIO = 16
 TEMPORAL_RATIO = 4
 
 # The side of the square whose area a resolution keeps at every aspect ratio (official code: target_size_config).
-BUCKET_BASE = {"demo": 128, "360p": 480, "480p": 640, "720p": 960, "1080p": 1440}
+BUCKET_BASE = {"demo": 128, "360p": 480, "480p": 640, "720p": 960, "1080p": 1440, "demo_hd": 192}
 MAX_RATIO = 4.0
 
 
@@ -56,6 +56,19 @@ def size_for_ratio(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     if not (0 < width < math.inf and 0 < height < math.inf):
         raise InputError(f"--aspect_ratio {aspect_ratio!r} is not width:height with two positive numbers, e.g. 16:9")
     return nearest_size(resolution, height / width)
+
+
+def enlarged_size(base: str, resolution: str, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) in pixels that super resolution gives a base run's height x width.
+
+    The bucket of the resolution whose width / height is nearest, the first of equally near ones in the order of the
+    official list, whose first number is the width here. (By height / width
+    4 of the 181 sizes of 720p would become others.) Raises InputError for a size that is no bucket of the base.
+    """
+    if (height, width) not in size_buckets(BUCKET_BASE[base]):
+        raise InputError(f"{width}x{height} is no size of {base}, from which super resolution to {resolution} starts")
+    sizes = ((rows, columns) for columns, rows in size_buckets(BUCKET_BASE[resolution]))
+    return min(sizes, key=lambda size: abs(size[1] / size[0] - width / height))
 
 
 def check_aspect_ratio(aspect_ratio: str) -> str:

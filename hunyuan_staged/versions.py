@@ -115,6 +115,70 @@ def parse_version(name: str) -> TransformerVersion:
     )
 
 
+@dataclass(frozen=True)
+class SuperResolutionVersion:
+    """One set of super-resolution weights, a transformer and a latent upsampler, and the settings they were made for.
+
+    One serves text and image to video, and every variant of the transformers of base.
+    """
+
+    base: str
+    resolution: str
+    num_inference_steps: int
+    flow_shift: float = 2.0
+    guidance_scale: float = 1.0  # distilled: the negative branch is not run
+    use_meanflow: bool = True
+
+    @property
+    def name(self) -> str:
+        """The folder name under transformer/ and upsampler/, e.g. 720p_sr_distilled."""
+        return f"{self.resolution}_sr_distilled"
+
+
+# Source: the official implementation's command line and pipeline configs.
+SUPER_RESOLUTION = {
+    version.resolution: version
+    for version in (
+        SuperResolutionVersion("480p", "720p", 6),
+        SuperResolutionVersion("720p", "1080p", 8),
+        SuperResolutionVersion("demo", "demo_hd", 6),
+    )
+}
+
+
+def super_resolution_version(resolution: str) -> SuperResolutionVersion:
+    """The version that enlarges to a resolution; InputError where there is none."""
+    if resolution not in SUPER_RESOLUTION:
+        raise InputError(f"super resolution to {resolution!r} does not exist; allowed: {', '.join(SUPER_RESOLUTION)}")
+    return SUPER_RESOLUTION[resolution]
+
+
+def super_resolution_named(name: str) -> SuperResolutionVersion | None:
+    """The version with this folder name, e.g. 720p_sr_distilled; None where it is none of super resolution."""
+    return next((version for version in SUPER_RESOLUTION.values() if version.name == name), None)
+
+
+def super_resolution_chain(base: str, resolution: str) -> list[SuperResolutionVersion]:
+    """The versions that lead from the resolution of a base run to a larger one, in order; InputError where none do."""
+    chain = [super_resolution_version(resolution)]
+    while chain[0].base != base:
+        if chain[0].base not in SUPER_RESOLUTION:
+            allowed = [name for name in SUPER_RESOLUTION if _leads(base, name)]
+            raise InputError(
+                f"super resolution to {resolution} does not start from {base}; allowed: {', '.join(allowed) or 'none'}"
+            )
+        chain.insert(0, SUPER_RESOLUTION[chain[0].base])
+    return chain
+
+
+def _leads(base: str, resolution: str) -> bool:
+    while resolution in SUPER_RESOLUTION:
+        resolution = SUPER_RESOLUTION[resolution].base
+        if resolution == base:
+            return True
+    return False
+
+
 def parse_block_range(flag: str, text: str) -> range:
     """Which blocks "FIRST-LAST" means, both included, counted from 0; InputError names the flag."""
     match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)

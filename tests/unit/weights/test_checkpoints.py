@@ -225,9 +225,9 @@ def test_an_official_config_becomes_diffusers_arguments():
         ({"guidance_embed": True}, "c.json: guidance_embed is True; this suite runs guidance_embed = False only"),
         (
             {"concat_condition": False},
-            "c.json: concat_condition is False; this suite runs concat_condition = True only",
+            "c.json: in_channels 32 with concat_condition False is an input of 32 channels; this suite runs 65 and 98 only",
         ),
-        ({"ideal_resolution": "8k"}, "c.json: ideal_resolution is '8k'; known: demo, 360p, 480p, 720p, 1080p"),
+        ({"ideal_resolution": "8k"}, "c.json: ideal_resolution is '8k'; known: demo, 360p, 480p, 720p, 1080p, demo_hd"),
     ],
 )
 def test_a_transformer_that_this_suite_does_not_run_is_refused_by_name(change, message):
@@ -657,7 +657,7 @@ def test_a_diffusers_folder_is_of_the_version_that_its_configs_say(tmp_path, con
 def test_a_diffusers_transformer_of_unknown_size_is_refused(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text('{"target_size": 7}')
-    with pytest.raises(InputError, match=r"config.json: target_size is 7; known: 128, 480, 640, 960, 1440$"):
+    with pytest.raises(InputError, match=r"config.json: target_size is 7; known: 128, 480, 640, 960, 1440, 192$"):
         open_model(tmp_path, ("transformer",)).versions()
 
 
