@@ -9,6 +9,7 @@ import torch
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import guide
 from hunyuan_staged.sampling.schedule import euler_step, timesteps_of
 
@@ -18,7 +19,7 @@ VelocityModel = Callable[..., torch.Tensor]  # of (hidden_states, timestep, cond
 def denoise(
     velocity: VelocityModel,
     noise: torch.Tensor,
-    condition: torch.Tensor,
+    condition: torch.Tensor | Condition,
     rows: Sequence[Conditioning],
     sigmas: torch.Tensor,
     *,
@@ -32,19 +33,22 @@ def denoise(
 ) -> torch.Tensor:
     """Latents [1, 32, T, h, w] in float32 from noise of that shape, by Euler steps along the guided velocity.
 
-    velocity: one transformer forward. condition [1, 33, T, h, w]: condition latents and mask. rows: one Conditioning
-    without guidance, [negative, positive] with it. sigmas [steps + 1], from 1 to 0. With use_meanflow the transformer
-    also gets the timestep it steps to. cache: a cache.Cache. start: how many steps have been done; noise is then the
-    latents that on_step got after them, in float32, from which the loop goes on bit for bit. on_step(i, latents) is
-    called after step i, counted from 0; it must not change the latents, which stay as they are after it.
+    velocity: one transformer forward. condition: the channels behind the latents, [1, 33, T, h, w] at every step, or what
+    gives those of a step's timestep. rows: one Conditioning without guidance, [negative, positive] with it. sigmas
+    [steps + 1], from 1 to 0. With use_meanflow the transformer also gets the timestep it steps to. cache: a cache.Cache.
+    start: how many steps have been done; noise is then the latents that on_step got after them, in float32, from which
+    the loop goes on bit for bit. on_step(i, latents) is called after step i, counted from 0; it must not change the
+    latents, which stay as they are after it.
     """
     layout = layout or Layout()
-    latents, condition = noise.float(), condition.to(noise.device)
-    levels = sigmas.tolist()
+    latents = noise.float()
+    # On the host, too, so that no step waits for the device.
+    levels, times = sigmas.tolist(), timesteps_of(sigmas).tolist()
     timesteps = timesteps_of(sigmas).to(noise.device)
     steps = len(levels) - 1
     for i in progress(range(start, steps), desc="denoising", unit="step", initial=start, total=steps):
-        hidden_states = torch.cat([latents.to(condition.dtype), condition], dim=1)
+        channels = (condition(times[i]) if callable(condition) else condition).to(noise.device)
+        hidden_states = torch.cat([latents.to(channels.dtype), channels], dim=1)
         timestep_r = timesteps[i + 1 : i + 2] if use_meanflow else None
         mine = [
             velocity(

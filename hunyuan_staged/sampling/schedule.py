@@ -29,3 +29,13 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, next
 def initial_noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
     """The starting noise [1, 32, T, h, w]: drawn on the CPU in the transformer's dtype, so that it depends on no device."""
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
+
+
+def super_resolution_noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(starting noise, noise for the enlarged latents), each of shape [1, 32, T, H, W]: two draws of one CPU generator.
+
+    The official code takes the second from the device's own generator, which nothing seeds; drawn so, runs repeat.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    first, second = (torch.randn(tuple(shape), generator=generator, dtype=dtype) for _ in range(2))
+    return first, second

@@ -57,13 +57,11 @@ _OFFICIAL_TRANSFORMER = {
     "vision_states_dim": "image_embed_dim",
     "use_meanflow": "use_meanflow",
     "out_channels": "out_channels",
-    "ideal_task": "task_type",
 }
 # What all published transformers have in common, and the only value that this suite runs; absent means this value.
 _ONLY = {
     "mm_single_blocks_depth": 0,
     "guidance_embed": False,
-    "concat_condition": True,
     "is_reshape_temporal_channels": False,
 }
 _OFFICIAL_VAE = {
@@ -109,15 +107,32 @@ def official_transformer_config(
     patch = config["patch_size"]
     return {
         **arguments,
-        # latents, condition latents, mask
-        "in_channels": 2 * config["in_channels"] + 1,
+        "in_channels": _input_channels(config, origin),
         "attention_head_dim": config["hidden_size"] // config["heads_num"],
         "patch_size_t": patch[0],
         "patch_size": patch[1],
         "rope_axes_dim": tuple(config["rope_dim_list"]),
         "text_embed_2_dim": glyph_width,
         "target_size": BUCKET_BASE[resolution],
+        "task_type": config.get("ideal_task"),  # none for super resolution, which serves every task
     }
+
+
+def _input_channels(config: Mapping[str, Any], origin: str | Path) -> int:
+    """How many channels an official transformer takes; InputError where they are of no transformer that this suite runs.
+
+    With concat_condition there are condition latents and a mask beside the in_channels. Super resolution has none of it
+    and counts all its channels: latents, the image's latents and mask, the low-resolution latents and mask.
+    """
+    latents = config["out_channels"]
+    concat = config.get("concat_condition", True)
+    channels = 2 * config["in_channels"] + 1 if concat else config["in_channels"]
+    if channels not in (2 * latents + 1, 3 * latents + 2):
+        raise InputError(
+            f"{origin}: in_channels {config['in_channels']} with concat_condition {concat} is an input of {channels} "
+            f"channels; this suite runs {2 * latents + 1} and {3 * latents + 2} only"
+        )
+    return channels
 
 
 def official_vae_config(config: Mapping[str, Any], origin: str | Path = "the VAE's config") -> dict[str, Any]:

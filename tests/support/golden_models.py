@@ -1,14 +1,17 @@
 """The transformers whose golden numbers are in tests/golden, and the inputs that belong to them."""
 
 import json
+from pathlib import Path
 
 import torch
 from conftest import golden_weights
 from safetensors import safe_open
 
 from hunyuan_staged.models.embeddings import Conditioning, conditioning_of
+from hunyuan_staged.models.upsampler import build_upsampler
 from hunyuan_staged.weights.configs import official_transformer_config
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_diffusers
+from hunyuan_staged.weights.upsampler import upsampler_kind
 
 CPU = torch.device("cpu")
 SHAPES = {"dit_t2v": "dit_shapes", "dit_i2v": "dit_shapes", "dit_meanflow": "dit_meanflow_shapes"}
@@ -63,3 +66,11 @@ def golden_rows(tensors: dict, device: torch.device = CPU) -> list[Conditioning]
         )
         for row in range(2)
     ]
+
+
+def golden_upsampler(folder: Path, kind: str, config: dict):
+    weights = golden_weights(folder / f"sr_upsampler_{kind}_shapes.json")
+    assert upsampler_kind(weights) == kind
+    upsampler = build_upsampler(kind, config)
+    upsampler.load_state_dict(weights)
+    return upsampler.eval()

@@ -1,0 +1,273 @@
+"""Super resolution against the official numbers: a forward, whole runs; and mistakes that must show."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from golden_models import CPU, build, distance, golden_upsampler, load
+from ranks import run_ranks
+
+from hunyuan_staged.attention.choose import choose_attention
+from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.transformer import Transformer
+from hunyuan_staged.parallel.layout import Layout, make_layout
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.sampling.conditions import (
+    LowResolutionCondition,
+    augment,
+    condition_channels,
+    resize_latents,
+    upsample_latents,
+)
+from hunyuan_staged.sampling.loop import denoise
+from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, super_resolution_noise, timesteps_of
+from hunyuan_staged.versions import super_resolution_version
+from hunyuan_staged.weights.configs import official_transformer_config
+from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
+
+BOUND = 1e-4  # relative, to the official numbers
+# What the least of the mistakes below moves the loops' latents by, relative, as measured: 0.02.
+MISTAKE = 100 * BOUND
+LOOPS = ("720p_t2v", "720p_cfg", "1080p_i2v")
+
+
+def test_the_published_transformer_has_the_official_tensors(golden_folder):
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    published = json.loads((golden_folder / "sr_full_transformer_shapes.json").read_text())
+    config = published["config"] | {"ideal_resolution": "720p"}
+    with torch.device("meta"):
+        model = HunyuanVideo15Transformer3DModel(**official_transformer_config(config, 1472))
+    official = to_official(model.state_dict(), TRANSFORMER_MAP)
+    assert {name: list(x.shape) for name, x in official.items()} == published["tensors"]
+    assert len(official) == 1797
+
+
+def text_row(tensors: dict, row: int = 0):
+    names = ("text_states", "text_mask", "byt5_states", "byt5_mask")
+    ours = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+    embeddings = {our: tensors[name][row : row + 1] for our, name in zip(ours, names, strict=True)}
+    embeddings["image_embeds"] = tensors["vision_states"]
+    return conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+
+
+def golden_transformer(folder: Path, latent_size, layout: Layout | None = None) -> Transformer:
+    config = json.loads(load(folder / "sr_dit_t2v.safetensors")[1]["config"])
+    model = build(folder, config, "sr_dit_shapes")
+    return Transformer(model, choose_attention("torch", CPU, torch.float32), latent_size, layout)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_forward_gives_the_official_numbers(golden_folder, task):
+    tensors, _ = load(golden_folder / f"sr_dit_{task}.safetensors")
+    velocity = golden_transformer(golden_folder, tensors["hidden_states"].shape[2:])
+    out = velocity(tensors["hidden_states"], tensors["timestep"], text_row(tensors), tensors["timestep_r"])
+    assert distance(out, tensors["output"]) < 1e-5
+
+
+@dataclass
+class Golden:
+    """A golden run, and the parts that ours is made of."""
+
+    tensors: dict
+    metadata: dict
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        return self.metadata["sr_version"].removesuffix("_sr_distilled")
+
+    def upsampled(self) -> torch.Tensor:
+        upsampler = golden_upsampler(self.folder, self.kind, json.loads(self.metadata["upsampler"]))
+        size = self.tensors["noise"].shape[-2:]
+        return upsample_latents(upsampler, self.tensors["lq_latents"], *size, torch.float32)
+
+    def condition(self) -> LowResolutionCondition:
+        _, noise = super_resolution_noise(self.tensors["noise"].shape, int(self.metadata["seed"]), torch.float32)
+        image = condition_channels(self.tensors["noise"], self.tensors.get("image_latents"))
+        return LowResolutionCondition(image, augment(self.upsampled(), noise))
+
+    def run(self, *, condition=None, shift=None, meanflow=True, layout=None, velocity=None) -> list[torch.Tensor]:
+        """The latents after each step."""
+        noise, _ = super_resolution_noise(self.tensors["noise"].shape, int(self.metadata["seed"]), torch.float32)
+        guidance_scale = float(self.metadata["guidance_scale"])
+        transformer = golden_transformer(self.folder, noise.shape[2:], layout)
+        steps: list[torch.Tensor] = []
+        denoise(
+            transformer if velocity is None else lambda *args: velocity(transformer, *args),
+            noise,
+            condition or self.condition(),
+            [text_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
+            flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
+            guidance_scale=guidance_scale,
+            use_meanflow=meanflow,
+            layout=layout,
+            on_step=lambda _, latents: steps.append(latents),
+        )
+        return steps
+
+
+def golden_run(folder: Path, name: str) -> Golden:
+    return Golden(*load(folder / f"sr_loop_{name}.safetensors"), folder)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_whole_run_gives_the_official_latents(golden_folder, name):
+    run = golden_run(golden_folder, name)
+    version = super_resolution_version(run.kind)
+    assert float(run.metadata["shift"]) == version.flow_shift
+    if name != "720p_cfg":
+        assert int(run.metadata["steps"]) == version.num_inference_steps
+        assert float(run.metadata["guidance_scale"]) == version.guidance_scale
+    tensors = run.tensors
+    noises = super_resolution_noise(tensors["noise"].shape, int(run.metadata["seed"]), torch.float32)
+    assert torch.equal(noises[0], tensors["noise"]) and torch.equal(noises[1], tensors["lq_noise"])
+    assert torch.equal(noises[0], initial_noise(tensors["noise"].shape, int(run.metadata["seed"]), torch.float32))
+    resized = resize_latents(tensors["lq_latents"], *tensors["noise"].shape[-2:])
+    assert distance(resized, tensors["lq_resized"]) < BOUND
+    assert distance(run.upsampled(), tensors["lq_upsampled"]) < BOUND
+    condition = run.condition()
+    assert distance(condition(1000.0), tensors["condition"]) < BOUND
+    assert torch.equal(condition(300.0), tensors["condition_last"])
+    steps = run.run()
+    for ours, theirs in zip(steps, tensors["latents_steps"], strict=True):
+        assert distance(ours, theirs[None]) < BOUND
+    assert distance(steps[-1], tensors["latents"]) < BOUND
+
+
+@pytest.mark.parametrize(("resolution", "seen"), [("720p", 3), ("1080p", 4)])
+def test_the_first_steps_alone_see_the_low_resolution_latents(resolution, seen):
+    """3 of 6, and 4 of 8, as in the official schedules; the image's channels stay."""
+    version = super_resolution_version(resolution)
+    image = condition_channels(torch.zeros(1, 32, 2, 3, 4), torch.full((1, 32, 1, 3, 4), 2.0))
+    condition = LowResolutionCondition(image, torch.full((1, 32, 2, 3, 4), 3.0))
+    timesteps = timesteps_of(flow_sigmas(version.num_inference_steps, version.flow_shift))[:-1].tolist()
+    channels = [condition(timestep) for timestep in timesteps]
+    assert [bool(x[:, 33:].any()) for x in channels] == [i < seen for i in range(version.num_inference_steps)]
+    assert all(torch.equal(x[:, :33], image) and x.shape == (1, 66, 2, 3, 4) for x in channels)
+    assert channels[0][:, 33:65].eq(3).all() and channels[0][:, 65].eq(1).all()
+    assert condition(700.0)[:, 33:].any() and not condition(699.99).to(torch.float64)[:, 33:].any()
+
+
+def test_the_condition_has_the_dtype_of_the_image_channels():
+    image = condition_channels(torch.zeros(1, 32, 1, 2, 2, dtype=torch.bfloat16), None)
+    condition = LowResolutionCondition(image, torch.ones(1, 32, 1, 2, 2))
+    assert condition(1000.0).dtype == condition(0.0).dtype == torch.bfloat16
+
+
+# -- mistakes: each must move the latents far beyond the bound --
+
+
+def always_seen(run: Golden):
+    condition = run.condition()
+    return {"condition": lambda _: condition(1000.0)}
+
+
+def mask_kept(run: Golden):
+    """Below timestep 700 the latents go, and their mask stays."""
+    condition = run.condition()
+    mask = condition(1000.0)[:, 65:]
+    return {"condition": lambda timestep: torch.cat([condition(timestep)[:, :65], mask], dim=1)}
+
+
+def mask_before_its_latents(run: Golden):
+    condition = run.condition()
+    return {"condition": lambda timestep: condition(timestep)[:, [*range(33), 65, *range(33, 65)]]}
+
+
+def image_and_latents_swapped(run: Golden):
+    condition = run.condition()
+    return {"condition": lambda timestep: condition(timestep)[:, [*range(33, 66), *range(33)]]}
+
+
+def image_mask_among_the_latents(run: Golden):
+    """As another engine does: the image's mask in the first channel of the low-resolution latents, its own all zeros."""
+    condition = run.condition()
+
+    def channels(timestep: float) -> torch.Tensor:
+        x = condition(timestep).clone()
+        x[:, 33], x[:, 32] = x[:, 32].clone(), 0
+        return x
+
+    return {"condition": channels}
+
+
+def no_shift(run: Golden):
+    return {"shift": 1.0}
+
+
+def shift_of_the_base(run: Golden):
+    return {"shift": 5.0}
+
+
+def strength_swapped(run: Golden):
+    noise = run.tensors["lq_noise"]
+    return {"condition": LowResolutionCondition(run.condition().image, 0.7 * run.upsampled() + 0.3 * noise)}
+
+
+def no_noise(run: Golden):
+    return {"condition": LowResolutionCondition(run.condition().image, run.upsampled())}
+
+
+def the_first_draw_again(run: Golden):
+    latents = augment(run.upsampled(), run.tensors["noise"])
+    return {"condition": LowResolutionCondition(run.condition().image, latents)}
+
+
+def not_upsampled(run: Golden):
+    latents = augment(run.tensors["lq_resized"], run.tensors["lq_noise"])
+    return {"condition": LowResolutionCondition(run.condition().image, latents)}
+
+
+def no_meanflow(run: Golden):
+    return {"meanflow": False}
+
+
+def meanflow_of_its_own_timestep(run: Golden):
+    def velocity(transformer, hidden_states, timestep, conditioning, timestep_r):
+        return transformer(hidden_states, timestep, conditioning, timestep)
+
+    return {"velocity": velocity}
+
+
+MISTAKES = (
+    always_seen,
+    mask_kept,
+    mask_before_its_latents,
+    image_and_latents_swapped,
+    image_mask_among_the_latents,
+    no_shift,
+    shift_of_the_base,
+    strength_swapped,
+    no_noise,
+    the_first_draw_again,
+    not_upsampled,
+    no_meanflow,
+    meanflow_of_its_own_timestep,
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("name", ["720p_t2v", "1080p_i2v"])
+def test_a_mistake_is_far_beyond_the_bound(golden_folder, name, mistake):
+    run = golden_run(golden_folder, name)
+    assert distance(run.run(**mistake(run))[-1], run.tensors["latents"]) > MISTAKE
+
+
+# -- several processes --
+
+
+def run_on(world: World, folder: Path, name: str) -> torch.Tensor:
+    run = golden_run(folder, name)
+    guided = float(run.metadata["guidance_scale"]) > 1
+    return run.run(layout=make_layout(world, 2 if guided else 1))[-1]
+
+
+@pytest.mark.parametrize(("size", "name"), [(2, "720p_cfg"), (3, "1080p_i2v"), (2, "720p_t2v")])
+def test_processes_give_what_one_gives(golden_folder, size, name):
+    """With a guidance row each the same arithmetic, hence the same bits; shards split sums."""
+    one = golden_run(golden_folder, name).run()[-1]
+    for latents in run_ranks(size, run_on, golden_folder, name):
+        assert torch.equal(latents, one) if name == "720p_cfg" else distance(latents, one) < 1e-5
