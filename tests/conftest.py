@@ -68,18 +68,24 @@ def tiny_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _drawn(tmp_path_factory, "diffusers")
 
 
-def _drawn(factory: pytest.TempPathFactory, layout: str) -> Path:
+@pytest.fixture(scope="session")
+def tiny_super_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_official with demo_hd_sr_distilled beside its transformers. Read only: tests share it."""
+    return _drawn(tmp_path_factory, "official", "demo_t2v", "demo_i2v", "demo_hd_sr_distilled")
+
+
+def _drawn(factory: pytest.TempPathFactory, layout: str, *versions: str) -> Path:
     from filelock import FileLock
 
-    from hunyuan_staged.demo.draw import draw_checkpoint
+    from hunyuan_staged.demo.draw import DEMO_VERSIONS, draw_checkpoint
 
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # of all workers of this run
-    folder = base / f"tiny_{layout}"
+    folder = base / "_".join(["tiny", layout, *versions])
     with FileLock(base / f"{folder.name}.lock"):
         if not folder.exists():
-            draw_checkpoint(folder, layout=layout)
+            draw_checkpoint(folder, layout=layout, versions=versions or DEMO_VERSIONS)
     return folder
 
 

@@ -20,7 +20,15 @@ from torch import nn
 from hunyuan_staged.encoders.text import SYSTEM_PROMPT
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
-from hunyuan_staged.versions import TransformerVersion, parse_version
+from hunyuan_staged.models.upsampler import build_upsampler
+from hunyuan_staged.versions import (
+    SuperResolutionVersion,
+    TransformerVersion,
+    parse_version,
+    super_resolution_named,
+)
+
+Version = TransformerVersion | SuperResolutionVersion
 
 LAYOUTS = ("official", "diffusers")
 DEMO_VERSIONS = ("demo_t2v", "demo_i2v")
@@ -95,6 +103,8 @@ class Sizes:
     latent_channels: int = 32
     vae_channels: tuple[int, ...] = (16, 16, 32, 32, 64)
     vae_layers: int = 1
+    upsampler_channels: int = 32
+    upsampler_blocks: int = 1
 
 
 TINY = Sizes()
@@ -106,7 +116,8 @@ class Modules:
 
     language_model: Qwen2_5_VLTextModel with all its layers; language_config: config.json in the hub's form.
     glyph_tokenizer and glyph_encoder (T5EncoderModel) already know the tokens of colors and fonts.
-    transformers: HunyuanVideo15Transformer3DModel by version name, e.g. demo_t2v.
+    transformers: HunyuanVideo15Transformer3DModel by version name, e.g. demo_t2v. upsamplers: those of the versions of
+    super resolution, e.g. demo_hd_sr_distilled, as (module, its config).
     """
 
     tokenizer: Any
@@ -118,6 +129,7 @@ class Modules:
     image_encoder: Any
     vae: Any
     transformers: dict[str, Any]
+    upsamplers: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     colors: dict[str, int] = field(default_factory=lambda: dict(COLORS))
     fonts: dict[str, int] = field(default_factory=lambda: dict(FONTS))
 
@@ -159,12 +171,19 @@ def build_modules(
             image_processor=build_image_processor(sizes),
             image_encoder=build_image_encoder(sizes),
             vae=build_vae(sizes),
-            transformers={name: build_transformer(sizes, parse_version(name)) for name in versions},
+            transformers={name: build_transformer(sizes, any_version(name)) for name in versions},
+            upsamplers={
+                name: build_enlarger(sizes, version)
+                for name in versions
+                if isinstance(version := any_version(name), SuperResolutionVersion)
+            },
         )
     for part in ("language_model", "glyph_encoder", "image_encoder", "vae"):
         draw_weights(getattr(modules, part), f"{seed}/{part}")
     for name, transformer in modules.transformers.items():
         draw_weights(transformer, f"{seed}/{name}")
+    for name, (upsampler, _) in modules.upsamplers.items():
+        draw_weights(upsampler, f"{seed}/upsampler/{name}")
     return modules
 
 
@@ -351,11 +370,17 @@ def build_image_encoder(sizes: Sizes) -> nn.Module:
     )
 
 
-def build_transformer(sizes: Sizes, version: TransformerVersion) -> Any:
+def any_version(name: str) -> Version:
+    """The version of a folder below transformer/, super resolution's too; InputError where it is none."""
+    return super_resolution_named(name) or parse_version(name)
+
+
+def build_transformer(sizes: Sizes, version: Version) -> Any:
     from diffusers import HunyuanVideo15Transformer3DModel
 
+    enlarging = isinstance(version, SuperResolutionVersion)
     return HunyuanVideo15Transformer3DModel(
-        in_channels=2 * sizes.latent_channels + 1,
+        in_channels=(3 * sizes.latent_channels + 2) if enlarging else (2 * sizes.latent_channels + 1),
         out_channels=sizes.latent_channels,
         num_attention_heads=sizes.transformer_heads,
         attention_head_dim=sizes.transformer_head_dim,
@@ -366,9 +391,24 @@ def build_transformer(sizes: Sizes, version: TransformerVersion) -> Any:
         image_embed_dim=sizes.image_width,
         rope_axes_dim=sizes.transformer_rope,
         target_size=BUCKET_BASE[version.resolution],
-        task_type=version.task,
+        task_type=version.task if isinstance(version, TransformerVersion) else None,
         use_meanflow=version.use_meanflow,
     )
+
+
+def build_enlarger(sizes: Sizes, version: SuperResolutionVersion) -> tuple[Any, dict[str, Any]]:
+    """(latent upsampler, its config): of the 1080p kind for 1080p, else of the 720p kind."""
+    channels, width = sizes.latent_channels, sizes.upsampler_channels
+    config: dict[str, Any] = {"out_channels": channels}
+    if version.resolution == "1080p":
+        kind = "1080p"
+        config |= {"z_channels": channels, "block_out_channels": [channels, width]}
+        config |= {"num_res_blocks": sizes.upsampler_blocks}
+    else:
+        kind = "720p"
+        config |= {"in_channels": channels, "hidden_channels": width}
+        config |= {"num_blocks": sizes.upsampler_blocks, "global_residual": False}
+    return build_upsampler(kind, config), config
 
 
 def build_vae(sizes: Sizes) -> Any:
@@ -402,8 +442,14 @@ def save_official(
         _save_image_encoder(root / "vision_encoder" / "siglip", modules, dtype)
         for name in versions or tuple(modules.transformers):
             _save_official_transformer(
-                root / "transformer" / name, modules.transformers[name], parse_version(name), dtype, shard_bytes
+                root / "transformer" / name, modules.transformers[name], any_version(name), dtype, shard_bytes
             )
+            if name in modules.upsamplers:
+                upsampler, config = modules.upsamplers[name]
+                _save_tensors(
+                    root / "upsampler" / name / "diffusion_pytorch_model.safetensors", _weights(upsampler, dtype)
+                )
+                _write_json(root / "upsampler" / name / "config.json", config)
         _save_official_vae(root / "vae", modules.vae, dtype)
         _write_json(
             root / "scheduler" / "scheduler_config.json",
@@ -418,14 +464,15 @@ def save_official(
     return Path(folder)
 
 
-def official_transformer_dict(config: Any, version: TransformerVersion) -> dict[str, Any]:
+def official_transformer_dict(config: Any, version: Version) -> dict[str, Any]:
     """The official config.json of a transformer, from diffusers' config object."""
+    enlarging = isinstance(version, SuperResolutionVersion)
     return {
         "_class_name": "HunyuanVideo_1_5_DiffusionTransformer",
         "patch_size": [config.patch_size_t, config.patch_size, config.patch_size],
-        "in_channels": config.out_channels,
+        "in_channels": config.in_channels if enlarging else config.out_channels,
         "out_channels": config.out_channels,
-        "concat_condition": True,
+        "concat_condition": not enlarging,
         "hidden_size": config.num_attention_heads * config.attention_head_dim,
         "heads_num": config.num_attention_heads,
         "mlp_width_ratio": config.mlp_ratio,
@@ -449,7 +496,7 @@ def official_transformer_dict(config: Any, version: TransformerVersion) -> dict[
         "vision_states_dim": config.image_embed_dim,
         "use_cond_type_embedding": True,
         "ideal_resolution": version.resolution,
-        "ideal_task": version.task,
+        "ideal_task": version.task if isinstance(version, TransformerVersion) else None,
     }
 
 
@@ -474,7 +521,7 @@ def official_vae_dict(config: Any) -> dict[str, Any]:
 
 
 def _save_official_transformer(
-    folder: Path, module: Any, version: TransformerVersion, dtype: torch.dtype, shard_bytes: int | None
+    folder: Path, module: Any, version: Any, dtype: torch.dtype, shard_bytes: int | None
 ) -> None:
     from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import LATENT_CHANNELS
+from hunyuan_staged.versions import SUPER_RESOLUTION
 
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
@@ -19,6 +20,12 @@ VIDEO_FILE = "output_video.mp4"
 # Where a stopped stage 2 goes on from; removed when the latents are there.
 STATE_FILE = "stage2_state.safetensors"
 LOCK_FILE = ".lock"
+
+
+def latents_file(resolution: str | None = None) -> str:
+    """The file of the latents of a base run, or of super resolution to a resolution."""
+    return LATENTS_FILE if resolution is None else f"stage2_latents_{resolution}.safetensors"
+
 
 # What each stage writes into its folder.
 STAGE_FILES = {
@@ -60,10 +67,19 @@ def _text_rules() -> dict[str, TensorRule]:
     return rules
 
 
+def large_image_latents(resolution: str) -> str:
+    """What the embeddings call an image's latents at a resolution of super resolution, e.g. image_latents_720p."""
+    return f"image_latents_{resolution}"
+
+
 EMBEDDINGS_RULES = {
     **_text_rules(),
     "image_embeds": TensorRule((1, "N", "W3"), required=False),
     "image_latents": TensorRule((1, LATENT_CHANNELS, 1, "h", "w"), required=False),
+    **{
+        large_image_latents(name): TensorRule((1, LATENT_CHANNELS, 1, f"h {name}", f"w {name}"), required=False)
+        for name in SUPER_RESOLUTION
+    },
 }
 LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
 FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}

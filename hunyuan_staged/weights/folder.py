@@ -18,7 +18,13 @@ from torch import nn
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.runtime.progress import quiet
-from hunyuan_staged.versions import DEFAULT_RESOLUTION, TransformerVersion, make_version, parse_version
+from hunyuan_staged.versions import (
+    DEFAULT_RESOLUTION,
+    TransformerVersion,
+    make_version,
+    parse_version,
+    super_resolution_named,
+)
 from hunyuan_staged.weights.components import (
     BYTES,
     GLYPH_IN,
@@ -40,7 +46,7 @@ from hunyuan_staged.weights.configs import (
     read_json,
     without_bookkeeping,
 )
-from hunyuan_staged.weights.hub import DIFFUSERS_FETCH, PARTS, download, snapshot
+from hunyuan_staged.weights.hub import DIFFUSERS_FETCH, PARTS, download, official_fetch, snapshot
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, Named, Rule, diffusers_names, diffusers_tensors
 from hunyuan_staged.weights.loading import (
     NO_DESTINATIONS,
@@ -148,8 +154,8 @@ class ModelFolder:
     def fingerprint(self, parts: Sequence[str], version: str | None = None) -> str:
         """A hash that tells these weights from others: names, sizes and samples of all files of the parts.
 
-        parts: keys of PARTS; of "transformer" only the version's folder counts. Where the folder lies and when it was
-        written do not count. It reads about a megabyte of each file.
+        parts: keys of PARTS; of "transformer" and "upsampler" only the version's folder counts. Where the folder lies and
+        when it was written do not count. It reads about a megabyte of each file.
         """
         files = []
         for part in parts:
@@ -158,6 +164,9 @@ class ModelFolder:
                 assert version is not None
                 self._transformer_files(version)  # a hub repository's are downloaded now
                 folders = [self._transformer_folder(version)]
+            elif part == "upsampler":
+                assert version is not None
+                folders = [self.super_resolution_folder(part, version)]
             # hf download keeps its own notes in hidden folders.
             files += [
                 (f"{part}/{path.relative_to(folder).as_posix()}", path)
@@ -175,7 +184,24 @@ class ModelFolder:
         """The resolutions of the versions in the folder."""
         return sorted({parse_version(name).resolution for name in self.versions()})
 
+    def super_resolution_folder(self, part: str, version: str) -> Path:
+        """transformer/ or upsampler/<version of super resolution>; InputError where it is absent names the command.
+
+        Of a hub repository the folder is downloaded now.
+        """
+        name = f"{part}/{version}"
+        if not self.official:
+            raise InputError(f"{self.path} is in diffusers' layout, which has no super resolution ({name})")
+        if self.repo:
+            snapshot(self.repo, [f"{name}/*"], revision=self.path.name)
+        folder = self.path / name
+        if not folder.is_dir():
+            raise InputError(f"{self.path} has no {name}; get it: {official_fetch(name).format(path=self.path)}")
+        return folder
+
     def _transformer_folder(self, version: str) -> Path:
+        if super_resolution_named(version):
+            return self.super_resolution_folder("transformer", version)
         (folder,) = self.require("transformer")
         offered = self.versions()
         if version not in offered:

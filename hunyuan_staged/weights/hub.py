@@ -20,14 +20,20 @@ class Part:
     diffusers: tuple[str, ...]
 
 
+def official_fetch(folder: str) -> str:
+    """The command that downloads a folder of the official repository; {path} in it is the model folder."""
+    return f'hf download tencent/HunyuanVideo-1.5 --include "{folder}/*" --local-dir {{path}}'
+
+
 def _tencent(folder: str) -> dict[str, str]:
-    return {folder: f'hf download tencent/HunyuanVideo-1.5 --include "{folder}/*" --local-dir {{path}}'}
+    return {folder: official_fetch(folder)}
 
 
 _SIGLIP = "hf download black-forest-labs/FLUX.1-Redux-dev --local-dir {path}/vision_encoder/siglip"
 
 PARTS = {
     "transformer": Part("transformer", _tencent("transformer"), ("transformer",)),
+    "upsampler": Part("latent upsampler", _tencent("upsampler"), ()),
     "scheduler": Part("scheduler", _tencent("scheduler"), ("scheduler",)),
     "vae": Part("VAE", _tencent("vae"), ("vae",)),
     "text": Part(
