@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import geometry, options, versions
+from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.memory import budget, estimates
+from hunyuan_staged.options import EncodeOptions, offload_asked
+from hunyuan_staged.parsing import Parser, make_parser, parse
 
 if TYPE_CHECKING:
     import torch
@@ -29,59 +29,12 @@ examples:
   python stage1_text_encoder.py --model_path ckpts/HunyuanVideo-1.5 --prompt 'It turns its head' --image_path cat.jpg
 """
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of stage 1, with their defaults."""
-    parser = utils.make_parser("stage1_text_encoder.py", __doc__ or "", EXAMPLE)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--model_path",
-        help="model folder in the official or the diffusers layout, or a hub id (default: the demo weights)",
-    )
-    files.add_argument(
-        "--output_dir", default=options.DEFAULT_OUTPUT_DIR, help="folder of the run (default: %(default)s)"
-    )
-    what = parser.add_argument_group("what to show")
-    what.add_argument(
-        "--prompt",
-        default=options.DEFAULT_PROMPT,
-        help="the video in words; texts in quotation marks are spelt out (default: %(default)r)",
-    )
-    what.add_argument(
-        "--negative_prompt",
-        default=options.DEFAULT_NEGATIVE_PROMPT,
-        help="what guidance leads away from (default: empty)",
-    )
-    what.add_argument("--image_path", help="first frame: image to video (default: none, text to video)")
-    weights = parser.add_argument_group("weights")
-    weights.add_argument(
-        "--resolution",
-        help=f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
-    )
-    weights.add_argument(
-        "--dtype",
-        choices=(*utils.DTYPES, options.DEFAULT_DTYPE),
-        default=options.DEFAULT_DTYPE,
-        help="of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
-    )
-    weights.add_argument("--cfg_distilled", action="store_true", help="the weights with guidance distilled into them")
-    weights.add_argument("--step_distilled", action="store_true", help="the weights for 8 or 12 steps")
-    weights.add_argument("--sparse_attn", action="store_true", help="the sparse weights (distilled, too)")
-    utils.add_offload_flags(parser.add_argument_group("memory"), blocks="layers of the language model")
-    utils.add_run_flags(parser)
-    return parser
+OPTIONS = EncodeOptions
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse every flag value that can be judged without reading the model."""
-    utils.check_paths(args)
-    if args.resolution is not None and args.resolution not in geometry.BUCKET_BASE:
-        raise InputError(f"--resolution {args.resolution!r} is unknown; known: {', '.join(geometry.BUCKET_BASE)}")
-    if args.step_distilled and (args.cfg_distilled or args.sparse_attn):
-        raise InputError("--step_distilled excludes --cfg_distilled and --sparse_attn: no such weights are published")
-    if args.image_path and not Path(args.image_path).is_file():
-        raise InputError(f"--image_path {args.image_path} does not exist")
-    check_output_dir("--output_dir", args.output_dir)
+def build_parser() -> Parser:
+    """The parser of EncodeOptions."""
+    return make_parser(EncodeOptions, "stage1_text_encoder.py", __doc__ or "", EXAMPLE)
 
 
 def demo_checkpoint(run: utils.Run) -> str:
@@ -95,19 +48,19 @@ def demo_checkpoint(run: utils.Run) -> str:
     return str(CHECKPOINT)
 
 
-def pick_version(args: argparse.Namespace, folder: ModelFolder) -> TransformerVersion:
+def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVersion:
     """The version that the flags name; without --resolution the default one, else the first that the folder has."""
     offered = folder.resolutions()
     default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
-    resolution = args.resolution or default
+    resolution = options.resolution or default
     if resolution is None:
         raise InputError(f"{folder.path} holds no transformer version")
     version = versions.make_version(
         resolution,
-        "i2v" if args.image_path else "t2v",
-        cfg_distilled=args.cfg_distilled,
-        step_distilled=args.step_distilled,
-        sparse=args.sparse_attn,
+        "i2v" if options.image_path else "t2v",
+        cfg_distilled=options.cfg_distilled,
+        step_distilled=options.step_distilled,
+        sparse=options.sparse_attn,
     )
     if version.name not in folder.versions():
         raise InputError(f"{folder.path} has no transformer {version.name}; it holds {', '.join(folder.versions())}")
@@ -115,7 +68,7 @@ def pick_version(args: argparse.Namespace, folder: ModelFolder) -> TransformerVe
 
 
 def plan_memory(
-    run: utils.Run, args: argparse.Namespace, skeleton: Any, version: TransformerVersion, dtype: torch.dtype
+    run: utils.Run, options: EncodeOptions, skeleton: Any, version: TransformerVersion, dtype: torch.dtype
 ) -> tuple[budget.BlockPlan, dict[str, object]]:
     """How the language model, the largest by far, is laid out in memory, and the rows that --dry_run prints.
 
@@ -124,7 +77,7 @@ def plan_memory(
     from hunyuan_staged.memory import offloading
 
     weights = offloading.weights_of(skeleton, skeleton.layers, dtype)
-    free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
+    free, asked = run.free_memory(), offload_asked(options, weights.count)
     remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
     fit = budget.plan_blocks(
         "the text encoder", weights, estimates.LANGUAGE_WORKING, free, asked=asked, remedies=remedies
@@ -139,14 +92,14 @@ def plan_memory(
 
 
 def load_language_model(
-    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
+    run: utils.Run, options: EncodeOptions, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
 ) -> tuple[Any, Any]:
     """(tokenizer, language model), with as many of its layers on the host as the flags or the memory ask for."""
     from hunyuan_staged.memory import offloading
     from hunyuan_staged.weights import loading
 
     skeleton = folder.language_skeleton()
-    fit, _ = plan_memory(run, args, skeleton, version, dtype)
+    fit, _ = plan_memory(run, options, skeleton, version, dtype)
     run.log.info(fit.describe(len(skeleton.layers), "layers"))
 
     def load(places: loading.Destinations) -> tuple[Any, Any]:
@@ -163,28 +116,28 @@ def load_language_model(
 
 
 def encode_text(
-    run: utils.Run, args: argparse.Namespace, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
+    run: utils.Run, options: EncodeOptions, folder: ModelFolder, version: TransformerVersion, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
     from hunyuan_staged.encoders import text
 
     with run.part("load"):
-        tokenizer, model = load_language_model(run, args, folder, version, dtype)
-    for name, prompt in (("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)):
+        tokenizer, model = load_language_model(run, options, folder, version, dtype)
+    for name, prompt in (("--prompt", options.prompt), ("--negative_prompt", options.negative_prompt)):
         dropped = text.tokenise(tokenizer, prompt).dropped
         if dropped:
             run.log.warning(f"{name} is too long: its last {dropped} tokens are cut off")
     with run.part("compute"):
-        tensors = text.language_embeddings(tokenizer, model, args.prompt, args.negative_prompt)
+        tensors = text.language_embeddings(tokenizer, model, options.prompt, options.negative_prompt)
     del tokenizer, model
     gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
     glyph_tokenizer = glyph_model = None
-    if text.glyph_text(args.prompt):
+    if text.glyph_text(options.prompt):
         with run.part("load"):
             glyph_tokenizer, glyph_model = folder.load_glyph_encoder(device=run.device, dtype=dtype)
     width = folder.transformer_config(version.name)["text_embed_2_dim"]
     with run.part("compute"):
-        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, args.prompt, width=width, dtype=dtype)
+        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, options.prompt, width=width, dtype=dtype)
 
 
 def encode_image(
@@ -210,7 +163,7 @@ def encode_image(
     return {"image_embeds": embeds, "image_latents": latents}
 
 
-def body(run: utils.Run, args: argparse.Namespace) -> None:
+def body(run: utils.Run, options: EncodeOptions) -> None:
     """Choose the version, encode text and image, write the embeddings and the config."""
     from hunyuan_staged.encoders import image, text
     from hunyuan_staged.files import contract, provenance
@@ -219,47 +172,54 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     from hunyuan_staged.weights.folder import open_model
 
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
-    picture = image.load_image(args.image_path) if args.image_path else None
-    if not args.dry_run:
-        run.lock(Path(args.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])
-    parts = ["text"] + ["glyph"] * bool(text.glyph_text(args.prompt)) + ["image", "vae"] * bool(picture)
-    model_path = args.model_path or demo_checkpoint(run)
+    picture = image.load_image(options.image_path) if options.image_path else None
+    if not options.dry_run:
+        run.lock(Path(options.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])
+    parts = ["text"] + ["glyph"] * bool(text.glyph_text(options.prompt)) + ["image", "vae"] * bool(picture)
+    model_path = options.model_path or demo_checkpoint(run)
     folder = open_model(model_path, [*parts, "transformer"], run.progress)
-    version = pick_version(args, folder)
+    version = pick_version(options, folder)
     for part in parts:
         folder.require(part)
-    dtype = utils.torch_dtype(args.dtype, run.device)
-    if args.dry_run:
-        run.show_plan(plan_memory(run, args, folder.language_skeleton(), version, dtype)[1])
+    dtype = utils.torch_dtype(options.dtype, run.device)
+    if options.dry_run:
+        run.show_plan(plan_memory(run, options, folder.language_skeleton(), version, dtype)[1])
         return
     run.log.info(f"transformer version {version.name}; encoding in {dtype} on {run.device}")
-    tensors = encode_text(run, args, folder, version, dtype) | encode_image(run, picture, folder, version, dtype)
+    tensors = encode_text(run, options, folder, version, dtype) | encode_image(run, picture, folder, version, dtype)
 
     recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
     with run.part("write"):
-        about = {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "task_type": version.task}
+        about = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": version.task}
         metadata = about | {"model": recorded, "version": version.name}
-        source = about | {"version": version.name, "dtype": str(dtype), "weights": folder.fingerprint(parts)}
-        source["image"] = provenance.sha256(args.image_path) if args.image_path else None
-        metadata[contract.MADE_FROM] = provenance.digest(source)
-        path = save_embeddings(args.output_dir, tensors, metadata)
+        picture_hash = provenance.sha256(options.image_path) if options.image_path else None
+        source = {
+            "version": version.name,
+            "dtype": str(dtype),
+            "weights": folder.fingerprint(parts),
+            "image": picture_hash,
+        }
+        metadata[contract.MADE_FROM] = provenance.digest({**about, **source})
+        path = save_embeddings(options.output_dir, tensors, metadata)
         additions = {
             "model_path": recorded,
             "resolution": version.resolution,
             "transformer_version": version.name,
-            "image_path": args.image_path,
-            "dtype": args.dtype,
+            "image_path": options.image_path,
+            "dtype": options.dtype,
             contract.EMBEDDINGS_HASH: provenance.sha256(path),
         }
-        config = update_config(args.output_dir, about | additions)
+        config = update_config(options.output_dir, about | additions)
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
     run.add_output(path, shapes)
     run.add_output(config, "the settings of the run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return utils.run_stage("stage 1", args, check=check, body=lambda run, _: body(run, args), every_rank=False)
+    options = parse(EncodeOptions, build_parser(), argv)
+    return utils.run_stage(
+        "stage 1", options, check=EncodeOptions.check, body=lambda run, _: body(run, options), every_rank=False
+    )
 
 
 if __name__ == "__main__":

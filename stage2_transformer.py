@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -16,11 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from hunyuan_staged import geometry, options, versions
+from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.memory import budget, estimates, timings
+from hunyuan_staged.options import (
+    DEFAULT_ASPECT_RATIO,
+    DEFAULT_DTYPE,
+    DEFAULT_SAGE_BLOCKS,
+    DenoiseOptions,
+    offload_asked,
+)
+from hunyuan_staged.parsing import Parser, make_parser, parse
 from hunyuan_staged.sampling import cache, cache_settings
 
 if TYPE_CHECKING:
@@ -34,209 +39,12 @@ examples:
   torchrun --nproc-per-node 8 stage2_transformer.py --seed 7 --output_dir runs/seed7
 """
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of stage 2, with their defaults; those that follow from the transformer version say so."""
-    parser = utils.make_parser("stage2_transformer.py", __doc__ or "", EXAMPLE)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input_dir", default=options.DEFAULT_OUTPUT_DIR, help="folder that stage 1 wrote (default: %(default)s)"
-    )
-    files.add_argument("--output_dir", help="where the latents go (default: --input_dir)")
-    files.add_argument("--model_path", help="model folder or hub id (default: the one that stage 1 recorded)")
-    utils.add_strict_flag(files)
-    kept = parser.add_argument_group("stopping and going on")
-    kept.add_argument(
-        "--checkpoint_every",
-        type=int,
-        default=options.DEFAULT_CHECKPOINT_EVERY,
-        help="save the state every so many steps, for --resume; 0: never (default: %(default)s)",
-    )
-    kept.add_argument(
-        "--resume", action="store_true", help="go on from the state of a run that was stopped, if there is one"
-    )
-    video = parser.add_argument_group("video")
-    video.add_argument(
-        "--aspect_ratio",
-        help=f"width:height (default: {options.DEFAULT_ASPECT_RATIO}, or the image's own for image to video)",
-    )
-    video.add_argument("--video_length", type=int, help="frames, 4n+1 (default: 121; 33 for the demo weights)")
-    video.add_argument("--seed", type=int, default=options.DEFAULT_SEED, help="noise seed (default: %(default)s)")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--num_inference_steps", type=int, help="denoising steps (default by version: 50 for the base models)"
-    )
-    sampling.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
-    )
-    sampling.add_argument(
-        "--dtype",
-        choices=(*utils.DTYPES, options.DEFAULT_DTYPE),
-        help="of weights and activations (default: as stage 1)",
-    )
-    sampling.add_argument(
-        "--lora",
-        action="append",
-        metavar="FILE[:WEIGHT]",
-        help="add a LoRA adapter (safetensors) to the weights; may be given several times (default: none, and weight 1)",
-    )
-    speed = parser.add_argument_group("attention and memory")
-    speed.add_argument(
-        "--attn_mode",
-        choices=modes.ATTN_MODES,
-        help=f"attention kernel; flash takes the fastest exact one here (default: {modes.DEFAULT_ATTN_MODE})",
-    )
-    speed.add_argument("--use_sageattn", action="store_true", help="short for --attn_mode sageattn")
-    speed.add_argument(
-        "--sage_blocks_range",
-        help=f"which blocks run sageattn, FIRST-LAST; the others run flash (default: {options.DEFAULT_SAGE_BLOCKS}, all)",
-    )
-    speed.add_argument(
-        "--sparse_attn", action="store_true", help="short for --attn_mode flex-block-attn with the sparse weights"
-    )
-    speed.add_argument(
-        "--cfg_parallel",
-        choices=options.CFG_PARALLEL,
-        default=options.DEFAULT_CFG_PARALLEL,
-        help="the two guidance rows side by side on half of the processes each; auto: where they halve "
-        "(default: %(default)s)",
-    )
-    speed.add_argument(
-        "--no_compile", action="store_true", help="start at once, without torch.compile (GPU; each step is slower)"
-    )
-    speed.add_argument(
-        "--weights_dtype",
-        choices=options.WEIGHTS_DTYPES,
-        help="store the linear weights of the blocks in float8 and compute in --dtype: half the memory (default: --dtype)",
-    )
-    offloading = utils.add_offload_flags(speed, blocks="blocks")
-    offloading.add_argument("--offload_blocks", type=int, help="of so many blocks (default: as the GPU's memory asks)")
-    add_cache_flags(parser)
-    utils.add_run_flags(parser)
-    return parser
+OPTIONS = DenoiseOptions
 
 
-def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the feature cache; None where one is not given, so that a flag without its cache can be refused."""
-    flags, types = cache_settings.CACHE_FLAGS, cache_settings.CACHE_TYPES
-    group = parser.add_argument_group(
-        "feature cache", f"steps are those of {cache_settings.CACHE_STEPS}, others in scale"
-    )
-    group.add_argument(
-        "--enable_cache", action="store_true", help="let some steps take most of the transformer from those before"
-    )
-    group.add_argument(
-        "--cache_type", choices=tuple(types), help=f"what is taken over (default: {cache_settings.DEFAULT_CACHE_TYPE})"
-    )
-    group.add_argument(
-        "--cache_start_step",
-        type=int,
-        help=f"from this step on, counted from 0; it is computed (default: {flags['cache_start_step']})",
-    )
-    group.add_argument(
-        "--cache_end_step", type=int, help=f"up to the step before this one (default: {flags['cache_end_step']})"
-    )
-    group.add_argument(
-        "--cache_step_interval",
-        type=int,
-        help="every so manieth step between is computed; firstblock and magcache: at least "
-        f"(default: {flags['cache_step_interval']})",
-    )
-    group.add_argument(
-        "--no_cache_block_id",
-        help="deepcache: the last blocks, which every step computes, N or N-LAST "
-        f"(default: {types['deepcache']['no_cache_block_id']}, the last)",
-    )
-    group.add_argument(
-        "--cache_threshold",
-        type=float,
-        help="firstblock and magcache: reuse while the change is below this "
-        f"(default: {types['firstblock']['cache_threshold']} and {types['magcache']['cache_threshold']})",
-    )
-
-
-def cache_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of the cache's flags but --enable_cache and --cache_type, None where one is not given."""
-    own = (name for names in cache_settings.CACHE_TYPES.values() for name in names)
-    names = dict.fromkeys([*cache_settings.CACHE_FLAGS, *own])
-    return {name: getattr(args, name) for name in names}
-
-
-def check_cache(args: argparse.Namespace) -> None:
-    """Refuse flags of a cache that is not enabled, or that its type does not have."""
-    given = cache_flags(args)
-    if not args.enable_cache:
-        idle = [name for name, value in ({"cache_type": args.cache_type} | given).items() if value is not None]
-        if idle:
-            raise InputError(f"--{idle[0]} needs --enable_cache")
-        return
-    cache_settings.check_flags(args.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
-
-
-def attention_mode(args: argparse.Namespace) -> str:
-    """The one mode that --attn_mode and its two shorthands ask for; InputError where they contradict each other."""
-    asked = {"--attn_mode " + args.attn_mode: args.attn_mode} if args.attn_mode else {}
-    if args.use_sageattn:
-        asked["--use_sageattn"] = "sageattn"
-    if args.sparse_attn:
-        asked["--sparse_attn"] = modes.SPARSE_ATTN_MODE
-    if len(set(asked.values())) > 1:
-        raise InputError(f"{' and '.join(asked)} ask for different attention; give one of them")
-    mode = next(iter(asked.values()), modes.DEFAULT_ATTN_MODE)
-    if args.sage_blocks_range is not None and mode != "sageattn":
-        raise InputError(f"--sage_blocks_range belongs to --attn_mode sageattn, not to {mode}")
-    return mode
-
-
-def sage_blocks(args: argparse.Namespace) -> range:
-    """Which blocks --sage_blocks_range names; InputError where it is no range."""
-    return versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range or options.DEFAULT_SAGE_BLOCKS)
-
-
-def adapter_files(args: argparse.Namespace) -> list[tuple[Path, float]]:
-    """(file, weight) of each --lora FILE[:WEIGHT]; InputError where there is no such file, or the weight is no number."""
-    found = []
-    for text in args.lora or ():
-        path, _, last = text.rpartition(":")
-        try:
-            file, weight = (text, 1.0) if not path or Path(text).is_file() else (path, float(last))
-        except ValueError:
-            file, weight = text, 1.0
-        if not Path(file).is_file():
-            raise InputError(f"--lora {text}: there is no file {file}; allowed is FILE[:WEIGHT]")
-        if not math.isfinite(weight):
-            raise InputError(f"--lora {text}: the weight {last} is not a finite number")
-        found.append((Path(file), weight))
-    return found
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse every flag value that can be judged without reading a file."""
-    utils.check_paths(args)
-    attention_mode(args)
-    sage_blocks(args)
-    check_cache(args)
-    adapter_files(args)
-    if args.video_length is not None:
-        geometry.check_video_length(args.video_length)
-    if args.aspect_ratio is not None:
-        geometry.check_aspect_ratio(args.aspect_ratio)
-    if args.num_inference_steps is not None and args.num_inference_steps < 1:
-        raise InputError(f"--num_inference_steps {args.num_inference_steps} is not a positive number")
-    if args.num_inference_steps is not None and args.num_inference_steps > options.MAX_STEPS:
-        raise InputError(f"--num_inference_steps {args.num_inference_steps} is more than {options.MAX_STEPS}")
-    if args.checkpoint_every < 0:
-        raise InputError(f"--checkpoint_every {args.checkpoint_every} is neither 0 (never) nor a number of steps")
-    if args.guidance_scale is not None and not 1 <= args.guidance_scale < 100:
-        raise InputError(f"--guidance_scale {args.guidance_scale} is outside 1 to 100")
-    if args.offload_blocks is not None and args.offload_blocks < 0:
-        raise InputError(f"--offload_blocks {args.offload_blocks} is not a number of blocks")
-    if not 0 <= args.seed < 2**64:
-        raise InputError(f"--seed {args.seed} is outside 0 to 2^64 - 1")
-    if args.output_dir is not None:
-        check_output_dir("--output_dir", args.output_dir)
+def build_parser() -> Parser:
+    """The parser of DenoiseOptions."""
+    return make_parser(DenoiseOptions, "stage2_transformer.py", __doc__ or "", EXAMPLE)
 
 
 @dataclass(frozen=True)
@@ -254,24 +62,27 @@ class Settings:
 
 
 def settle(
-    args: argparse.Namespace, config: dict[str, Any], version: TransformerVersion, flow_shift: float, image_latents: Any
+    options: DenoiseOptions, config: dict[str, Any], version: TransformerVersion, flow_shift: float, image_latents: Any
 ) -> Settings:
     """Every value from its flag, else from stage 1, else from the version."""
     if image_latents is None:
-        height, width = geometry.size_for_ratio(version.resolution, args.aspect_ratio or options.DEFAULT_ASPECT_RATIO)
+        height, width = geometry.size_for_ratio(version.resolution, options.aspect_ratio or DEFAULT_ASPECT_RATIO)
     else:
         height, width = (n * geometry.SPATIAL_RATIO for n in image_latents.shape[-2:])
-        if args.aspect_ratio and geometry.size_for_ratio(version.resolution, args.aspect_ratio) != (height, width):
-            raise InputError(f"--aspect_ratio {args.aspect_ratio} contradicts the image, which is {width}x{height}")
+        if options.aspect_ratio and geometry.size_for_ratio(version.resolution, options.aspect_ratio) != (
+            height,
+            width,
+        ):
+            raise InputError(f"--aspect_ratio {options.aspect_ratio} contradicts the image, which is {width}x{height}")
     return Settings(
         version,
         height,
         width,
-        args.video_length or version.video_length,
-        args.num_inference_steps or version.num_inference_steps,
-        version.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        options.video_length or version.video_length,
+        options.num_inference_steps or version.num_inference_steps,
+        version.guidance_scale if options.guidance_scale is None else options.guidance_scale,
         flow_shift,
-        args.dtype or config.get("dtype") or options.DEFAULT_DTYPE,
+        options.dtype or config.get("dtype") or DEFAULT_DTYPE,
     )
 
 
@@ -313,7 +124,7 @@ def check_widths(embeddings: dict[str, Any], model_config: dict[str, Any], versi
 
 def facts_of(
     run: utils.Run,
-    args: argparse.Namespace,
+    options: DenoiseOptions,
     settings: Settings,
     dtype: Any,
     attention: Any,
@@ -329,40 +140,40 @@ def facts_of(
     from hunyuan_staged.sampling.state import RunIdentity
 
     sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
-    chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(dtype), "seed": args.seed}
+    chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(dtype), "seed": options.seed}
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     return RunIdentity(
         chosen
         | {
-            "attn_mode": attention_mode(args),
-            "sage_blocks_range": args.sage_blocks_range or options.DEFAULT_SAGE_BLOCKS,
+            "attn_mode": options.attention_mode(),
+            "sage_blocks_range": options.sage_blocks_range or DEFAULT_SAGE_BLOCKS,
             "sigmas": provenance.digest({"sigmas": sigmas}),
         }
         # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
-        | ({"weights_dtype": args.weights_dtype} if args.weights_dtype else {})
+        | ({"weights_dtype": options.weights_dtype} if options.weights_dtype else {})
         | ({"cache": caching.record()} if caching else {})
         | ({"lora": adapters.facts()} if adapters.facts() else {})
         | {name: value for name, (value, _) in hashes.items()},
         {
             "processes": run.world.size,
-            "cfg_parallel": args.cfg_parallel,
+            "cfg_parallel": options.cfg_parallel,
             "attention": attention.name,
             "device": device,
-            "compiled": compiled(run, args),
+            "compiled": compiled(run, options),
             "torch": torch.__version__,
         },
         {"sigmas": "the schedule"} | {name: origin for name, (_, origin) in hashes.items()},
     )
 
 
-def compiled(run: utils.Run, args: argparse.Namespace) -> bool:
+def compiled(run: utils.Run, options: DenoiseOptions) -> bool:
     """Whether torch.compile fuses the blocks."""
-    return run.device.type == "cuda" and not args.no_compile
+    return run.device.type == "cuda" and not options.no_compile
 
 
 def plan_memory(
     run: utils.Run,
-    args: argparse.Namespace,
+    options: DenoiseOptions,
     settings: Settings,
     skeleton: Any,
     dtype: Any,
@@ -376,7 +187,7 @@ def plan_memory(
     from hunyuan_staged.parallel.layout import Layout, plan_layout
 
     config = skeleton.config
-    rows, shards = plan_layout(run.world.size, guidance_rows(settings), args.cfg_parallel)
+    rows, shards = plan_layout(run.world.size, guidance_rows(settings), options.cfg_parallel)
     weights = weights_of(skeleton, skeleton.transformer_blocks, dtype)
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
     denoising = estimates.DenoisingSize(
@@ -385,11 +196,11 @@ def plan_memory(
         config.num_attention_heads * config.attention_head_dim,
         dtype.itemsize,
         attention.name,
-        compiled(run, args),
+        compiled(run, options),
         shards,
         widened_bytes(skeleton.transformer_blocks[0], dtype),
     )
-    free, asked = run.free_memory(), utils.offload_asked(args, weights.count)
+    free, asked = run.free_memory(), offload_asked(options, weights.count)
     fit = budget.plan_blocks(
         f"{settings.width}x{settings.height}, {settings.video_length} frames",
         weights,
@@ -403,7 +214,7 @@ def plan_memory(
             free,
             asked=asked,
             num_frames=settings.video_length,
-            float8=bool(args.weights_dtype),
+            float8=bool(options.weights_dtype),
             resolution=settings.version.resolution,
         ),
     )
@@ -416,14 +227,14 @@ def plan_memory(
         rows=guidance_rows(settings),
         ranks=run.world.size,
         steps=settings.num_inference_steps,
-        float8=bool(args.weights_dtype),
+        float8=bool(options.weights_dtype),
     )
     return fit, {
         "version": settings.version.name,
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{denoising.video_tokens} of the video, {text_tokens} of the text",
         "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
-        "weights": f"{budget.gib(weights.total)}, {args.weights_dtype or dtype}; computed in {dtype}",
+        "weights": f"{budget.gib(weights.total)}, {options.weights_dtype or dtype}; computed in {dtype}",
         "attention": f"{attention.name} ({attention.reason})",
         "ranks": f"{run.world.size}: {Layout(rows, shards).describe()}",
         **fit.rows(weights.count, free),
@@ -437,24 +248,27 @@ def guidance_rows(settings: Settings) -> int:
 
 
 def settle_cache(
-    args: argparse.Namespace,
+    options: DenoiseOptions,
     settings: Settings,
     version: TransformerVersion,
     model_config: dict[str, Any],
     warn: Callable[[str], Any],
 ) -> cache_settings.CacheSettings | None:
     """The cache of this run, if it has one."""
-    if not args.enable_cache:
+    if not options.enable_cache:
         return None
     if version.step_distilled:
         warn(f"{version.name} takes few, long steps, which have little in common: a cache costs it much")
     layers = model_config.get("num_layers", versions.LAYERS)
     return cache_settings.resolve(
-        args.cache_type or cache_settings.DEFAULT_CACHE_TYPE, cache_flags(args), settings.num_inference_steps, layers
+        options.cache_type or cache_settings.DEFAULT_CACHE_TYPE,
+        options.cache_options(),
+        settings.num_inference_steps,
+        layers,
     )
 
 
-def body(run: utils.Run, args: argparse.Namespace) -> None:
+def body(run: utils.Run, options: DenoiseOptions) -> None:
     """Read the embeddings, load the transformer, denoise, write the latents."""
     import torch
 
@@ -469,31 +283,31 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     from hunyuan_staged.weights import loading, lora
     from hunyuan_staged.weights.folder import open_model
 
-    output_dir = Path(args.output_dir or args.input_dir)
-    contract.require_file(Path(args.input_dir) / contract.CONFIG_FILE)
-    if not args.dry_run:
+    output_dir = Path(options.output_dir or options.input_dir)
+    contract.require_file(Path(options.input_dir) / contract.CONFIG_FILE)
+    if not options.dry_run:
         run.lock(output_dir / contract.LOCK_FILE, contract.STAGE_FILES[2])
-    config = read_config(args.input_dir)
-    embeddings, metadata = tensors.load_embeddings(args.input_dir)
-    embeddings_hash = provenance.sha256(Path(args.input_dir) / contract.EMBEDDINGS_FILE)
+    config = read_config(options.input_dir)
+    embeddings, metadata = tensors.load_embeddings(options.input_dir)
+    embeddings_hash = provenance.sha256(Path(options.input_dir) / contract.EMBEDDINGS_FILE)
     run.warn_or_refuse(
-        provenance.embeddings_mismatch(args.input_dir, config, metadata, embeddings_hash), strict=args.strict
+        provenance.embeddings_mismatch(options.input_dir, config, metadata, embeddings_hash), strict=options.strict
     )
     image_latents = embeddings.get("image_latents")
-    model_path = args.model_path or config.get("model_path")
+    model_path = options.model_path or config.get("model_path")
     if not model_path:
-        raise InputError(f"{args.input_dir} records no model_path; give --model_path")
+        raise InputError(f"{options.input_dir} records no model_path; give --model_path")
 
     folder = open_model(model_path, ("transformer", "scheduler"), run.progress)
-    version = pick_version(config, folder.versions(), sparse=args.sparse_attn)
+    version = pick_version(config, folder.versions(), sparse=options.sparse_attn)
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
-    settings = settle(args, config, version, flow_shift, image_latents)
+    settings = settle(options, config, version, flow_shift, image_latents)
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         run.log.warning(warning)
     dtype = utils.torch_dtype(settings.dtype, run.device)
     model_config = folder.transformer_config(version.name)
     width = model_config.get("attention_head_dim", 128)
-    attention = choose_attention(attention_mode(args), run.device, dtype, sage_blocks(args), head_width=width)
+    attention = choose_attention(options.attention_mode(), run.device, dtype, options.sage_blocks(), head_width=width)
     if attention.name == modes.SPARSE_ATTN_MODE and not version.sparse:
         run.log.warning(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
     check_widths(embeddings, model_config, version)
@@ -504,34 +318,34 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
         model_config.get("out_channels", geometry.LATENT_CHANNELS),
     )
     prefixes = ("negative_", "") if guidance_rows(settings) == 2 else ("",)
-    skeleton = folder.transformer_skeleton(version.name, weights_dtype=args.weights_dtype)
+    skeleton = folder.transformer_skeleton(version.name, weights_dtype=options.weights_dtype)
     text_tokens = max(
         conditioning_of(embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length for prefix in prefixes
     )
-    caching = settle_cache(args, settings, version, model_config, run.log.warning)
-    files = adapter_files(args)
+    caching = settle_cache(options, settings, version, model_config, run.log.warning)
+    files = options.adapter_files()
     adapters = lora.load(files, folder.transformer_shapes(version.name)) if files else lora.Adapters()
-    if args.dry_run:
-        run.show_plan(plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)[1])
+    if options.dry_run:
+        run.show_plan(plan_memory(run, options, settings, skeleton, dtype, attention, text_tokens)[1])
         return
     hashes = {
         "weights": (folder.fingerprint(["transformer"], version.name), model_path),
-        contract.EMBEDDINGS_HASH: (embeddings_hash, args.input_dir),
+        contract.EMBEDDINGS_HASH: (embeddings_hash, options.input_dir),
     }
-    facts = facts_of(run, args, settings, dtype, attention, hashes, caching, adapters)
+    facts = facts_of(run, options, settings, dtype, attention, hashes, caching, adapters)
     keeper = state.StateSaver(
         output_dir,
         facts,
         steps=settings.num_inference_steps,
-        every=args.checkpoint_every,
+        every=options.checkpoint_every,
         world=run.world,
         interrupts=run.interrupts,
         tell=run.log.info,
         warn=run.log.warning,
     )
-    done, kept, more = keeper.load(shape, resume=args.resume)
-    fit, _ = plan_memory(run, args, settings, skeleton, dtype, attention, text_tokens)
-    layout = make_layout(run.world, guidance_rows(settings), args.cfg_parallel)
+    done, kept, more = keeper.load(shape, resume=options.resume)
+    fit, _ = plan_memory(run, options, settings, skeleton, dtype, attention, text_tokens)
+    layout = make_layout(run.world, guidance_rows(settings), options.cfg_parallel)
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
     run.log.info(fit.describe(len(skeleton.transformer_blocks)))
 
@@ -560,13 +374,13 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
     run.log.info(
         f"{version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
-        f"shift {settings.flow_shift:g}, seed {args.seed}, {dtype}"
+        f"shift {settings.flow_shift:g}, seed {options.seed}, {dtype}"
     )
     with run.part("compute"):
         started = time.perf_counter()
-        forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, args))
+        forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, options))
         rows = [conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
-        noise = schedule.initial_noise(shape, args.seed, dtype).to(run.device)
+        noise = schedule.initial_noise(shape, options.seed, dtype).to(run.device)
         cached = None
         if caching:
             cached = cache.Cache(caching, layout, forward.total)
@@ -606,14 +420,14 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "flow_shift": settings.flow_shift,
-            "seed": args.seed,
+            "seed": options.seed,
         }
         about = {
             "num_frames": settings.video_length,
             "attn_mode": attention.name,
             contract.EMBEDDINGS_HASH: embeddings_hash,
             contract.MADE_FROM: facts.digest(),
-            **({"weights_dtype": args.weights_dtype} if args.weights_dtype else {}),
+            **({"weights_dtype": options.weights_dtype} if options.weights_dtype else {}),
         }
         if caching:
             about["cache"] = json.dumps(caching.record())
@@ -621,18 +435,18 @@ def body(run: utils.Run, args: argparse.Namespace) -> None:
             about["lora"] = json.dumps(adapters.given)
         path = tensors.save_latents(output_dir, latents, {k: str(v) for k, v in (chosen | about).items()})
         additions = {
-            "aspect_ratio": args.aspect_ratio or options.DEFAULT_ASPECT_RATIO,
+            "aspect_ratio": options.aspect_ratio or DEFAULT_ASPECT_RATIO,
             "video_length": settings.video_length,
             "stage2_elapsed_time": round(elapsed, 3),
         }
-        update_config(output_dir, chosen | additions, source=args.input_dir)
+        update_config(output_dir, chosen | additions, source=options.input_dir)
         keeper.remove()
     run.add_output(path, f"latents {list(latents.shape)} {latents.dtype}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return utils.run_stage("stage 2", args, check=check, body=lambda run, _: body(run, args))
+    options = parse(DenoiseOptions, build_parser(), argv)
+    return utils.run_stage("stage 2", options, check=DenoiseOptions.check, body=lambda run, _: body(run, options))
 
 
 if __name__ == "__main__":

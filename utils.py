@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import os
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
-from hunyuan_staged.options import DEFAULT_DTYPE, DEFAULT_OUTPUT_DIR
+from hunyuan_staged.options import DEFAULT_DTYPE, DEFAULT_OUTPUT_DIR, DTYPES
+from hunyuan_staged.parsing import SILENCE_SECONDS, is_first, parse, refuse, say_error
 from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted, Interrupts
 
 if TYPE_CHECKING:
@@ -27,109 +27,7 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
 
 FAULT = 1  # what Python itself ends with after a traceback
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MIB_PER_KIB = 1 / 1024
-# torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
-SILENCE_SECONDS = 5.0
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks, as torchrun's environment tells before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line, takes no abbreviated flags, and speaks on the first process alone."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        for word in words:
-            # Such bytes reach Python as lone surrogates, which neither tokenizers nor JSON files can hold.
-            if any("\ud800" <= letter <= "\udfff" for letter in word):
-                self.error(f"argument {word!a} is not UTF-8 text")
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        refuse(f"{one_line(message)} (see {self.prog} --help)")
-
-    def print_help(self, file: Any = None) -> None:
-        if is_first():
-            super().print_help(file)
-
-
-def refuse(message: str) -> NoReturn:
-    """Print one error line, on the first process, and leave with the status of bad input."""
-    _speak(f"error: {one_line(message)}")
-    sys.exit(BAD_INPUT)
-
-
-def _speak(line: str) -> None:
-    """Print a line to stderr on the first process; another process gives the first the time to do so."""
-    if is_first():
-        print(line, file=sys.stderr, flush=True)
-    else:
-        time.sleep(SILENCE_SECONDS)
-
-
-PATH_FLAGS = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
-
-
-def check_paths(args: argparse.Namespace) -> None:
-    """InputError for a path flag that is empty, or whose value the file system cannot even look up."""
-    for name in PATH_FLAGS:
-        value = getattr(args, name, None)
-        if value is None:
-            continue
-        if not value.strip():
-            raise InputError(f"--{name} is empty")
-        try:
-            Path(value).exists()
-        except OSError as error:
-            raise InputError(f"--{name} {value}: {error.strerror}") from error
-
-
-def make_parser(prog: str, description: str, example: str) -> Parser:
-    """A parser with the suite's manners: the description, then groups of flags, then an example as it stands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    return Parser(prog, description=description, epilog=example, formatter_class=raw, allow_abbrev=False)
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every script has."""
-    group = parser.add_argument_group("other")
-    group.add_argument(
-        "--dry_run", action="store_true", help="print what the run would take, and stop: nothing is loaded or written"
-    )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def add_offload_flags(group: Any, *, blocks: str) -> Any:
-    """The flags of the stages that can keep a model's blocks on the host; blocks: what they are called.
-
-    Returns the group of flags of which one can be given.
-    """
-    offload = group.add_mutually_exclusive_group()
-    offload.add_argument(
-        "--enable_offloading",
-        action="store_true",
-        help=f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)",
-    )
-    offload.add_argument("--disable_offloading", action="store_true", help="keep all weights on the device, or refuse")
-    return offload
-
-
-def offload_asked(args: argparse.Namespace, count: int) -> int | None:
-    """How many of `count` blocks the flags want offloaded; None where they leave it open."""
-    if args.enable_offloading:
-        return count
-    return 0 if args.disable_offloading else getattr(args, "offload_blocks", None)
-
-
-def add_strict_flag(group: Any) -> None:
-    """The flag of the stages that read what another stage wrote."""
-    group.add_argument(
-        "--strict", action="store_true", help="refuse files that do not belong together, rather than warn of them"
-    )
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -262,15 +160,15 @@ def _write_line(message: str) -> None:
 
 def run_stage(
     name: str,
-    args: argparse.Namespace,
+    options: Any,
     *,
-    check: Callable[[argparse.Namespace], Any] | None = None,
+    check: Callable[[Any], Any] | None = None,
     body: Callable[[Run, Any], None],
     every_rank: bool = True,
 ) -> int:
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
-    check(args) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
+    check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
     process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, with
     --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our fault and
     keeps its traceback. On several processes the first that fails says so, and all of them end.
@@ -280,7 +178,7 @@ def run_stage(
     world = None
     with Interrupts() as interrupts:
         try:
-            checked = check(args) if check else None
+            checked = check(options) if check else None
             from hunyuan_staged.parallel.world import PATIENCE_SECONDS, lone_world, start_world, stop_world
 
             world = start_world() if every_rank else lone_world()
@@ -292,8 +190,8 @@ def run_stage(
             stop_world(world)
         except BaseException as error:
             if world is not None and world.size > 1:
-                _leave(name, error, args.debug, world, interrupts)
-            return _status(name, error, args.debug)
+                _leave(name, error, options.debug, world, interrupts)
+            return _status(name, error, options.debug)
     return 0
 
 
@@ -303,7 +201,7 @@ def _status(name: str, error: BaseException, debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         # The others fail the same check; one of them speaks.
-        _speak(f"error: {one_line(error)}")
+        say_error(f"error: {one_line(error)}")
         return BAD_INPUT
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
@@ -432,7 +330,7 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
 def check_flags(stage: str, argv: Sequence[str]) -> None:
     """Parse and check a stage's flags as its script would: one process says what is wrong before several start."""
     module = import_module(stage)
-    module.check(module.build_parser().parse_args(argv))
+    parse(module.OPTIONS, module.build_parser(), argv).check()
 
 
 def launch(processes: int, script: str, argv: Sequence[str]) -> int:

@@ -11,7 +11,15 @@ BAD_INPUT = 2  # the exit status of an InputError
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used. One line: the culprit, what was given, what is allowed."""
+    """Something a user gave cannot be used. One line: the culprit, what was given, what is allowed.
+
+    option: the option that is the culprit, without dashes; the command line then shows `--option text`, a job file its
+    own place.
+    """
+
+    def __init__(self, text: str, option: str | None = None) -> None:
+        super().__init__(f"--{option} {text}" if option else text)
+        self.text, self.option = text, option
 
 
 def one_line(text: object) -> str:

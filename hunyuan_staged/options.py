@@ -1,21 +1,351 @@
-"""The defaults of every flag, and what a flag may be. The only home of every default."""
+"""The options of every stage: type, default, range, help and the rules between them, once. Knows no torch.
 
-from hunyuan_staged.versions import LAYERS
+A user's default exists here alone. Parsers (parsing.py), the launcher and docs/flags.md come from these classes.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.attention import modes
+from hunyuan_staged.decoding import tiling
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.flags import flag
+from hunyuan_staged.sampling import cache_settings
 
 DEFAULT_OUTPUT_DIR = "./stage_outputs"
-DEFAULT_PROMPT = "a red circle moves left over a dark blue background"
-DEFAULT_NEGATIVE_PROMPT = ""
 DEFAULT_DTYPE = "auto"  # bf16 on a GPU, fp32 on a CPU
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 DEFAULT_ASPECT_RATIO = "16:9"
-DEFAULT_SEED = 42
 CFG_PARALLEL = ("auto", "on", "off")
 DEFAULT_CFG_PARALLEL = "auto"
 WEIGHTS_DTYPES = ("fp8",)  # of the blocks, where it is not that of the run
-DEFAULT_SAGE_BLOCKS = f"0-{LAYERS - 1}"  # all, as in the official code
+DEFAULT_SAGE_BLOCKS = f"0-{versions.LAYERS - 1}"  # all, as in the official code
 DEFAULT_FPS = 24
 DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
-DEFAULT_CHECKPOINT_EVERY = 5  # steps; 0: never
 
-# What a flag may ask for at most: far beyond what the models were made for, and short of what no memory holds.
+# What an option may ask for at most: far beyond what the models were made for, and short of what no memory holds.
 MAX_STEPS = 1000
+MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
+
+FILES, WHAT, WEIGHTS, MEMORY = "files", "what to show", "weights", "memory"
+STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
+CACHE = f"feature cache: steps are those of {cache_settings.CACHE_STEPS}, others in scale"
+TILES = "tiles"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every stage has."""
+
+    dry_run: bool = flag(
+        "print what the run would take, and stop: nothing is loaded or written", group="other", default=False
+    )
+    debug: bool = flag("show the traceback of an error", group="other", default=False)
+
+    # Options that name a file or a folder.
+    paths: ClassVar[tuple[str, ...]] = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
+
+    def check(self) -> None:
+        """Refuse what can be judged without reading a file; InputError names the option."""
+        for name in self.paths:
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            if not value.strip():
+                raise InputError("is empty", option=name)
+            try:
+                Path(value).exists()
+            except OSError as error:
+                raise InputError(f"{value}: {error.strerror}", option=name) from error
+
+
+def offload_help(blocks: str) -> str:
+    """What --enable_offloading does; blocks: what the model's are called."""
+    return f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)"
+
+
+DISABLE_OFFLOADING = "keep all weights on the device, or refuse"
+STRICT = "refuse files that do not belong together, rather than warn of them"
+
+
+def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int | None:
+    """How many of `count` blocks the options want offloaded; None where they leave it open."""
+    if options.enable_offloading:
+        return count
+    return 0 if options.disable_offloading else getattr(options, "offload_blocks", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(RunOptions):
+    """Stage 1: a prompt, and maybe an image, → embeddings for the transformer."""
+
+    model_path: str | None = flag(
+        "model folder in the official or the diffusers layout, or a hub id (default: the demo weights)", group=FILES
+    )
+    output_dir: str = flag("folder of the run (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
+    prompt: str = flag(
+        "the video in words; texts in quotation marks are spelt out (default: %(default)r)",
+        group=WHAT,
+        default="a red circle moves left over a dark blue background",
+    )
+    negative_prompt: str = flag("what guidance leads away from (default: empty)", group=WHAT, default="")
+    image_path: str | None = flag("first frame: image to video (default: none, text to video)", group=WHAT)
+    resolution: str | None = flag(
+        f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
+        group=WEIGHTS,
+    )
+    dtype: str = flag(
+        "of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
+        group=WEIGHTS,
+        default=DEFAULT_DTYPE,
+        choices=(*DTYPES, DEFAULT_DTYPE),
+    )
+    cfg_distilled: bool = flag("the weights with guidance distilled into them", group=WEIGHTS, default=False)
+    step_distilled: bool = flag("the weights for 8 or 12 steps", group=WEIGHTS, default=False)
+    sparse_attn: bool = flag("the sparse weights (distilled, too)", group=WEIGHTS, default=False)
+    enable_offloading: bool = flag(
+        offload_help("layers of the language model"), group=MEMORY, default=False, either="offloading"
+    )
+    disable_offloading: bool = flag(DISABLE_OFFLOADING, group=MEMORY, default=False, either="offloading")
+
+    def check(self) -> None:
+        super().check()
+        if self.resolution is not None and self.resolution not in geometry.BUCKET_BASE:
+            known = ", ".join(geometry.BUCKET_BASE)
+            raise InputError(f"{self.resolution!r} is unknown; known: {known}", option="resolution")
+        if self.step_distilled and (self.cfg_distilled or self.sparse_attn):
+            raise InputError(
+                "excludes --cfg_distilled and --sparse_attn: no such weights are published", option="step_distilled"
+            )
+        if self.image_path and not Path(self.image_path).is_file():
+            raise InputError(f"{self.image_path} does not exist", option="image_path")
+        check_output_dir("--output_dir", self.output_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseOptions(RunOptions):
+    """Stage 2: text embeddings → video latents, by the denoising transformer."""
+
+    input_dir: str = flag("folder that stage 1 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
+    output_dir: str | None = flag("where the latents go (default: --input_dir)", group=FILES)
+    model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
+    strict: bool = flag(STRICT, group=FILES, default=False)
+    checkpoint_every: int = flag(
+        "save the state every so many steps, for --resume; 0: never (default: %(default)s)", group=STOPPING, default=5
+    )
+    resume: bool = flag(
+        "go on from the state of a run that was stopped, if there is one", group=STOPPING, default=False
+    )
+    aspect_ratio: str | None = flag(
+        f"width:height (default: {DEFAULT_ASPECT_RATIO}, or the image's own for image to video)", group=VIDEO
+    )
+    video_length: int | None = flag("frames, 4n+1 (default: 121; 33 for the demo weights)", group=VIDEO)
+    seed: int = flag("noise seed (default: %(default)s)", group=VIDEO, default=42)
+    num_inference_steps: int | None = flag(
+        "denoising steps (default by version: 50 for the base models)", group=SAMPLING
+    )
+    guidance_scale: float | None = flag(
+        "classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
+        group=SAMPLING,
+    )
+    dtype: str | None = flag(
+        "of weights and activations (default: as stage 1)", group=SAMPLING, choices=(*DTYPES, DEFAULT_DTYPE)
+    )
+    lora: tuple[str, ...] | None = flag(
+        "add a LoRA adapter (safetensors) to the weights; may be given several times (default: none, and weight 1)",
+        group=SAMPLING,
+        metavar="FILE[:WEIGHT]",
+    )
+    attn_mode: str | None = flag(
+        f"attention kernel; flash takes the fastest exact one here (default: {modes.DEFAULT_ATTN_MODE})",
+        group=SPEED,
+        choices=modes.ATTN_MODES,
+    )
+    use_sageattn: bool = flag("short for --attn_mode sageattn", group=SPEED, default=False)
+    sage_blocks_range: str | None = flag(
+        f"which blocks run sageattn, FIRST-LAST; the others run flash (default: {DEFAULT_SAGE_BLOCKS}, all)",
+        group=SPEED,
+    )
+    sparse_attn: bool = flag(
+        "short for --attn_mode flex-block-attn with the sparse weights", group=SPEED, default=False
+    )
+    cfg_parallel: str = flag(
+        "the two guidance rows side by side on half of the processes each; auto: where they halve "
+        "(default: %(default)s)",
+        group=SPEED,
+        default=DEFAULT_CFG_PARALLEL,
+        choices=CFG_PARALLEL,
+    )
+    no_compile: bool = flag(
+        "start at once, without torch.compile (GPU; each step is slower)", group=SPEED, default=False
+    )
+    weights_dtype: str | None = flag(
+        "store the linear weights of the blocks in float8 and compute in --dtype: half the memory (default: --dtype)",
+        group=SPEED,
+        choices=WEIGHTS_DTYPES,
+    )
+    enable_offloading: bool = flag(offload_help("blocks"), group=SPEED, default=False, either="offloading")
+    disable_offloading: bool = flag(DISABLE_OFFLOADING, group=SPEED, default=False, either="offloading")
+    offload_blocks: int | None = flag(
+        "of so many blocks (default: as the GPU's memory asks)", group=SPEED, either="offloading"
+    )
+    # None where one is not given, so that an option without its cache can be refused.
+    enable_cache: bool = flag(
+        "let some steps take most of the transformer from those before", group=CACHE, default=False
+    )
+    cache_type: str | None = flag(
+        f"what is taken over (default: {cache_settings.DEFAULT_CACHE_TYPE})",
+        group=CACHE,
+        choices=tuple(cache_settings.CACHE_TYPES),
+    )
+    cache_start_step: int | None = flag(
+        "from this step on, counted from 0; it is computed "
+        f"(default: {cache_settings.CACHE_FLAGS['cache_start_step']})",
+        group=CACHE,
+    )
+    cache_end_step: int | None = flag(
+        f"up to the step before this one (default: {cache_settings.CACHE_FLAGS['cache_end_step']})", group=CACHE
+    )
+    cache_step_interval: int | None = flag(
+        "one step in so many between is computed; firstblock and magcache: at least "
+        f"(default: {cache_settings.CACHE_FLAGS['cache_step_interval']})",
+        group=CACHE,
+    )
+    no_cache_block_id: str | None = flag(
+        "deepcache: the last blocks, which every step computes, N or N-LAST "
+        f"(default: {cache_settings.CACHE_TYPES['deepcache']['no_cache_block_id']}, the last)",
+        group=CACHE,
+    )
+    cache_threshold: float | None = flag(
+        "firstblock and magcache: reuse while the change is below this "
+        f"(default: {cache_settings.CACHE_TYPES['firstblock']['cache_threshold']} and "
+        f"{cache_settings.CACHE_TYPES['magcache']['cache_threshold']})",
+        group=CACHE,
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.attention_mode()
+        self.sage_blocks()
+        self._check_cache()
+        self.adapter_files()
+        if self.video_length is not None:
+            geometry.check_video_length(self.video_length)
+        if self.aspect_ratio is not None:
+            geometry.check_aspect_ratio(self.aspect_ratio)
+        steps = self.num_inference_steps
+        if steps is not None and steps < 1:
+            raise InputError(f"{steps} is not a positive number", option="num_inference_steps")
+        if steps is not None and steps > MAX_STEPS:
+            raise InputError(f"{steps} is more than {MAX_STEPS}", option="num_inference_steps")
+        if self.checkpoint_every < 0:
+            given = self.checkpoint_every
+            raise InputError(f"{given} is neither 0 (never) nor a number of steps", option="checkpoint_every")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < 100:
+            raise InputError(f"{self.guidance_scale} is outside 1 to 100", option="guidance_scale")
+        if self.offload_blocks is not None and self.offload_blocks < 0:
+            raise InputError(f"{self.offload_blocks} is not a number of blocks", option="offload_blocks")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"{self.seed} is outside 0 to 2^64 - 1", option="seed")
+        if self.output_dir is not None:
+            check_output_dir("--output_dir", self.output_dir)
+
+    def attention_mode(self) -> str:
+        """The one mode that attn_mode and its two shorthands ask for; InputError where they contradict each other."""
+        asked = {f"--attn_mode {self.attn_mode}": self.attn_mode} if self.attn_mode else {}
+        if self.use_sageattn:
+            asked["--use_sageattn"] = "sageattn"
+        if self.sparse_attn:
+            asked["--sparse_attn"] = modes.SPARSE_ATTN_MODE
+        if len(set(asked.values())) > 1:
+            raise InputError(f"{' and '.join(asked)} ask for different attention; give one of them")
+        mode = next(iter(asked.values()), modes.DEFAULT_ATTN_MODE)
+        if self.sage_blocks_range is not None and mode != "sageattn":
+            raise InputError(f"belongs to --attn_mode sageattn, not to {mode}", option="sage_blocks_range")
+        return mode
+
+    def sage_blocks(self) -> range:
+        """Which blocks sage_blocks_range names; InputError where it is no range."""
+        return versions.parse_block_range("--sage_blocks_range", self.sage_blocks_range or DEFAULT_SAGE_BLOCKS)
+
+    def cache_options(self) -> dict[str, Any]:
+        """The values of the cache's options but enable_cache and cache_type, None where one is not given."""
+        own = (name for names in cache_settings.CACHE_TYPES.values() for name in names)
+        names = dict.fromkeys([*cache_settings.CACHE_FLAGS, *own])
+        return {name: getattr(self, name) for name in names}
+
+    def _check_cache(self) -> None:
+        given = self.cache_options()
+        if not self.enable_cache:
+            idle = [name for name, value in ({"cache_type": self.cache_type} | given).items() if value is not None]
+            if idle:
+                raise InputError("needs --enable_cache", option=idle[0])
+            return
+        cache_settings.check_flags(self.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
+
+    def adapter_files(self) -> list[tuple[Path, float]]:
+        """(file, weight) of each adapter; InputError where there is no such file, or the weight is no number."""
+        found = []
+        for text in self.lora or ():
+            path, _, last = text.rpartition(":")
+            try:
+                file, weight = (text, 1.0) if not path or Path(text).is_file() else (path, float(last))
+            except ValueError:
+                file, weight = text, 1.0
+            if not Path(file).is_file():
+                raise InputError(f"{text}: there is no file {file}; allowed is FILE[:WEIGHT]", option="lora")
+            if not math.isfinite(weight):
+                raise InputError(f"{text}: the weight {last} is not a finite number", option="lora")
+            found.append((Path(file), weight))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(RunOptions):
+    """Stage 3: video latents → mp4, by the VAE's decoder."""
+
+    input_dir: str = flag("folder that stage 2 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
+    model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
+    output_video: str | None = flag("the mp4 to write (default: output_video.mp4 in --input_dir)", group=FILES)
+    save_frames: bool = flag("also write stage3_frames.safetensors to --input_dir", group=FILES, default=False)
+    strict: bool = flag(STRICT, group=FILES, default=False)
+    fps: float = flag("frames per second (default: %(default)s)", group=VIDEO, default=DEFAULT_FPS)
+    tile_size: int | None = flag(
+        f"side of a tile in px (default: {tiling.DEFAULT_TILE_SIZE}; {tiling.SMALL_TILE_SIZE} where less "
+        "memory is free)",
+        group=TILES,
+    )
+    tile_overlap: float = flag(
+        f"share of a tile that blends with its neighbour, 0 to {tiling.MAX_OVERLAP} (default: %(default)s)",
+        group=TILES,
+        default=tiling.DEFAULT_TILE_OVERLAP,
+    )
+    disable_tiling: bool = flag("decode whole frames: no seams, and far more memory", group=TILES, default=False)
+    disable_tile_parallelism: bool = flag(
+        "the first process decodes alone, the others wait", group=TILES, default=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not 1 <= self.fps <= 240:
+            raise InputError(f"{self.fps:g} is outside 1 to 240", option="fps")
+        if not self.disable_tiling:
+            size = tiling.DEFAULT_TILE_SIZE if self.tile_size is None else self.tile_size
+            tiling.check_tiling(size, self.tile_overlap, geometry.SPATIAL_RATIO)
+        if self.output_video is not None:
+            self._check_output_video(self.output_video)
+
+    def _check_output_video(self, name: str) -> None:
+        target = Path(name)
+        if target.suffix != ".mp4" or target.is_dir():
+            raise InputError(f"{name} is not the name of an .mp4 file", option="output_video")
+        if len(target.name.encode()) > MAX_NAME_BYTES:
+            raise InputError(f"{name} is a name of more than {MAX_NAME_BYTES} bytes", option="output_video")
+        check_output_dir("--output_video", target.parent)
+        if not target.parent.exists():
+            raise InputError(f"{name}: {target.parent} does not exist", option="output_video")

@@ -22,7 +22,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.demo import world
 from hunyuan_staged.errors import InputError, status_of
-from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DEFAULT_SEED
+from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DenoiseOptions
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling.cache_settings import CacheSettings
 
@@ -347,7 +347,7 @@ def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> No
     sheet = Image.new("RGB", (columns * (cell_width + 12), rows * (world.HEIGHT // 2 + line + 8)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, prompt in enumerate(progress(SHEET, desc="contact sheet", unit="clip")):
-        frames = generator.frames(prompt, DEFAULT_SEED, generator.setting())
+        frames = generator.frames(prompt, DenoiseOptions.seed, generator.setting())
         x0 = (number % columns) * (cell_width + 12) + 4
         y0 = (number // columns) * (world.HEIGHT // 2 + line + 8) + 2
         pen.text((x0, y0), prompt, fill="black", font=font)

@@ -9,8 +9,10 @@ import torch
 from conftest import ROOT
 
 import utils
+from hunyuan_staged import parsing
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.options import RunOptions
 
 ARGS = argparse.Namespace(debug=False)
 
@@ -94,7 +96,7 @@ def second_process(monkeypatch):
     """This process as torchrun's rank 1; returns the pauses that it made."""
     pauses: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(utils.time, "sleep", pauses.append)
+    monkeypatch.setattr(parsing.time, "sleep", pauses.append)
     return pauses
 
 
@@ -105,14 +107,14 @@ def test_a_second_process_is_silent_and_leaves_the_first_the_time_to_speak(secon
         raise InputError("bad")
 
     assert utils.run_stage("stage x", ARGS, check=fail, body=lambda *_: None) == 2
-    assert second_process == [utils.SILENCE_SECONDS]
+    assert second_process == [parsing.SILENCE_SECONDS]
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--sede", 2)])
 def test_the_parser_of_a_second_process_is_silent(second_process, capfd, flag, status):
     with pytest.raises(SystemExit) as left:
-        utils.make_parser("x.py", "does x", "example").parse_args([flag])
+        parsing.make_parser(RunOptions, "x.py", "does x", "example").parse_args([flag])
     assert left.value.code == status
     told = capfd.readouterr()
     assert told.out + told.err == ""
@@ -121,7 +123,7 @@ def test_the_parser_of_a_second_process_is_silent(second_process, capfd, flag, s
 
 def test_bytes_that_are_no_text_are_refused_by_name(capsys):
     """They came to a traceback in the tokenizer, or when the config was written."""
-    parser = utils.make_parser("x.py", "does x", "example")
+    parser = parsing.make_parser(RunOptions, "x.py", "does x", "example")
     parser.add_argument("--prompt")
     with pytest.raises(SystemExit) as left:
         parser.parse_args(["--prompt", "caf\udce9"])

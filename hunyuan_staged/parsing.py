@@ -1,0 +1,95 @@
+"""Command-line parsers from options classes. One line for bad flags, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from hunyuan_staged.errors import BAD_INPUT, one_line
+from hunyuan_staged.flags import Option, options_of
+
+Options = TypeVar("Options")
+
+LAST_GROUP = "other"
+# torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
+SILENCE_SECONDS = 5.0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks, as torchrun's environment tells before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one error line, on the first process, and leave with the status of bad input."""
+    say_error(f"error: {one_line(message)}")
+    sys.exit(BAD_INPUT)
+
+
+def say_error(line: str) -> None:
+    """Print a line to stderr on the first process; another process gives the first the time to do so."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(SILENCE_SECONDS)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses in one line, takes no abbreviated flags, and speaks on the first process alone."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            # Such bytes reach Python as lone surrogates, which neither tokenizers nor JSON files can hold.
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                self.error(f"argument {word!a} is not UTF-8 text")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{one_line(message)} (see {self.prog} --help)")
+
+    def print_help(self, file: Any = None) -> None:
+        if is_first():
+            super().print_help(file)
+
+
+def make_parser(cls: type, prog: str, description: str, examples: str) -> Parser:
+    """The parser of an options class: the description, its flags by group, then the examples as they stand."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog, description=description, epilog=examples, formatter_class=raw, allow_abbrev=False)
+    found = options_of(cls)
+    groups: dict[str, Any] = {}
+    exclusive: dict[str, Any] = {}
+    for option in sorted(found, key=lambda option: option.flag.group == LAST_GROUP):
+        title, _, about = option.flag.group.partition(": ")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, about or None)
+        place = groups[title]
+        if option.flag.either:
+            if option.flag.either not in exclusive:
+                exclusive[option.flag.either] = place.add_mutually_exclusive_group()
+            place = exclusive[option.flag.either]
+        _add(place, option)
+    return parser
+
+
+def _add(place: Any, option: Option) -> None:
+    flag = option.flag
+    words: dict[str, Any] = {"help": flag.help, "default": option.default}
+    if option.kind is bool:
+        words["action"] = "store_true"
+    else:
+        words |= {"type": option.kind, "choices": flag.choices, "metavar": flag.metavar}
+        if option.several:
+            words |= {"action": "append", "default": None}
+    place.add_argument(f"--{option.name}", **words)
+
+
+def parse(cls: type[Options], parser: Parser, argv: Sequence[str] | None = None) -> Options:
+    """The options that a command line gives; bad flags end the process as Parser.error does."""
+    given = vars(parser.parse_args(argv))
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
