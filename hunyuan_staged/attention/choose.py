@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend
 
-from hunyuan_staged.attention import packages, ssta
+from hunyuan_staged.attention import kernel_cache, packages, ssta
 from hunyuan_staged.attention.dense import (
     SAGE_HEAD_WIDTHS,
     Kernel,
@@ -74,6 +74,8 @@ def choose_attention(
     """
     if mode not in ATTN_MODES:
         raise InputError(f"--attn_mode {mode!r} is unknown; known: {', '.join(ATTN_MODES)}")
+    if device.type == "cuda":
+        kernel_cache.keep_flash4_kernels()
     if mode == "torch":
         return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", dense(sdpa()))
     if mode == SPARSE_ATTN_MODE:
