@@ -58,6 +58,11 @@ def size_for_ratio(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     return nearest_size(resolution, height / width)
 
 
+def resolution_of(height: int, width: int) -> str | None:
+    """The resolution that has this size among its buckets; no size is in those of two. None where it is in none."""
+    return next((name for name, base in BUCKET_BASE.items() if (height, width) in size_buckets(base)), None)
+
+
 def enlarged_size(base: str, resolution: str, height: int, width: int) -> tuple[int, int]:
     """The (height, width) in pixels that super resolution gives a base run's height x width.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.geometry import LATENT_CHANNELS
+from hunyuan_staged.geometry import BUCKET_BASE, LATENT_CHANNELS
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
@@ -17,14 +17,19 @@ LATENTS_FILE = "stage2_latents.safetensors"
 FRAMES_FILE = "stage3_frames.safetensors"
 CONFIG_FILE = "generation_config.json"
 VIDEO_FILE = "output_video.mp4"
+BASE = "base"  # what the latents of a run without super resolution are called where there are others
 # Where a stopped stage 2 goes on from; removed when the latents are there.
 STATE_FILE = "stage2_state.safetensors"
 LOCK_FILE = ".lock"
 
 
-def latents_file(resolution: str | None = None) -> str:
-    """The file of the latents of a base run, or of super resolution to a resolution."""
-    return LATENTS_FILE if resolution is None else f"stage2_latents_{resolution}.safetensors"
+def at_resolution(name: str, resolution: str | None) -> str:
+    """What a file of stage 2 or 3 is called for super resolution to a resolution: output_video.mp4 → output_video_720p.mp4.
+
+    None is the base run, whose files have the plain name.
+    """
+    stem, _, kind = name.rpartition(".")
+    return name if resolution is None else f"{stem}_{resolution}.{kind}"
 
 
 # What each stage writes into its folder.
@@ -34,11 +39,13 @@ STAGE_FILES = {
     3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
 }
 
-# Metadata: the dtypes; the hash of everything that a file was made from; the hash of the file that it was made from.
+# Metadata: the dtypes; the hash of everything that a file was made from; the hash of the file that it was made from, and
+# of latents that super resolution has made, that file's name.
 DTYPE_INFO = "dtype_info"
 MADE_FROM = "made_from_sha256"
 EMBEDDINGS_HASH = "embeddings_sha256"
 LATENTS_HASH = "latents_sha256"
+ENLARGED_FROM = "enlarged_from"
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,10 @@ def state_rules(names: Iterable[str]) -> dict[str, TensorRule]:
 WRITTEN_BY = {
     EMBEDDINGS_FILE: "stage1_text_encoder.py",
     LATENTS_FILE: "stage2_transformer.py",
+    **{
+        at_resolution(LATENTS_FILE, name): f"stage2_transformer.py --super_resolution {name}"
+        for name in SUPER_RESOLUTION
+    },
     FRAMES_FILE: "stage3_vae_decoder.py --save_frames",
     CONFIG_FILE: "stage1_text_encoder.py",
 }
@@ -112,3 +123,17 @@ def require_file(path: Path) -> None:
         if where.exists():
             raise InputError(f"{where} is not a {'file' if where == path else 'folder'}")
         raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")
+
+
+def choose_latents(folder: str | Path, asked: str | None = None) -> str | None:
+    """Which latents of a folder to decode: those of a resolution, or None, those of the base run.
+
+    asked: BASE, a resolution of super resolution, or None: the largest that are there. Raises InputError where those that
+    are asked for are not there.
+    """
+    if asked is None:
+        present = [name for name in SUPER_RESOLUTION if (Path(folder) / at_resolution(LATENTS_FILE, name)).is_file()]
+        return max(present, key=BUCKET_BASE.__getitem__, default=None)
+    resolution = None if asked == BASE else asked
+    require_file(Path(folder) / at_resolution(LATENTS_FILE, resolution))
+    return resolution

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_staged.errors import printable
-from hunyuan_staged.files.contract import CONFIG_FILE, EMBEDDINGS_FILE, EMBEDDINGS_HASH, LATENTS_FILE
+from hunyuan_staged.files.contract import (
+    CONFIG_FILE,
+    EMBEDDINGS_FILE,
+    EMBEDDINGS_HASH,
+    ENLARGED_FROM,
+    LATENTS_FILE,
+    LATENTS_HASH,
+    at_resolution,
+)
 
 
 def sha256(path: str | Path) -> str:
@@ -51,21 +59,32 @@ def embeddings_mismatch(
     return None
 
 
-def latents_mismatch(folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
-    """Why the latents in a folder do not belong to its embeddings; None where they do, or nothing tells.
+def latents_mismatch(
+    folder: str | Path, config: Mapping[str, Any], metadata: Mapping[str, str], resolution: str | None = None
+) -> str | None:
+    """Why the latents in a folder do not belong to what they were made from; None where they do, or nothing tells.
 
-    metadata is the latents' own. Where stage 2 wrote to another folder than stage 1, the config tells of the embeddings.
+    metadata is the latents' own; resolution: of super resolution. Where stage 2 wrote to another folder than stage 1, the
+    config tells of the embeddings.
     """
-    latents, embeddings = Path(folder) / LATENTS_FILE, Path(folder) / EMBEDDINGS_FILE
+    latents, embeddings = Path(folder) / at_resolution(LATENTS_FILE, resolution), Path(folder) / EMBEDDINGS_FILE
     recorded = metadata.get(EMBEDDINGS_HASH)
-    if recorded is None:
-        return None
     present, source = config.get(EMBEDDINGS_HASH), Path(folder) / CONFIG_FILE
-    if embeddings.is_file():
+    if recorded is not None and embeddings.is_file():
         present, source = sha256(embeddings), embeddings
-    if present is None or present == recorded:
+    if recorded is not None and present is not None and present != recorded:
+        return _replaced(latents, "embeddings", recorded, source, present)
+    smaller, recorded = metadata.get(ENLARGED_FROM), metadata.get(LATENTS_HASH)
+    if smaller is None or recorded is None:
         return None
+    # A name alone: what a file says must not lead out of the folder.
+    source = Path(folder) / Path(smaller).name
+    present = sha256(source) if source.is_file() else recorded
+    return None if present == recorded else _replaced(latents, "latents", recorded, source, present)
+
+
+def _replaced(latents: Path, what: str, recorded: str, source: Path, present: str) -> str:
     return (
-        f"{latents} was made from embeddings with sha256 {recorded[:12]}…, "
+        f"{latents} was made from {what} with sha256 {recorded[:12]}…, "
         f"which {source} has since replaced (sha256 {printable(present[:12])}…)"
     )

@@ -22,6 +22,7 @@ from hunyuan_staged.files.contract import (
     LATENTS_RULES,
     STATE_FILE,
     TensorRule,
+    at_resolution,
     require_file,
     state_rules,
 )
@@ -181,17 +182,19 @@ def load_embeddings(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[s
     return _load(folder, EMBEDDINGS_FILE, EMBEDDINGS_RULES)
 
 
-def save_latents(folder: str | Path, latents: torch.Tensor, metadata: Mapping[str, str]) -> Path:
-    """Write stage 2's latents [1, C, t, h, w] and return the path."""
-    return _save(folder, LATENTS_FILE, {"latents": latents}, LATENTS_RULES, metadata)
+def save_latents(
+    folder: str | Path, latents: torch.Tensor, metadata: Mapping[str, str], resolution: str | None = None
+) -> Path:
+    """Write stage 2's latents [1, C, t, h, w], of super resolution where a resolution is given, and return the path."""
+    return _save(folder, at_resolution(LATENTS_FILE, resolution), {"latents": latents}, LATENTS_RULES, metadata)
 
 
-def load_latents(folder: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
+def load_latents(folder: str | Path, resolution: str | None = None) -> tuple[torch.Tensor, dict[str, str]]:
     """(latents [1, C, t, h, w], metadata) of stage 2; InputError where they break the contract.
 
     The sibling suite records no height and width (and not always num_frames): they are then filled in from the shape.
     """
-    tensors, metadata = _load(folder, LATENTS_FILE, LATENTS_RULES)
+    tensors, metadata = _load(folder, at_resolution(LATENTS_FILE, resolution), LATENTS_RULES)
     latents = tensors["latents"]
     frames, height, width = latents.shape[2:]
     size = {
@@ -238,11 +241,13 @@ def open_frames(folder: str | Path) -> tuple[tuple[int, int, int], dict[str, str
     return (num_frames, height, width), metadata, frames()
 
 
-def save_state(folder: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+def save_state(
+    folder: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], resolution: str | None = None
+) -> Path:
     """Write what a stopped stage 2 goes on from (state_rules) and return the path."""
-    return _save(folder, STATE_FILE, tensors, state_rules(tensors), metadata)
+    return _save(folder, at_resolution(STATE_FILE, resolution), tensors, state_rules(tensors), metadata)
 
 
-def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_state(folder: str | Path, resolution: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a stopped stage 2; InputError where they break the contract."""
-    return _load(folder, STATE_FILE, state_rules)
+    return _load(folder, at_resolution(STATE_FILE, resolution), state_rules)

@@ -65,7 +65,7 @@ class StateSaver:
     """The state of one denoising run in `folder`. Every rank has one and calls the same methods; rank 0 has the file.
 
     steps: of the whole schedule. every: so many steps apart are the saved states; 0 saves none, at a signal neither.
-    tell and warn take a line for the log.
+    tell and warn take a line for the log. Super resolution, to what the setting of that name says, has a file of its own.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class StateSaver:
         tell: Callable[[str], Any],
         warn: Callable[[str], Any],
     ) -> None:
-        self.path = Path(folder) / contract.STATE_FILE
+        self.resolution = facts.settings.get("super_resolution")
+        self.path = Path(folder) / contract.at_resolution(contract.STATE_FILE, self.resolution)
         self.facts, self.steps, self.every, self.world = facts, steps, every, world
         self.interrupts, self.tell, self.warn = interrupts, tell, warn
         self._agree = MaxAcrossRanks(world)
@@ -115,7 +116,7 @@ class StateSaver:
     def _read(self, shape: Sequence[int]) -> tuple[int, dict[str, torch.Tensor]]:
         if not self.path.exists():
             return 0, {}
-        tensors, metadata = load_state(self.path.parent)
+        tensors, metadata = load_state(self.path.parent, self.resolution)
         latents = tensors["latents"]
         try:
             if metadata["format"] != FORMAT:
@@ -247,7 +248,7 @@ class StateSaver:
             contract.MADE_FROM: self.facts.digest(),
         }
         try:
-            save_state(self.path.parent, tensors, metadata)
+            save_state(self.path.parent, tensors, metadata, self.resolution)
         except InputError as error:
             return str(error)
         return None
