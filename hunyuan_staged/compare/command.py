@@ -1,7 +1,8 @@
 """`python -m hunyuan_staged.compare A B`: how far two runs are apart, in their latents and in their videos.
 
 A and B are output folders. Whatever both hold is compared: stage2_latents.safetensors, and stage3_frames.safetensors (as
-decoded) or else output_video.mp4 (with what H.264 did to it). The last line on stdout is JSON. Frames count from 0.
+decoded) or else output_video.mp4 (with what H.264 did to it). The last line on stdout is JSON, or with
+--json a file is. Frames count from 0.
 
 Letters: T frames, H x W px; C channels and t frames of h x w of the latents.
 """
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from hunyuan_staged.compare.runs import PLOT_FILE, SIDE_BY_SIDE_FILE, compare
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
+from hunyuan_staged.files.atomic import replacing
 from hunyuan_staged.options import DEFAULT_AMPLIFY, DEFAULT_COMPARISON_DIR
 from hunyuan_staged.runtime.signals import SIGNALLED
 
@@ -44,6 +46,9 @@ def report(result: dict[str, Any]) -> list[str]:
                 told = f"{seams['ratio']:.2f} at tile borders against elsewhere, most {seams['worst']:.2f} at "
                 told += f"{seams['worst_at']} px"
             lines.append(f"seams of {run.upper()}  {told}")
+        if frames["flicker"]["a"] is not None:
+            before, now = (f"{frames['flicker'][run]:.3g}" for run in "ab")
+            lines.append(f"flicker     {before} in A, {now} in B")
     return lines + [f"note        {one_line(note)}" for note in result["notes"]]
 
 
@@ -101,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no_video", action="store_true", help=f"do not write {SIDE_BY_SIDE_FILE}")
     parser.add_argument("--no_plot", action="store_true", help=f"do not write {PLOT_FILE}")
+    parser.add_argument("--json", type=Path, help="write the JSON to this file, not to stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -113,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tqdm import tqdm
 
         result = compare(args, lambda iterable, **options: tqdm(iterable, dynamic_ncols=True, **options))
+        text = json.dumps(as_json(result), allow_nan=False)
+        if args.json:
+            with replacing(args.json) as path:
+                path.write_text(text + "\n", encoding="utf-8")
     except InputError as error:
         if args and args.debug:
             traceback.print_exc()
@@ -125,5 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     for path in result["written"]:
         print(f"wrote {one_line(path)}", file=sys.stderr)
-    print(json.dumps(as_json(result), allow_nan=False))
+    if args.json:
+        print(f"wrote {one_line(args.json)}", file=sys.stderr)
+    else:
+        print(text)
     return 0

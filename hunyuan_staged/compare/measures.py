@@ -115,10 +115,35 @@ class Seams:
         return {"ratio": float(np.mean(list(found.values()))), "worst": found[worst], "worst_at": worst}
 
 
+class Flicker:
+    """How unsteady a video is, whose frames are added one by one: the mean absolute second difference in time.
+
+    Even motion over an even ground has little of it, a brightness that goes up and down much. Of two videos of the same
+    scene the larger number flickers more.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[np.ndarray] = []
+        self._sum, self._count = 0.0, 0
+
+    def add(self, frame: np.ndarray) -> None:
+        """The next frame, float32 [H, W, 3] in [0, 1]."""
+        if len(self._before) == 2:
+            first, second = self._before
+            self._sum += float(np.abs(first - 2 * second + frame).mean())
+            self._count += 1
+        self._before = [*self._before[-1:], frame]
+
+    def result(self) -> float | None:
+        """The mean over all frames but the outermost two; None for fewer than three frames."""
+        return self._sum / self._count if self._count else None
+
+
 @dataclass(frozen=True)
 class Quality:
-    """PSNR (dB) and SSIM of each frame, and the seams of both videos as Seams.result gives them."""
+    """PSNR (dB) and SSIM of each frame; of both videos the seams as Seams.result gives them, and the flicker."""
 
     psnr: list[float]
     ssim: list[float]
     seams: dict[str, dict[str, Any] | None]
+    flicker: dict[str, float | None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hunyuan_staged import geometry
 from hunyuan_staged.compare.clips import Clip, _pairs, open_pair
-from hunyuan_staged.compare.measures import Quality, Seams, latent_errors, psnr, ssim
+from hunyuan_staged.compare.measures import Flicker, Quality, Seams, latent_errors, psnr, ssim
 from hunyuan_staged.compare.pictures import write_plot, write_side_by_side
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError
@@ -28,13 +28,17 @@ def measure_frames(a: Clip, b: Clip, *, tile_size: int, tile_overlap: float, pro
         a.height // ratio, a.width // ratio, tile_size=tile_size, tile_overlap=tile_overlap, spatial_ratio=ratio
     )
     psnrs, ssims = [], []
-    seams = {"a": Seams(plan), "b": Seams(plan)}
+    seams = {run: Seams(plan) for run in "ab"}
+    flicker = {run: Flicker() for run in "ab"}
     for frame_a, frame_b in _pairs(a, b, progress, "measuring"):
         psnrs.append(psnr(frame_a, frame_b))
         ssims.append(ssim(frame_a, frame_b))
-        seams["a"].add(frame_a)
-        seams["b"].add(frame_b)
-    return Quality(psnrs, ssims, {run: found.result() for run, found in seams.items()})
+        for run, frame in (("a", frame_a), ("b", frame_b)):
+            seams[run].add(frame)
+            flicker[run].add(frame)
+    return Quality(
+        psnrs, ssims, {run: seams[run].result() for run in seams}, {run: flicker[run].result() for run in flicker}
+    )
 
 
 # -- the command --
@@ -51,6 +55,10 @@ def check(args: argparse.Namespace) -> None:
     if args.a.samefile(args.b):
         raise InputError(f"A and B are the same folder, {args.a}; give two runs")
     check_output_dir("--output_dir", args.output_dir)
+    if args.json:
+        check_output_dir("--json", args.json.parent)
+        if args.json.is_dir():
+            raise InputError(f"--json {args.json} is a folder")
     for name in (SIDE_BY_SIDE_FILE, PLOT_FILE):
         if (args.output_dir / name).is_dir():
             raise InputError(f"--output_dir {args.output_dir}: {name} in it is a folder")
@@ -139,6 +147,7 @@ def compare(args: argparse.Namespace, progress: Any = quiet) -> dict[str, Any]:
             "psnr": summary(quality.psnr),
             "ssim": summary(quality.ssim),
             "seams": quality.seams,
+            "flicker": quality.flicker,
         }
         if not args.no_video:
             written.append(args.output_dir / SIDE_BY_SIDE_FILE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hunyuan_staged.attention import choose, ssta
+from hunyuan_staged.attention import choose, kernel_cache, ssta
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
 from hunyuan_staged.errors import InputError
 
@@ -43,6 +43,7 @@ def test_a_gpu_mode_on_a_cpu_is_refused(mode):
 
 def hopper(monkeypatch, *packages: str) -> None:
     """A Hopper GPU that does not exist, on which these packages are installed."""
+    monkeypatch.setenv(kernel_cache.ENABLED, "0")  # the user's cache folder stays out of it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for module in (choose, ssta):
         monkeypatch.setattr(module, "installed", lambda package: package in packages)

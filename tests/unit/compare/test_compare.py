@@ -280,6 +280,34 @@ def test_frames_are_never_whole_in_memory(tmp_path):
         assert np.array_equal(first, second)
 
 
+def test_flicker_of_steady_and_of_unsteady_frames():
+    still, ramp, unsteady = measures.Flicker(), measures.Flicker(), measures.Flicker()
+    ground = np.full((4, 4, 3), 0.5, dtype=np.float32)
+    for number in range(5):
+        still.add(ground)
+        ramp.add(ground + np.float32(0.01 * number))
+        unsteady.add(ground + np.float32(0.1 * (number % 2)))
+    assert still.result() == 0
+    assert ramp.result() == pytest.approx(0, abs=1e-6)
+    assert unsteady.result() == pytest.approx(0.2)
+    assert measures.Flicker().result() is None
+
+
+def test_json_goes_to_a_file(tmp_path, capsys):
+    clip = texture()
+    a, b = run_folder(tmp_path / "a", clip), run_folder(tmp_path / "b", clip * np.float32(0.9))
+    target = tmp_path / "new" / "result.json"
+    assert command.main([str(a), str(b), "--no_video", "--no_plot", "--json", str(target)]) == 0
+    said = capsys.readouterr()
+    result = json.loads(target.read_text())
+    assert result["frames"]["flicker"]["b"] == pytest.approx(0.9 * result["frames"]["flicker"]["a"], rel=1e-4)
+    assert f"wrote {target}" in said.err
+    assert "flicker     " in said.out
+    assert "{" not in said.out
+    assert command.main([str(a), str(b), "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --json {tmp_path} is a folder\n"
+
+
 # Refusals
 
 
