@@ -205,7 +205,7 @@ def test_a_given_first_frame_is_the_videos_first_frame(tmp_path):
 def test_the_readme_shows_the_checkpoints_own_figures():
     figures = json.loads((ROOT / "hunyuan_staged" / "demo" / "scores.json").read_text())
     known, new = (figures[f"shape clips, {wording} wording"] for wording in ("known", "new"))
-    readmes = [(ROOT / name).read_text() for name in ("README.md", "hunyuan_staged/demo/README.md")]
+    readmes = [(ROOT / name).read_text() for name in ("README.md", "docs/demo.md")]
     for name, share in known.items():
         assert all(f"| {name} | {share:g} % | {new[name]:g} % |" in readme for readme in readmes)
     chinese = (ROOT / "README.zh.md").read_text()

@@ -1,0 +1,411 @@
+#!/usr/bin/env python3
+"""Write what the documentation takes from the code: `python docs/build.py`; `--check` only says what is out of date.
+
+Between `<!-- built: NAME -->` and `<!-- end -->` a page holds what BLOCKS[NAME] gives. The measured figures come from
+hunyuan_staged/memory/benchmarks.json, the flags from the parsers, the memory of each card from the memory plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "hunyuan_staged" / "memory" / "benchmarks.json"
+PAGES = (
+    "README.md",
+    "README.zh.md",
+    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "demo", "flags", "memory", "model")),
+)
+BLOCK = re.compile(r"(<!-- built: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+STEPS = 50  # of the published base versions
+# README's rows: what is said of a card, and which row of the memory table (GB) it is
+README_CARDS = (
+    ("NVIDIA GeForce RTX 3060", "RTX 3060, 12 GB"),
+    ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti, 16 GB"),
+    ("NVIDIA GeForce RTX 3090", "RTX 3090, 24 GB"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090, 24 GB"),
+    ("NVIDIA H100 80GB HBM3", "H100, 80 GB"),
+)
+VIDEOS = (("480p", 121), ("720p", 49), ("720p", 121))
+CHINESE = {
+    "resident": "全部常驻显存",
+    "blocks offloaded": "54 个块中的 {} 个放在主机内存",
+    "minutes": "{} 分钟",
+    "hours": "{} 小时",
+}
+
+
+@cache
+def figures() -> dict[str, Any]:
+    """The measured figures."""
+    return json.loads(BENCHMARKS.read_text(encoding="utf-8"))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("|" + "".join(f" {cell} |" if cell != "" else " |" for cell in line) for line in lines)
+
+
+def code(text: str | None) -> str:
+    return f"`{text}`" if text else ""
+
+
+def number(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:g}{unit}"
+
+
+# -- benchmarks.md --
+
+
+def machine(row: dict[str, Any]) -> str:
+    return "" if row["machine"] == "h100" else f"{figures()['machines'][row['machine']]['about']}; "
+
+
+def steps() -> str:
+    """Every measured step, the newest of a size first as the file has them."""
+    rows = []
+    for row in figures()["steps"]:
+        notes = [] if row["branches"] == 2 else ["guidance 1: one branch"]
+        notes += [] if row["weights"] == "bf16" else [f"weights stored in {row['weights']}"]
+        notes += [] if row["compiled"] else ["not compiled"]
+        notes += [f"{row['offloaded_blocks']} blocks offloaded"] if row["offloaded_blocks"] else []
+        if row["parts"]:
+            notes.append("attention {:g}, linear layers {:g}, rest {:g} s".format(*row["parts"]))
+        notes += [row["note"]] if row.get("note") else []
+        rows.append(
+            (
+                f"{row['resolution']}, {row['num_frames']} frames",
+                row["attention"],
+                number(row["seconds"]),
+                number(row["first_step_extra"]),
+                "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}".replace("%", " %"),
+                number(row["peak_gib"]),
+                machine(row) + "; ".join(notes),
+                code(row.get("command")),
+                f"{row['commit']}, {row['date']}",
+            )
+        )
+    columns = ("size", "attention", "seconds a step", "first step's extra, s", "share of peak", "peak, GiB")
+    return table((*columns, "notes", "command", "commit, date"), rows)
+
+
+def decodings() -> str:
+    rows = []
+    for row in figures()["decodings"]:
+        tile = f"tiles of {row['tile_size']} px" if row["tile_size"] else "whole frames"
+        rows.append(
+            (
+                f"{row['width']}x{row['height']}, {row['num_frames']} frames",
+                f"{tile}, {row['latent_frames_at_once']} latent frames at once",
+                number(row["seconds"]),
+                number(row["tile_seconds"]),
+                f"{row['share_of_peak']:.0%}".replace("%", " %"),
+                number(row["peak_gib"]),
+                number(row["host_gib"]),
+                machine(row).removesuffix("; "),
+                code(row["command"]),
+                f"{row['commit']}, {row['date']}",
+            )
+        )
+    columns = ("video", "how", "seconds", "one full tile, s", "share of peak", "peak, GiB", "host, GiB")
+    return table((*columns, "notes", "command", "commit, date"), rows)
+
+
+def other_software() -> str:
+    rows = [
+        (row["what"], row["num_frames"], row["seconds"], row.get("note", "")) for row in figures()["other_software"]
+    ]
+    return table(("what", "frames", "seconds a guided step", "notes"), rows)
+
+
+def records(name: str) -> str:
+    """The records of one topic, with as many columns as it has anything to say in."""
+    rows = [row for row in figures()["records"] if row["table"] == name]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "what": lambda row: row["what"],
+        "measured": lambda row: row["figures"],
+        "on": lambda row: machine(row).removesuffix("; "),
+        "command": lambda row: code(row.get("command")),
+        "commit, date": lambda row: ", ".join(row[key] for key in ("commit", "date") if row.get(key)),
+    }
+    used = {head: cell for head, cell in columns.items() if any(cell(row) for row in rows)}
+    return table(tuple(used), [tuple(cell(row) for cell in used.values()) for row in rows])
+
+
+def whole_table(name: str) -> str:
+    """One of the tables that were measured by a single command, which stands below it."""
+    found = figures()["tables"][name]
+    where = figures()["machines"][found["machine"]]["about"]
+    return (
+        f"{table(found['columns'], found['rows'])}\n\n{where}, {found['commit']}, {found['date']}: `{found['command']}`"
+    )
+
+
+# -- README.md, README.zh.md, memory.md --
+
+
+def measured_step(resolution: str, num_frames: int, attention: str = "flash4") -> dict[str, Any]:
+    """The step that --dry_run's time rests on, with all blocks on the GPU."""
+    wanted = {"resolution": resolution, "num_frames": num_frames, "attention": attention, "in_plan": True}
+    wanted |= {"offloaded_blocks": 0, "compiled": True}
+    return next(row for row in figures()["steps"] if all(row[key] == value for key, value in wanted.items()))
+
+
+def minutes_of(card: str, resolution: str, num_frames: int) -> tuple[float, float]:
+    """(least, most) minutes of the denoising loop: as measured on the card of the measurement, else by its dense rate."""
+    step = measured_step(resolution, num_frames)
+    seconds = STEPS * step["seconds"] + step["first_step_extra"]
+    if card == figures()["machines"][step["machine"]]["gpu"]:
+        return seconds / 60, seconds / 60
+    operations = step["seconds"] * step["share_of_peak"] * figures()["practical_peak_tflops"]  # in TFLOP
+    rate = next(row["bf16_tflops"] for row in figures()["cards"] if row["name"] == card)
+    shares = figures()["estimate"]
+    least, most = (STEPS * operations / rate / shares[key] / 60 for key in ("most_share", "least_share"))
+    return least, most
+
+
+def duration(least: float, most: float, chinese: bool) -> str:
+    """Minutes, or hours from three of them on, e.g. "80 to 130 min"."""
+    hours = most >= 180
+    ends = [end / 60 if hours else end for end in (least, most)]
+    if least == most:
+        text = f"{ends[0]:.1f}"
+    else:
+        short = [f"{end:.0f}" if end >= 10 else f"{end:.1f}" for end in ends]
+        text = (" 到 " if chinese else " to ").join(short)
+    if chinese:
+        return CHINESE["hours" if hours else "minutes"].format(text)
+    return f"{text} {'hours' if hours else 'min'}"
+
+
+@cache
+def memory_rows() -> tuple[tuple[str, ...], ...]:
+    """(card, stage 1, stage 2 at 720p, with fp8, stage 2 at 480p, stage 3) for each size of card, computed."""
+    from hunyuan_staged.bench import memory
+
+    return tuple(memory.table())
+
+
+def where_the_weights_are(gigabytes: int, chinese: bool) -> str:
+    """Where the transformer's blocks are on a card of so many GB, 720p, 121 frames."""
+    cell = next(row[2] for row in memory_rows() if row[0] == f"{gigabytes} GB").partition(":")[0]
+    if not chinese:
+        return "all on the GPU" if cell == "resident" else cell.replace("offloaded", "in host memory")
+    return CHINESE["resident"] if cell == "resident" else CHINESE["blocks offloaded"].format(cell.split()[0])
+
+
+def readme_cards(chinese: bool = False) -> str:
+    """README's five rows."""
+    gpus = {row["name"]: row for row in figures()["cards"]}
+    rows = []
+    for name, label in README_CARDS:
+        times = [duration(*minutes_of(name, *video), chinese) for video in VIDEOS]
+        measured = name == figures()["machines"]["h100"]["gpu"]
+        how = ("实测", "measured") if measured else ("估算", "computed")
+        rows.append((label, where_the_weights_are(gpus[name]["memory_gb"], chinese), *times, how[not chinese]))
+    if chinese:
+        return table(("显卡", "权重（720p，121 帧）", "480p，121 帧", "720p，49 帧", "720p，121 帧", "时间"), rows)
+    columns = ("card", "weights, 720p, 121 frames", "480p, 121 frames", "720p, 49 frames", "720p, 121 frames", "time")
+    return table(columns, rows)
+
+
+def all_cards() -> str:
+    """Every card of the list: memory, rate, source of the rate, minutes at 720p."""
+    rows = []
+    for row in figures()["cards"]:
+        times = [duration(*minutes_of(row["name"], *video), False) for video in VIDEOS]
+        rows.append((row["name"], row["memory_gb"], row["bf16_tflops"], *times, row["source"]))
+    videos = (f"{resolution}, {frames} frames" for resolution, frames in VIDEOS)
+    return table(("card", "GB", "TFLOP/s, dense bf16", *videos, "source of the rate"), rows)
+
+
+def memory_table() -> str:
+    columns = ("card", "stage 1", "stage 2, 720p", "stage 2, 720p, `--weights_dtype fp8`", "stage 2, 480p")
+    return table((*columns, "stage 3, 720p: tile"), memory_rows())
+
+
+def headline(chinese: bool = False) -> str:
+    """README's five numbers."""
+    step, slow = measured_step("720p", 121), figures()["other_software"][0]
+    cudnn, streamed = (
+        next(r for r in figures()["steps"] if r["in_plan"] and (r["offloaded_blocks"], r["attention"]) == wanted)
+        for wanted in ((0, "cudnn"), (54, "cudnn"))
+    )
+    decoding = figures()["decodings"][0]
+    tables = figures()["tables"]
+    cached = next(row for row in tables["cache_speed"]["rows"] if row[0] == "teacache")
+    share = f"{step['share_of_peak']:.0%}".replace("%", " %")
+    if chinese:
+        lines = [
+            f"**{step['seconds']:.1f} 秒**：720p、121 帧、带引导的一步，达到该卡实测峰值的 {share}；diffusers 原样运行需 "
+            f"{slow['seconds']} 秒。",
+            f"**{streamed['peak_gib']:g} GiB**：所有块放在主机内存时的显存峰值，每步 {streamed['seconds']:.1f} 秒；"
+            f"全部常驻为 {cudnn['peak_gib']:g} GiB，{cudnn['seconds']:.1f} 秒（均为 cuDNN 注意力）。",
+            f"**{decoding['seconds']:.1f} 秒**：解码 720p、121 帧的视频，显存峰值 {decoding['peak_gib']:g} GiB。",
+            f"**{cached[2]} 倍**：`--enable_cache --cache_type teacache` 对 50 步的加速，误差见 "
+            "[caches.md](docs/caches.md)。",
+            f"**{tables['exactness']['rows'][0][1]}**：Transformer 与官方实现的相对误差（float32）；2、3、4 个进程与单进程"
+            "结果一致。",
+        ]
+    else:
+        lines = [
+            f"**{step['seconds']:.1f} s** for a guided step of 720p, 121 frames: {share} of what the card reaches in a "
+            f"plain matrix product. diffusers as shipped takes {slow['seconds']} s.",
+            f"**{streamed['peak_gib']:g} GiB** of GPU memory for it with all blocks in host memory, "
+            f"{streamed['seconds']:.1f} s a step; "
+            f"{cudnn['peak_gib']:g} GiB and {cudnn['seconds']:.1f} s with all on the GPU (both with cuDNN).",
+            f"**{decoding['seconds']:.1f} s** to decode those 121 frames, in {decoding['peak_gib']:g} GiB.",
+            f"**{cached[2]} times** as fast over 50 steps with `--enable_cache --cache_type teacache`; what that costs is "
+            "in [caches.md](docs/caches.md).",
+            f"**{tables['exactness']['rows'][0][1]}** relative distance of the transformer from the official "
+            "implementation, in float32; 2, 3 and 4 processes give what one gives.",
+        ]
+    return "\n".join(f"{position}. {line}" for position, line in enumerate(lines, 1))
+
+
+def scores(columns: Sequence[str], names: dict[str, str]) -> str:
+    """What the demo checkpoint gets right, from its own scores.json."""
+    found = json.loads((ROOT / "hunyuan_staged" / "demo" / "scores.json").read_text(encoding="utf-8"))
+    known, new = (found[f"shape clips, {wording} wording"] for wording in ("known", "new"))
+    rows = [(names.get(name, name), f"{share:g} %", f"{new[name]:g} %") for name, share in known.items()]
+    return table(columns, rows)
+
+
+# -- flags.md, model.md --
+
+
+def commands() -> list[ModuleType]:
+    """What has a table of flags, in their order."""
+    import stage1_text_encoder
+    import stage2_transformer
+    import stage3_vae_decoder
+    from hunyuan_staged.compare import command
+
+    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, command]
+
+
+def meaning_and_default(action: argparse.Action) -> tuple[str, str]:
+    """The help of a flag, taken apart: what it means, and its default as the help has it, else as the parser has it."""
+    text = (action.help or "") % {**vars(action), "prog": ""}
+    meaning, found, default = text.partition("(default")
+    if not found:
+        return text, "off" if action.nargs == 0 else "none" if action.default is None else str(action.default)
+    return meaning.strip(" ;"), re.sub(r"^[: ]+|\)$", "", default.strip())
+
+
+def flag_rows(parser: argparse.ArgumentParser) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for action in parser._actions:
+        flag = next((name for name in action.option_strings if name.startswith("--")), None)
+        if flag in (None, "--help"):
+            continue
+        if action.choices:
+            takes = ", ".join(map(str, action.choices))
+        elif action.nargs == 0:
+            takes = "nothing"
+        else:
+            kind = getattr(action.type, "__name__", "text") if action.type else "text"
+            takes = {"int": "a whole number", "float": "a number"}.get(kind, action.metavar or "text")
+        meaning, default = meaning_and_default(action)
+        rows.append((f"`{flag}`", takes, default, meaning))
+    return rows
+
+
+def flags() -> str:
+    parts = []
+    for module in commands():
+        parser = module.build_parser()
+        rows = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in flag_rows(parser)]
+        parts.append(f"## {parser.prog}\n\n{table(('flag', 'takes', 'default', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+def versions_table() -> str:
+    """Guidance, shift and steps of the published transformer versions, as the code has them."""
+    from hunyuan_staged.versions import parse_version
+
+    names = ["480p_t2v", "480p_i2v", "720p_t2v", "720p_i2v", "480p_t2v_distilled", "480p_i2v_distilled"]
+    names += ["720p_t2v_distilled", "720p_i2v_distilled", "720p_t2v_distilled_sparse", "720p_i2v_distilled_sparse"]
+    names += ["480p_i2v_step_distilled", "demo_t2v", "demo_i2v"]
+    found = [parse_version(name) for name in names]
+    rows = [
+        (v.name, f"{v.guidance_scale:g}", f"{v.flow_shift:g}", v.num_inference_steps, v.video_length) for v in found
+    ]
+    return table(("version", "guidance", "shift", "steps", "frames"), rows)
+
+
+def modules() -> str:
+    """Every module of the package with the first sentence of its docstring, a folder at a time."""
+    package = ROOT / "hunyuan_staged"
+    folders = [package, *sorted(path for path in package.rglob("*") if (path / "__init__.py").is_file())]
+    lines = []
+    for folder in folders:
+        files = sorted(path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+        if not files:
+            continue
+        lines.append(f"| **{folder.relative_to(ROOT)}/** | |")
+        for path in files:
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            sentence = re.split(r"(?<=\.)\s", " ".join(doc.split()).replace("|", "\\|"), maxsplit=1)[0]
+            lines.append(f"| `{path.name}` | {sentence} |")
+    return "\n".join(["| module | what it is |", "| --- | --- |", *lines])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "steps": steps,
+    "decodings": decodings,
+    "other_software": other_software,
+    **{name: lambda name=name: whole_table(name) for name in figures()["tables"]},
+    **{name: lambda name=name: records(name) for name in {row["table"]: None for row in figures()["records"]}},
+    "cards": readme_cards,
+    "cards_zh": lambda: readme_cards(chinese=True),
+    "all_cards": all_cards,
+    "memory_table": memory_table,
+    "headline": headline,
+    "headline_zh": lambda: headline(chinese=True),
+    "scores": lambda: scores(("right", "known sentences", "new sentences"), {}),
+    "scores_zh": lambda: scores(
+        ("正确", "见过的句式", "新句式"),
+        {"color": "颜色", "background": "背景", "direction": "方向", "shape": "形状", "all four": "四项全对"},
+    ),
+    "flags": flags,
+    "versions": versions_table,
+    "modules": modules,
+}
+
+
+def built(text: str) -> str:
+    """A page with every block written anew. Raises KeyError for a block that nothing writes."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="docs/build.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is out of date")
+    check = parser.parse_args(argv).check
+    sys.path.insert(0, str(ROOT))
+    stale = []
+    for name in PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        new = built(text)
+        if new != text:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name} {'is out of date: run python docs/build.py' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
