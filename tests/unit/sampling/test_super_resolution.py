@@ -10,6 +10,7 @@ from golden_models import CPU, build, distance, golden_upsampler, load
 from ranks import run_ranks
 
 from hunyuan_staged.attention.choose import choose_attention
+from hunyuan_staged.memory.offloading import stream_blocks
 from hunyuan_staged.models.embeddings import conditioning_of
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.parallel.layout import Layout, make_layout
@@ -65,6 +66,16 @@ def test_forward_gives_the_official_numbers(golden_folder, task):
     velocity = golden_transformer(golden_folder, tensors["hidden_states"].shape[2:])
     out = velocity(tensors["hidden_states"], tensors["timestep"], text_row(tensors), tensors["timestep_r"])
     assert distance(out, tensors["output"]) < 1e-5
+
+
+def test_streamed_blocks_give_the_same_bits(golden_folder):
+    tensors, _ = load(golden_folder / "sr_dit_i2v.safetensors")
+    resident = golden_transformer(golden_folder, tensors["hidden_states"].shape[2:])
+    attention = choose_attention("torch", CPU, torch.float32)
+    blocks = stream_blocks(resident.model, CPU)
+    streamed = Transformer(resident.model, attention, tensors["hidden_states"].shape[2:], blocks=blocks)
+    arguments = (tensors["hidden_states"], tensors["timestep"], text_row(tensors), tensors["timestep_r"])
+    assert torch.equal(streamed(*arguments), resident(*arguments))
 
 
 @dataclass

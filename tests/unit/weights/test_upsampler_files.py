@@ -78,3 +78,12 @@ def test_a_model_folder_gives_the_parts_of_super_resolution(tiny_super_resolutio
         folder.super_resolution_folder("upsampler", "720p_sr_distilled")
     with pytest.raises(InputError, match="is in diffusers' layout, which has no super resolution"):
         open_model(tiny_diffusers, ("transformer",)).transformer_config(name)
+
+
+def test_the_super_resolution_transformer_loads_in_float8(tiny_super_resolution):
+    folder, name = open_model(tiny_super_resolution, ("transformer",)), "demo_hd_sr_distilled"
+    skeleton = folder.transformer_skeleton(name, weights_dtype="fp8")
+    model = folder.load_transformer(name, device=CPU, dtype=torch.float32, skeleton=skeleton)
+    stored = {tensor.dtype for tensor in model.transformer_blocks.state_dict().values()}
+    assert torch.float8_e4m3fn in stored
+    assert model.x_embedder.proj.weight.dtype == torch.float32, "only the blocks are in float8"
