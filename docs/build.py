@@ -56,6 +56,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("|" + "".join(f" {cell} |" if cell != "" else " |" for cell in line) for line in lines)
 
 
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}".replace("%", " %")
+
+
 def code(text: str | None) -> str:
     return f"`{text}`" if text else ""
 
@@ -88,7 +92,7 @@ def steps() -> str:
                 row["attention"],
                 number(row["seconds"]),
                 number(row["first_step_extra"]),
-                "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}".replace("%", " %"),
+                percent(row["share_of_peak"]),
                 number(row["peak_gib"]),
                 machine(row) + "; ".join(notes),
                 code(row.get("command")),
@@ -109,11 +113,11 @@ def decodings() -> str:
                 f"{tile}, {row['latent_frames_at_once']} latent frames at once",
                 number(row["seconds"]),
                 number(row["tile_seconds"]),
-                f"{row['share_of_peak']:.0%}".replace("%", " %"),
+                percent(row["share_of_peak"]),
                 number(row["peak_gib"]),
                 number(row["host_gib"]),
-                machine(row).removesuffix("; "),
-                code(row["command"]),
+                (machine(row) + row.get("note", "")).removesuffix("; "),
+                code(row.get("command")),
                 f"{row['commit']}, {row['date']}",
             )
         )
@@ -244,7 +248,7 @@ def headline(chinese: bool = False) -> str:
     decoding = figures()["decodings"][0]
     tables = figures()["tables"]
     cached = next(row for row in tables["cache_speed"]["rows"] if row[0] == "teacache")
-    share = f"{step['share_of_peak']:.0%}".replace("%", " %")
+    share = percent(step["share_of_peak"])
     if chinese:
         lines = [
             f"**{step['seconds']:.1f} 秒**：720p、121 帧、带引导的一步，达到该卡实测峰值的 {share}；diffusers 原样运行需 "

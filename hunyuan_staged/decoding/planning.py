@@ -8,7 +8,7 @@ from hunyuan_staged.decoding import tiling
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import RESERVE, FreeMemory, gib, refusal
-from hunyuan_staged.memory.timings import H100
+from hunyuan_staged.memory.timings import measured_decoding
 from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VAE_LAYERS
 
 # Stage 3's, in tensors of a level's width: behind the mid block, for each px of the last level and each frame of a chunk
@@ -117,17 +117,6 @@ def fit_decoding(
     return chosen
 
 
-# Seconds of decoding with the published VAE in float16 at an overlap of 0.25, on one GPU, as README's "Measured" has it:
-# (GPU, (T, H, W), side of a tile, latent frames at once).
-MEASURED_DECODINGS: dict[tuple[str, tuple[int, int, int], int | None, int], float] = {
-    (H100, (121, 720, 1280), 256, 8): 8.61,
-    (H100, (49, 720, 1280), 256, 8): 3.49,
-    (H100, (121, 720, 1280), None, 8): 5.04,
-    (H100, (121, 720, 1280), None, 1): 5.22,
-    (H100, (121, 720, 1280), 128, 8): 9.99,
-}
-
-
 def decoding_seconds(
     gpu: str | None,
     config: Mapping[str, Any],
@@ -140,4 +129,4 @@ def decoding_seconds(
     published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
     if gpu is None or not published or overlap != DEFAULT_TILE_OVERLAP or ranks != 1:
         return None
-    return MEASURED_DECODINGS.get((gpu, size, decoding.tile_size, decoding.at_once))
+    return measured_decoding(gpu, size, decoding.tile_size, decoding.at_once)

@@ -1,14 +1,22 @@
-"""Measured times of steps."""
+"""Measured times of steps and of decoding. benchmarks.json holds them, with what they were measured on; docs/benchmarks.md
+shows them."""
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+from hunyuan_staged.geometry import video_tokens
 from hunyuan_staged.memory.estimates import DenoisingSize
 from hunyuan_staged.versions import LAYERS
+
+BENCHMARKS = Path(__file__).with_name("benchmarks.json")
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Seconds of a guided step (two rows) on one GPU, as README's table "Measured" has it; extra: of the first step."""
+    """Seconds of a guided step (two branches) of the whole model in bf16 on one GPU; extra: of the first step."""
 
     gpu: str
     tokens: int
@@ -19,17 +27,42 @@ class MeasuredStep:
     extra: float = 0.0
 
 
-H100 = "NVIDIA H100 80GB HBM3"
-MEASURED_STEPS = (
-    MeasuredStep(H100, 111_600, "flash4", True, 0, 17.94, 17.7),
-    MeasuredStep(H100, 46_800, "flash4", True, 0, 3.72, 17.8),
-    MeasuredStep(H100, 49_290, "flash4", True, 0, 4.19, 15.5),
-    MeasuredStep(H100, 111_600, "cudnn", True, 0, 21.69, 14.4),
-    MeasuredStep(H100, 111_600, "cudnn", True, LAYERS, 21.54, 11.9),
-    MeasuredStep(H100, 46_800, "cudnn", True, 0, 4.35, 14.4),
-    MeasuredStep(H100, 46_800, "cudnn", True, LAYERS, 4.38, 14.4),
-    MeasuredStep(H100, 46_800, "cudnn", False, 0, 5.33),
-)
+@cache
+def _benchmarks() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def measured_steps() -> tuple[MeasuredStep, ...]:
+    """The steps of benchmarks.json whose time a plan may state."""
+    machines = _benchmarks()["machines"]
+    return tuple(
+        MeasuredStep(
+            gpu=machines[row["machine"]]["gpu"],
+            tokens=video_tokens(row["num_frames"], row["height"], row["width"]),
+            kernel=row["attention"],
+            compiled=row["compiled"],
+            offloaded=row["offloaded_blocks"],
+            seconds=row["seconds"],
+            extra=row["first_step_extra"] or 0.0,
+        )
+        for row in _benchmarks()["steps"]
+        if row["in_plan"]
+    )
+
+
+def measured_decoding(gpu: str, size: tuple[int, int, int], tile_size: int | None, at_once: int) -> float | None:
+    """Seconds of decoding a video of (T, H, W) with the published VAE in float16 on one GPU, tiles at an overlap of 0.25.
+
+    tile_size: None for whole frames; at_once: latent frames. None where just that has not been measured.
+    """
+    for row in _benchmarks()["decodings"]:
+        measured = (row["num_frames"], row["height"], row["width"]), row["tile_size"], row["latent_frames_at_once"]
+        on = _benchmarks()["machines"][row["machine"]]["gpu"]
+        if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, at_once):
+            return float(row["seconds"])
+    return None
 
 
 def expected_seconds(
@@ -44,11 +77,11 @@ def expected_seconds(
     float8: bool = False,
 ) -> float | None:
     """Seconds of the denoising loop where a step just like this one has been measured, else None: nothing is guessed."""
-    # All blocks and both guidance rows, in bf16, on one GPU: all that has been measured.
+    # All blocks and both guidance branches, in bf16, on one GPU: all that has been measured.
     if layers != LAYERS or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
         return None
     asked = (gpu, denoising.video_tokens, denoising.kernel, denoising.compiled, offloaded)
-    for row in MEASURED_STEPS:
+    for row in measured_steps():
         if asked == (row.gpu, row.tokens, row.kernel, row.compiled, row.offloaded):
             return steps * row.seconds + row.extra
     return None

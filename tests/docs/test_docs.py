@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,17 @@ def test_every_figure_says_where_it_was_measured(kind):
         if kind != "records" or row["table"] not in ("ideas", "published", "ceilings", "ranks", "loading"):
             assert re.fullmatch(r"[0-9a-f]{7}", row["commit"]) and re.fullmatch(r"2\d{3}-\d\d-\d\d", row["date"])
     assert all(row["command"] for row in FIGURES["steps"] + FIGURES["decodings"] if row["in_plan"])
+
+
+def test_a_wheel_holds_the_demo_and_the_measured_times():
+    """Every tracked file of the package that is no module is packed, but for pictures."""
+    package = ROOT / "hunyuan_staged"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "hunyuan_staged"
+    ]
+    packed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    data = {path for path in tracked() if package in path.parents and path.suffix not in (".py", ".png")}
+    assert len(data) > 25 and data - packed == set()
 
 
 def test_no_tracked_file_names_a_folder_outside_the_repository():

@@ -15,6 +15,7 @@ from hunyuan_staged.memory.estimates import DenoisingSize
 
 # The published transformer in bf16: 54 blocks of 302 MB, and 0.32 GiB of the rest.
 WEIGHTS = BlockWeights(54, 302_118_912, 339_069_984)
+GPU = "NVIDIA H100 80GB HBM3"
 H100 = FreeMemory(int(78.9 * GIB), 100 * GIB)
 WHOLE = DenoisingSize(111_600, 256, 2048, 2, "flash4", True)
 SHORT = replace(WHOLE, video_tokens=46_800)
@@ -36,7 +37,7 @@ def total(denoising: DenoisingSize, offloaded: int) -> float:
     ],
 )
 def test_the_measured_peaks_come_out(denoising, offloaded, measured):
-    """README, "Measured": what was computed with is what the numbers were measured with."""
+    """docs/benchmarks.md: what was computed with is what the numbers were measured with."""
     assert total(denoising, offloaded) == pytest.approx(measured, abs=0.12)
 
 
@@ -143,7 +144,7 @@ def test_the_longest_video():
 
 def seconds(denoising: DenoisingSize, offloaded: int = 0, **given) -> float | None:
     options = {"layers": 54, "rows": 2, "ranks": 1, "steps": 50} | given
-    return timings.expected_seconds(given.pop("gpu", timings.H100), denoising, offloaded, **options)
+    return timings.expected_seconds(given.pop("gpu", GPU), denoising, offloaded, **options)
 
 
 def test_expected_time_is_a_measured_one_or_unknown():
@@ -155,6 +156,22 @@ def test_expected_time_is_a_measured_one_or_unknown():
     for other in ({"layers": 2}, {"rows": 1}, {"ranks": 2}, {"float8": True}):
         assert seconds(WHOLE, **other) is None
     assert timings.expected_seconds("NVIDIA A100", WHOLE, 0, layers=54, rows=2, ranks=1, steps=50) is None
+
+
+def test_the_times_that_a_plan_states_are_those_of_the_benchmarks():
+    by_hand = {
+        (111_600, "flash4", True, 0, 17.94, 17.7),
+        (46_800, "flash4", True, 0, 3.72, 17.8),
+        (49_290, "flash4", True, 0, 4.19, 15.5),
+        (111_600, "cudnn", True, 0, 21.69, 14.4),
+        (111_600, "cudnn", True, 54, 21.54, 11.9),
+        (46_800, "cudnn", True, 0, 4.35, 14.4),
+        (46_800, "cudnn", True, 54, 4.38, 14.4),
+        (46_800, "cudnn", False, 0, 5.33, 0.0),
+    }
+    steps = timings.measured_steps()
+    assert {(s.tokens, s.kernel, s.compiled, s.offloaded, s.seconds, s.extra) for s in steps} == by_hand
+    assert len(steps) == len(by_hand) and {s.gpu for s in steps} == {GPU}
 
 
 # Stage 3
@@ -212,7 +229,7 @@ def test_tiles_that_were_asked_for_are_honoured_or_refused():
 
 def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
     def seconds(decoding: planning.Decoding, **given) -> float | None:
-        options = {"gpu": timings.H100, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
+        options = {"gpu": GPU, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
         return planning.decoding_seconds(decoding=decoding, **options)
 
     assert seconds(decoding(80)) == 8.61
