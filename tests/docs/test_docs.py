@@ -90,6 +90,7 @@ def test_links_lead_somewhere(page):
 def test_the_readme_is_short_and_its_pictures_small():
     assert (ROOT / "README.md").stat().st_size <= 10_000
     assert (ROOT / "docs" / "demo.gif").stat().st_size <= 400_000
+    assert (ROOT / "docs" / "clips.png").stat().st_size <= 100_000
     assert (ROOT / "docs" / "first_frame.png").stat().st_size <= 20_000
 
 
