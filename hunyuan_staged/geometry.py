@@ -40,10 +40,11 @@ def size_buckets(base: int, max_ratio: float = MAX_RATIO) -> tuple[tuple[int, in
 
 
 def nearest_size(resolution: str, ratio: float) -> tuple[int, int]:
-    """The (height, width) bucket of a resolution whose height / width is nearest to ratio."""
+    """The (height, width) bucket of a resolution whose height / width, to five digits as in the official code, is nearest
+    to ratio."""
     if resolution not in BUCKET_BASE:
         raise InputError(f"resolution {resolution!r} is unknown; known: {', '.join(BUCKET_BASE)}")
-    return min(size_buckets(BUCKET_BASE[resolution]), key=lambda size: abs(size[0] / size[1] - ratio))
+    return min(size_buckets(BUCKET_BASE[resolution]), key=lambda size: abs(round(size[0] / size[1], 5) - ratio))
 
 
 def size_for_ratio(resolution: str, aspect_ratio: str) -> tuple[int, int]:

@@ -32,6 +32,15 @@ PACKAGES = {
     "sageattn": ("sageattention", "pip install sageattention"),
 }
 
+ORIGINS = {
+    "flash3": "the flash_attn_interface package",
+    "flash4": "the flash-attn-4 package",
+    "cudnn": "cuDNN, through torch",
+    "sageattn": "the sageattention package",
+}
+FLASH2_MODULE = "flash_attn.flash_attn_interface"
+TRIAL_TOKENS = 256
+
 # How wide a head may be, where a kernel takes few widths. The published model's are 128, the demo's 32.
 HEAD_WIDTHS = {"flash4": packages.FLASH4_HEAD_WIDTHS}
 
@@ -69,6 +78,8 @@ def choose_attention(
 ) -> AttentionMode:
     """The kernel for a mode on this device and dtype. Only "flash" chooses; any other mode is honoured or refused.
 
+    On a GPU the kernel is tried on a few tokens first: one that fails is passed over by "flash", which says so.
+
     sage_blocks: which blocks of the transformer run sageattn; the others run flash. All by default. head_width: D of the
     model. Raises InputError with the reason and the modes that would work where the mode cannot run.
     """
@@ -85,63 +96,107 @@ def choose_attention(
         if mode == DEFAULT_ATTN_MODE:
             return AttentionMode("torch", "no GPU: torch's scaled_dot_product_attention", dense(sdpa()))
         raise InputError(f"--attn_mode {mode} needs a GPU, and this run is on a {device.type}; use flash or torch")
-    capability = torch.cuda.get_device_capability(device)
-    obstacle = None
-    if dtype not in HALF:
-        obstacle = f"it takes float16 and bfloat16, not {dtype}"
-    elif capability < AMPERE:
-        obstacle = f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    gpu = Gpu(device, dtype, torch.cuda.get_device_capability(device), head_width)
     if mode == DEFAULT_ATTN_MODE:
-        return _fastest(capability, obstacle, head_width)
-    if mode in ("flash3", "flash4", "cudnn") and capability < HOPPER:
-        obstacle = (
-            f"it needs a Hopper GPU or newer, and this one has compute capability {capability[0]}.{capability[1]}"
-        )
+        return _fastest(gpu)
+    why_not = _obstacle(mode, gpu) or _failure(mode, gpu)
+    if why_not:
+        raise InputError(f"--attn_mode {mode}: {why_not}; use flash or torch")
+    reason = f"as asked: {_origin(mode)}"
+    if mode == "sageattn":
+        return AttentionMode(mode, f"{reason}, INT8, not exact", _make(mode, gpu), sage_blocks, _fastest(gpu))
+    return AttentionMode(mode, reason, _make(mode, gpu))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kernel is chosen for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    capability: tuple[int, int]
+    head_width: int
+
+
+def _obstacle(mode: str, gpu: Gpu) -> str | None:
+    """Why a mode cannot run here, known without trying."""
+    major, minor = gpu.capability
+    if gpu.dtype not in HALF:
+        return f"it takes float16 and bfloat16, not {gpu.dtype}"
+    if gpu.capability < AMPERE:
+        return f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
+    if mode == "flash3" and major != HOPPER[0]:
+        return f"its kernels are for Hopper alone (compute capability 9.x), and this GPU has {major}.{minor}"
+    if mode == "flash4" and gpu.capability < HOPPER:
+        return f"it needs a Hopper GPU or newer, and this one has compute capability {major}.{minor}"
     if mode in PACKAGES and not installed(PACKAGES[mode][0]):
         package, remedy = PACKAGES[mode]
-        obstacle = f"the package {package} is not installed ({remedy})"
-    elif head_width not in HEAD_WIDTHS.get(mode, (head_width,)):
+        return f"the package {package} {packages.obstacle(package)} ({remedy})"
+    if gpu.head_width not in HEAD_WIDTHS.get(mode, (gpu.head_width,)):
         widths = ", ".join(map(str, HEAD_WIDTHS[mode]))
-        obstacle = f"it takes heads that are {widths} wide, and this model's are {head_width}"
-    elif mode == "sageattn" and head_width > max(SAGE_HEAD_WIDTHS):
-        obstacle = f"it takes heads up to {max(SAGE_HEAD_WIDTHS)} wide, and this model's are {head_width}"
-    if obstacle:
-        raise InputError(f"--attn_mode {mode}: {obstacle}; use flash or torch")
-    if mode == "flash2":
-        return _flash2("as asked")
-    if mode == "flash3":
-        return AttentionMode(mode, "as asked: the flash_attn_interface package", dense(flash_attn_3()))
-    if mode == "flash4":
-        return AttentionMode(mode, "as asked: the flash-attn-4 package", dense(flash_attn_4(capability, head_width)))
-    if mode == "cudnn":
-        return AttentionMode(mode, "as asked: cuDNN, through torch", dense(sdpa(SDPBackend.CUDNN_ATTENTION)))
-    return AttentionMode(
-        mode,
-        "as asked: the sageattention package, INT8, not exact",
-        dense(sageattention_kernel(head_width)),
-        sage_blocks,
-        _fastest(capability, None, head_width),
-    )
+        return f"it takes heads that are {widths} wide, and this model's are {gpu.head_width}"
+    if mode == "sageattn" and gpu.head_width > max(SAGE_HEAD_WIDTHS):
+        return f"it takes heads up to {max(SAGE_HEAD_WIDTHS)} wide, and this model's are {gpu.head_width}"
+    return None
 
 
-def _flash2(why: str) -> AttentionMode:
+def _has_flash2_package() -> bool:
     # flash-attn-4 puts a folder of the same name there, without the module that version 2 has.
-    if installed("flash_attn.flash_attn_interface"):
-        return AttentionMode("flash2", f"{why}: the flash-attn package", dense(flash_attn_2()))
-    return AttentionMode("flash2", f"{why}: torch's own FlashAttention-2", dense(sdpa(SDPBackend.FLASH_ATTENTION)))
+    return installed(FLASH2_MODULE)
 
 
-def _fastest(capability: tuple[int, int], obstacle: str | None, head_width: int) -> AttentionMode:
-    """The fastest exact kernel of this GPU. On Hopper flash4 is 1.2 times as fast as cuDNN, and that 1.6 times as fast
-    as FlashAttention-2."""
+def _origin(mode: str) -> str:
+    if mode == "flash2":
+        return "the flash-attn package" if _has_flash2_package() else "torch's own FlashAttention-2"
+    return ORIGINS[mode]
+
+
+def _make(mode: str, gpu: Gpu) -> Callable[[Sequence[int]], Kernel]:
+    if mode == "flash2" and not _has_flash2_package():
+        return dense(sdpa(SDPBackend.FLASH_ATTENTION))
+    makers: dict[str, Callable[[], Kernel]] = {
+        "flash2": flash_attn_2,
+        "flash3": flash_attn_3,
+        "flash4": lambda: flash_attn_4(gpu.capability, gpu.head_width),
+        "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sageattn": lambda: sageattention_kernel(gpu.head_width),
+        "torch": sdpa,
+    }
+    return dense(makers[mode]())
+
+
+def trial_tokens(gpu: Gpu) -> torch.Tensor:
+    """[1, N, 2, D], all alike, so that attention over them is they themselves."""
+    return torch.full((1, TRIAL_TOKENS, 2, gpu.head_width), 0.5, device=gpu.device, dtype=gpu.dtype)
+
+
+def _failure(mode: str, gpu: Gpu) -> str | None:
+    """Why a mode's kernel gives no attention here, from one short call; None where it does."""
+    try:
+        x = trial_tokens(gpu)
+        right = torch.allclose(_make(mode, gpu)(())(x, x, x), x, atol=0.05)
+    except Exception as error:  # packages, compilers and drivers raise whatever they like
+        return f"its kernel fails here ({packages.reason_of(error)})"
+    return None if right else "its kernel gives wrong numbers here"
+
+
+def _fastest(gpu: Gpu) -> AttentionMode:
+    """The fastest exact kernel of this GPU that runs; what fails is named in the reason. On Hopper flash4 is 1.2 times
+    as fast as cuDNN, and that 1.6 times as fast as FlashAttention-2."""
+    obstacle = _obstacle("flash2", gpu)
     if obstacle:
         return AttentionMode("torch", f"no flash kernel here: {obstacle}", dense(sdpa()))
-    if capability >= HOPPER:
-        why = "the fastest exact kernel that is installed"
-        if installed(PACKAGES["flash4"][0]) and head_width in HEAD_WIDTHS["flash4"]:
-            return AttentionMode("flash4", why, dense(flash_attn_4(capability, head_width)))
-        if installed(PACKAGES["flash3"][0]):
-            return AttentionMode("flash3", why, dense(flash_attn_3()))
-        why += f"; flash4 would be faster: {PACKAGES['flash4'][1]}"
-        return AttentionMode("cudnn", why, dense(sdpa(SDPBackend.CUDNN_ATTENTION)))
-    return _flash2("the fastest exact kernel before Hopper")
+    hopper = gpu.capability >= HOPPER
+    why = "the fastest exact kernel that is installed" if hopper else "the fastest exact kernel before Hopper"
+    remarks: list[str] = []
+    for mode in ("flash4", "flash3", "cudnn", "flash2") if hopper else ("flash2",):
+        why_not = _obstacle(mode, gpu) or _failure(mode, gpu)
+        if not why_not:
+            if mode == "flash2":
+                why += f": {_origin(mode)}"
+            if mode == "cudnn" and not installed(PACKAGES["flash4"][0]) and not remarks:
+                remarks.append(f"flash4 would be faster: {PACKAGES['flash4'][1]}")
+            return AttentionMode(mode, "; ".join([why, *remarks]), _make(mode, gpu))
+        if mode not in PACKAGES or packages.obstacle(PACKAGES[mode][0]) != "is not installed":
+            remarks.append(f"{mode}: {why_not}")
+    return AttentionMode("torch", "; ".join(["no flash kernel runs here", *remarks]), dense(sdpa()))

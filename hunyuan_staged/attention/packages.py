@@ -1,11 +1,13 @@
 """Which attention packages and GPUs there are."""
 
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
 
 import torch
 
 FLASH4_PACKAGE = "flash_attn.cute"
 FLASH4_HEAD_WIDTHS = (64, 96, 128)
+AMPERE = (8, 0)
 HOPPER = (9, 0)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -15,12 +17,28 @@ def output_alone(result: torch.Tensor | tuple) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def installed(package: str) -> bool:
-    """Whether a package, or one inside another, can be imported; the parent may be absent, too."""
+@cache
+def obstacle(package: str) -> str | None:
+    """Why a package, or one inside another, cannot be imported, in a line that follows its name; None where it can.
+
+    It is tried: a wheel that was built for another torch is found, and raises on import whatever it likes.
+    """
     try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+        import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name and (package == error.name or package.startswith(f"{error.name}.")):
+            return "is not installed"
+        return f"does not load ({reason_of(error)})"
+    except Exception as error:
+        return f"does not load ({reason_of(error)})"
+    return None
 
 
-AMPERE = (8, 0)
+def installed(package: str) -> bool:
+    """Whether a package, or one inside another, can be imported."""
+    return obstacle(package) is None
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception as a short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -19,6 +19,7 @@ from hunyuan_staged.attention.packages import FLASH4_HEAD_WIDTHS, FLASH4_PACKAGE
 
 TILE = (6, 8, 8)  # frames, rows, columns of the latents
 WINDOW = (3, 3, 3)  # tiles around each tile
+IMAGE_TILE, IMAGE_WINDOW = (1, 16, 24), (1, 1, 1)  # of a single frame (official code: get_image_tile)
 TOP_K = 64  # tiles by importance beside the window; half of it for short videos
 SHORT_VIDEO = 31  # latent frames
 SIMILARITY_WEIGHT = 0.7  # of the importance; the rest counts against tiles that resemble all others
@@ -232,13 +233,14 @@ class SparseAttention:
         device: torch.device,
         core: str,
         *,
-        tile: Grid = TILE,
-        window: Grid = WINDOW,
+        tile: Grid | None = None,
+        window: Grid | None = None,
         top_k: int | None = None,
     ) -> None:
         frames, rows, columns = grid
-        self.tiles = SstaGrid((frames, rows, columns), tile, device)
-        self.window = self.tiles.window(window)
+        single = frames == 1
+        self.tiles = SstaGrid((frames, rows, columns), tile or (IMAGE_TILE if single else TILE), device)
+        self.window = self.tiles.window(window or (IMAGE_WINDOW if single else WINDOW))
         self.top_k = top_k_of(frames) if top_k is None else top_k
         self.core = KERNELS[core](self.tiles)
 

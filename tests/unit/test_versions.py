@@ -17,6 +17,15 @@ def test_sizes_are_the_official_ones(golden_folder):
 
 
 @pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(120, 145, (704, 576)), (330, 253, (544, 720)), (1280, 720, (480, 848)), (720, 1280, (848, 480))],
+)
+def test_ratios_of_buckets_have_five_digits_as_in_the_official_code(width, height, size):
+    """Two images that unrounded ratios would give another bucket, and two that they would not."""
+    assert geometry.nearest_size("480p", height / width) == size
+
+
+@pytest.mark.parametrize(
     ("resolution", "ratio", "size"),
     [
         ("720p", "16:9", (720, 1280)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hunyuan_staged.attention import choose, kernel_cache, ssta
+from hunyuan_staged.attention import choose, dense, kernel_cache, packages, ssta
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
 from hunyuan_staged.errors import InputError
 
@@ -41,12 +41,16 @@ def test_a_gpu_mode_on_a_cpu_is_refused(mode):
         choose_attention(mode, CPU, torch.bfloat16)
 
 
-def hopper(monkeypatch, *packages: str) -> None:
+def hopper(monkeypatch, *present: str) -> None:
     """A Hopper GPU that does not exist, on which these packages are installed."""
     monkeypatch.setenv(kernel_cache.ENABLED, "0")  # the user's cache folder stays out of it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for module in (choose, ssta):
-        monkeypatch.setattr(module, "installed", lambda package: package in packages)
+        monkeypatch.setattr(module, "installed", lambda package: package in present)
+    # What is tried there is tried here.
+    monkeypatch.setattr(choose, "trial_tokens", lambda gpu: torch.full((1, 256, 2, gpu.head_width), 0.5))
+    monkeypatch.setattr(choose, "sdpa", lambda *backends: dense.sdpa())
+    packages.obstacle.cache_clear()
 
 
 def test_a_kernel_that_does_not_take_the_models_heads(monkeypatch):
@@ -73,7 +77,8 @@ def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted
     attend = choose_attention("sageattn", CUDA, torch.bfloat16, head_width=width).kernels(GRID, 1)[0]
     q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
     out = attend(q, k, v)
-    assert seen == [((1, 9, 2, wanted), None if wanted == width else width**-0.5)]
+    scale = None if wanted == width else width**-0.5
+    assert seen == [((1, 256, 2, wanted), scale), ((1, 9, 2, wanted), scale)], "the trial, then ours"
     assert torch.allclose(out, exact(q, k, v), atol=1e-6)
 
 
@@ -106,11 +111,116 @@ def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability
         chosen = choose_attention(mode, CUDA, torch.bfloat16, head_width=width)
         assert chosen.name == "flash4"
         assert torch.allclose(chosen.kernels(GRID, 1)[0](q, k, v), exact(q, k, v), atol=1e-6)
-    assert tiles == [tile, tile]
+    assert tiles == [tile] * 4, "a trial and a call for each mode"
+
+
+def broken(monkeypatch, package: str, failure: Exception) -> None:
+    """A package whose import raises."""
+
+    def import_module(name):
+        raise failure if name == package else ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(packages, "import_module", import_module)
+    packages.obstacle.cache_clear()
+
+
+SYMBOL = ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c10\nmore")
+
+
+def test_a_wheel_built_for_another_torch_costs_a_line(monkeypatch):
+    """It is found, and raises when it is imported: flash goes on without it and says why, an explicit mode is refused."""
+    hopper(monkeypatch)
+    monkeypatch.setattr(choose, "installed", packages.installed)
+    broken(monkeypatch, "flash_attn.cute", SYMBOL)
+    why = "does not load (ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10 more)"
+    remedy = "pip install --pre flash-attn-4"
+    chosen = choose_attention("flash", CUDA, torch.bfloat16)
+    assert chosen.name == "cudnn"
+    broken_flash4 = f"flash4: the package flash_attn.cute {why} ({remedy})"
+    assert chosen.reason == f"the fastest exact kernel that is installed; {broken_flash4}"
+    with pytest.raises(InputError) as refused:
+        choose_attention("flash4", CUDA, torch.bfloat16)
+    assert str(refused.value) == f"--attn_mode flash4: the package flash_attn.cute {why} ({remedy}); use flash or torch"
+    broken(monkeypatch, "flash_attn.flash_attn_interface", SYMBOL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    for mode in ("flash", "flash2"):
+        assert choose_attention(mode, CUDA, torch.bfloat16).name == "flash2"
+        assert choose_attention(mode, CUDA, torch.bfloat16).reason.endswith("torch's own FlashAttention-2")
+    packages.obstacle.cache_clear()
+
+
+def test_a_package_that_lacks_one_of_its_own_is_not_called_absent(monkeypatch):
+    broken(monkeypatch, "sageattention", ModuleNotFoundError("No module named 'triton'", name="triton"))
+    assert packages.obstacle("sageattention") == "does not load (ModuleNotFoundError: No module named 'triton')"
+    assert packages.obstacle("flash_attn.cute") == "is not installed"
+    packages.obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "packages", "core"),
+    ("result", "why"),
+    [
+        (
+            RuntimeError("no kernel image\nis available"),
+            "its kernel fails here (RuntimeError: no kernel image is available)",
+        ),
+        (torch.zeros(()), "its kernel gives wrong numbers here"),
+        (torch.tensor(float("nan")), "its kernel gives wrong numbers here"),
+    ],
+)
+def test_a_kernel_that_fails_in_its_trial_is_passed_over(monkeypatch, result, why):
+    def flash_attn_func(q, k, v):
+        if isinstance(result, Exception):
+            raise result
+        return result.expand(q.shape)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    hopper(monkeypatch, "flash_attn_interface")
+    chosen = choose_attention("flash", CUDA, torch.bfloat16)
+    assert (chosen.name, chosen.reason) == ("cudnn", f"the fastest exact kernel that is installed; flash3: {why}")
+    with pytest.raises(InputError) as refused:
+        choose_attention("flash3", CUDA, torch.bfloat16)
+    assert str(refused.value) == f"--attn_mode flash3: {why}; use flash or torch"
+
+
+def test_where_no_flash_kernel_runs_torch_does(monkeypatch):
+    def fail(*backends):
+        if backends:
+            raise RuntimeError("no")
+        return dense.sdpa()
+
+    hopper(monkeypatch)
+    monkeypatch.setattr(choose, "sdpa", fail)
+    chosen = choose_attention("flash", CUDA, torch.bfloat16)
+    assert chosen.name == "torch"
+    failed = "its kernel fails here (RuntimeError: no)"
+    assert chosen.reason == f"no flash kernel runs here; cudnn: {failed}; flash2: {failed}"
+
+
+def test_flash3_is_hoppers_alone(monkeypatch):
+    """Its package has kernels for compute capability 9 only; on a B200 they fail at the first step."""
+    hopper(monkeypatch, "flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=lambda q, k, v: (v, None)))
+    assert choose_attention("flash", CUDA, torch.bfloat16).name == "flash3"
+    for capability in ((10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choose_attention("flash", CUDA, torch.bfloat16).name == "cudnn"
+        with pytest.raises(InputError, match=rf"--attn_mode flash3: its kernels .* has {capability[0]}\.0; use flash"):
+            choose_attention("flash3", CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("cudnn", True), ("flash3", False), ("flash4", False)])
+def test_what_an_ampere_gpu_takes(monkeypatch, mode, runs):
+    hopper(monkeypatch, "flash_attn_interface", "flash_attn.cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    if runs:
+        assert choose_attention(mode, CUDA, torch.bfloat16).name == mode
+        return
+    with pytest.raises(InputError, match="Hopper"):
+        choose_attention(mode, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "present", "core"),
     [
         (torch.bfloat16, 128, ["flash_attn.cute"], "flash4"),
         (torch.bfloat16, 32, ["flash_attn.cute"], "flex"),
@@ -119,8 +229,8 @@ def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability
         (torch.bfloat16, 128, ["flash_attn.cute", "flex_block_attn"], "flex_block_attn"),
     ],
 )
-def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, packages, core):
-    hopper(monkeypatch, *packages)
+def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, present, core):
+    hopper(monkeypatch, *present)
     assert ssta.fastest_kernel(CUDA, dtype, width)[0] == core
 
 

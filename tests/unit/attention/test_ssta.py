@@ -52,6 +52,16 @@ def test_a_window_at_the_border_moves_inside():
     assert window[0].nonzero().flatten().tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12, 15, 16, 17]
 
 
+def test_a_single_frame_has_tiles_and_a_window_of_its_own():
+    """3,600 tokens of 45 x 80 in 12 tiles of 384, not in 60 of 6 x 8 x 8 that are empty but for a sixth."""
+    image = ssta.SparseAttention((1, 45, 80), CPU, "torch")
+    assert (image.tiles.counts, image.tiles.size, image.tiles.number) == ((1, 3, 4), 384, 12)
+    assert torch.equal(image.window, torch.eye(12, dtype=torch.bool))
+    video = ssta.SparseAttention((2, 45, 80), CPU, "torch")
+    assert (video.tiles.counts, video.tiles.size) == ((1, 6, 10), 384)
+    assert video.window.sum(1).unique().tolist() == [9]
+
+
 def test_tiling_pads_with_zeros_and_comes_back():
     tiles = ssta.SstaGrid((3, 5, 4), (2, 4, 4), CPU)
     x = torch.randn(60 + 7, 2, 3)
