@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,11 @@ def host_rank(args: argparse.Namespace) -> dict[str, float]:
 
 def _skeleton(layers: int | None = None) -> Any:
     import torch
-    from diffusers import HunyuanVideo15Transformer3DModel
+
+    from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 
     with torch.device("meta"):
-        return HunyuanVideo15Transformer3DModel(**({"num_layers": layers} if layers else {}))
+        return TransformerModules(TransformerConfig(num_layers=layers or versions.LAYERS))
 
 
 def host(args: argparse.Namespace) -> dict[str, float]:
@@ -249,19 +250,18 @@ def table() -> list[tuple[str, ...]]:
     bf16 on one GPU, compiled, with another kernel than flash4, which takes less.
     """
     import torch
-    from diffusers import AutoencoderKLHunyuanVideo15
 
     from hunyuan_staged.bench.flops import TEXT_TOKENS
     from hunyuan_staged.memory import offloading
+    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
     from hunyuan_staged.weights.quantization import fp8_rows
 
-    dtype = torch.bfloat16
+    dtype, vae = torch.bfloat16, VaeConfig()
     # One block stands for all of them, which are equal: that is built in no time.
     language, whole, halved = _language_skeleton(1), _skeleton(1), _skeleton(1)
     fp8_rows.quantise_linears(halved.transformer_blocks)
     with torch.device("meta"):
-        vae = AutoencoderKLHunyuanVideo15()
-    decoder = sum(tensor.numel() for tensor in vae.decoder.parameters()) * 2
+        decoder = sum(tensor.numel() for tensor in VaeDecoder(vae).parameters()) * 2
     layers = replace(
         offloading.weights_of(language, language.layers, dtype), count=QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS
     )
@@ -270,7 +270,7 @@ def table() -> list[tuple[str, ...]]:
         for model in (whole, halved)
     )
 
-    width = whole.config.num_attention_heads * whole.config.attention_head_dim
+    width = whole.config.width
 
     def working(resolution: str, block: int = 0) -> int:
         tokens = geometry.video_tokens(LONG, *geometry.size_for_ratio(resolution, options.DEFAULT_ASPECT_RATIO))
@@ -286,7 +286,7 @@ def table() -> list[tuple[str, ...]]:
             _cell(in_bf16, working("480p"), free, "blocks"),
         ]
         try:
-            decoding = planning.fit_decoding(dict(vae.config), decoder, 2, (LONG, 720, 1280), free, asked=None)
+            decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free, asked=None)
             cells.append(f"{decoding.tile_size} px: {budget.gib(decoding.total)}")
         except InputError:
             cells.append("does not fit")

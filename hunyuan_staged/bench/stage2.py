@@ -17,10 +17,11 @@ from hunyuan_staged.sampling import cache, cache_settings
 def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
     """A transformer with random weights, built in its dtype on the device, never on the host."""
     import torch
-    from diffusers import HunyuanVideo15Transformer3DModel
+
+    from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 
     with torch.device("meta"):
-        model = HunyuanVideo15Transformer3DModel(**config)
+        model = TransformerModules(TransformerConfig(**config))
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in model.state_dict().items():

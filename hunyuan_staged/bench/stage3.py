@@ -5,6 +5,7 @@ import collections
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from hunyuan_staged import geometry, options
@@ -16,22 +17,23 @@ def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
     import resource
 
     import torch
-    from diffusers import AutoencoderKLHunyuanVideo15
 
     from hunyuan_staged.decoding import planning, tiled
     from hunyuan_staged.files import video
     from hunyuan_staged.memory import available
     from hunyuan_staged.models.vae_decoder import Decoder
+    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
     from hunyuan_staged.parallel.world import start_world, stop_world
 
     world = start_world()
     device = world.device
     cuda = device.type == "cuda"
     dtype = torch.float16 if cuda else torch.float32
+    vae = VaeConfig(block_out_channels=args.channels) if args.channels else VaeConfig()
+    config = asdict(vae)
     with torch.device("meta"):
-        whole = AutoencoderKLHunyuanVideo15(**({"block_out_channels": args.channels} if args.channels else {}))
-    config = dict(whole.config)
-    module = whole.decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        module: Any = VaeDecoder(vae)
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for tensor in module.parameters():
         # Convolutions keep the size of what goes through them; gammas and biases are about one and nothing.

@@ -133,8 +133,8 @@ def decode_frames(
 ) -> Iterator[FrameBatch]:
     """Decode latents [1, C, t, h, w] to Blocks of frames, in order, on rank 0; the other ranks yield nothing.
 
-    Every rank of `world` calls this with the same arguments and goes through to the end. decoder: diffusers'
-    HunyuanVideo15Decoder3D on the rank's device; None where tile_owners gives the rank no tile. config: scaling_factor,
+    Every rank of `world` calls this with the same arguments and goes through to the end. decoder: a
+    VaeDecoder on the rank's device; None where tile_owners gives the rank no tile. config: scaling_factor,
     latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE. tile_size is in px, None for
     whole frames. at_once: latent frames of a chunk. warn(line) is told where memory ran out and what was done.
     The result has the same bits for any number of ranks: they only decode, and rank 0 does all later arithmetic.

@@ -30,7 +30,6 @@ from hunyuan_staged.demo import evaluate, train, world
 from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
-from hunyuan_staged.models.vae_decoder import prepare_decoder
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights import lora
 from hunyuan_staged.weights.folder import open_model
@@ -173,7 +172,7 @@ class Lesson:
             )
         self.device = device
         self.words = train.Words(tokenizer, glyph_tokenizer)
-        self.vae = SimpleNamespace(encoder=prepare_decoder(encoder), config=SimpleNamespace(**config))
+        self.vae = SimpleNamespace(encoder=encoder, config=SimpleNamespace(**config))
         self.learner = train.Learner(language, glyph, image, transformer, self.words.crop).requires_grad_(False)
         self.learner.rope = tuple(table.to(device) for table in self.learner.rope)
 

@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,11 @@ TINY = Sizes()
 
 @dataclass
 class Modules:
-    """The parts of a checkpoint as ordinary transformers and diffusers objects.
+    """The parts of a checkpoint: transformers' objects, and our modules where the weights are named as diffusers'.
 
     language_model: Qwen2_5_VLTextModel with all its layers; language_config: config.json in the hub's form.
     glyph_tokenizer and glyph_encoder (T5EncoderModel) already know the tokens of colors and fonts.
-    transformers: HunyuanVideo15Transformer3DModel by version name, e.g. demo_t2v. upsamplers: those of the versions of
+    vae: Vae. transformers: TransformerModules by version name, e.g. demo_t2v. upsamplers: those of the versions of
     super resolution, e.g. demo_hd_sr_distilled, as (module, its config).
     """
 
@@ -376,10 +376,10 @@ def any_version(name: str) -> Version:
 
 
 def build_transformer(sizes: Sizes, version: Version) -> Any:
-    from diffusers import HunyuanVideo15Transformer3DModel
+    from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 
     enlarging = isinstance(version, SuperResolutionVersion)
-    return HunyuanVideo15Transformer3DModel(
+    config = TransformerConfig(
         in_channels=(3 * sizes.latent_channels + 2) if enlarging else (2 * sizes.latent_channels + 1),
         out_channels=sizes.latent_channels,
         num_attention_heads=sizes.transformer_heads,
@@ -394,6 +394,7 @@ def build_transformer(sizes: Sizes, version: Version) -> Any:
         task_type=version.task if isinstance(version, TransformerVersion) else None,
         use_meanflow=version.use_meanflow,
     )
+    return TransformerModules(config)
 
 
 def build_enlarger(sizes: Sizes, version: SuperResolutionVersion) -> tuple[Any, dict[str, Any]]:
@@ -412,11 +413,12 @@ def build_enlarger(sizes: Sizes, version: SuperResolutionVersion) -> tuple[Any, 
 
 
 def build_vae(sizes: Sizes) -> Any:
-    from diffusers import AutoencoderKLHunyuanVideo15
+    from hunyuan_staged.models.vae_modules import Vae, VaeConfig
 
-    return AutoencoderKLHunyuanVideo15(
+    config = VaeConfig(
         latent_channels=sizes.latent_channels, block_out_channels=sizes.vae_channels, layers_per_block=sizes.vae_layers
     )
+    return Vae(config)
 
 
 # --- the official layout ---------------------------------------------------------------------------------------------
@@ -465,7 +467,7 @@ def save_official(
 
 
 def official_transformer_dict(config: Any, version: Version) -> dict[str, Any]:
-    """The official config.json of a transformer, from diffusers' config object."""
+    """The official config.json of a transformer, from its TransformerConfig."""
     enlarging = isinstance(version, SuperResolutionVersion)
     return {
         "_class_name": "HunyuanVideo_1_5_DiffusionTransformer",
@@ -501,7 +503,7 @@ def official_transformer_dict(config: Any, version: Version) -> dict[str, Any]:
 
 
 def official_vae_dict(config: Any) -> dict[str, Any]:
-    """The official config.json of the VAE, from diffusers' config object."""
+    """The official config.json of the VAE, from its VaeConfig."""
     return {
         "_class_name": "AutoencoderKLConv3D",
         "in_channels": config.in_channels,
@@ -589,6 +591,10 @@ def _save_glyphs(folder: Path, modules: Modules, dtype: torch.dtype) -> None:
 # --- diffusers' layout -----------------------------------------------------------------------------------------------
 
 
+# The classes that read what is ours elsewhere.
+_DIFFUSERS = {"transformer": "HunyuanVideo15Transformer3DModel", "vae": "AutoencoderKLHunyuanVideo15"}
+
+
 def save_diffusers(
     folder: str | Path, modules: Modules, *, version: str | None = None, dtype: torch.dtype = torch.float32
 ) -> Path:
@@ -601,8 +607,9 @@ def save_diffusers(
     parsed = parse_version(version or next(iter(modules.transformers)))
     with _new_folder(Path(folder)) as root:
         transformer = modules.transformers[parsed.name]
-        _save_module(root / "transformer", transformer, _weights(transformer, dtype), "diffusion_pytorch_model")
-        _save_module(root / "vae", modules.vae, _weights(modules.vae, dtype), "diffusion_pytorch_model")
+        for part, module in (("transformer", transformer), ("vae", modules.vae)):
+            _write_json(root / part / "config.json", {"_class_name": _DIFFUSERS[part]} | asdict(module.config))
+            _save_tensors(root / part / "diffusion_pytorch_model.safetensors", _weights(module, dtype))
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=parsed.flow_shift)
         scheduler.save_pretrained(root / "scheduler")
         guider = {"_class_name": "ClassifierFreeGuidance", "enabled": True, "guidance_scale": parsed.guidance_scale}
@@ -619,9 +626,7 @@ def save_diffusers(
             "text_encoder_2": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", "Qwen2Tokenizer"],
             "tokenizer_2": ["transformers", "ByT5Tokenizer"],
-            "transformer": ["diffusers", "HunyuanVideo15Transformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLHunyuanVideo15"],
-        }
+        } | {part: ["diffusers", name] for part, name in _DIFFUSERS.items()}
         pipeline = "HunyuanVideo15Pipeline"
         if parsed.task == "i2v":
             pipeline = "HunyuanVideo15ImageToVideoPipeline"
@@ -680,10 +685,7 @@ def _save_sharded(folder: Path, stem: str, weights: Mapping[str, torch.Tensor], 
 
 def _save_module(folder: Path, module: Any, weights: Mapping[str, torch.Tensor], stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(module, "save_config"):  # diffusers
-        module.save_config(folder)
-    else:
-        module.config.save_pretrained(folder)
+    module.config.save_pretrained(folder)
     _save_tensors(folder / f"{stem}.safetensors", weights)
 
 

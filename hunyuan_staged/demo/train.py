@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from hunyuan_staged.encoders import text
 from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.models.blocks import modulate, modulation, project_qkv
 from hunyuan_staged.models.embeddings import GLYPH, IMAGE, LANGUAGE, apply_rope, rope_table
-from hunyuan_staged.models.vae_decoder import prepare_decoder
+from hunyuan_staged.models.vae_modules import ChannelNorm
 from hunyuan_staged.versions import SKIPPED_LAYERS
 from hunyuan_staged.weights.folder import open_model
 
@@ -224,18 +224,16 @@ def log(phase: str, step: int, **values: float) -> None:
 
 
 def _rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """HunyuanVideo15RMS_norm over the channels of [B, C, T, H, W], in a form that compiles to one kernel."""
+    """ChannelNorm of [B, C, T, H, W] in a form that compiles to one kernel."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + 1e-12)).to(x.dtype) * gamma
 
 
 def fuse_norms(vae: nn.Module) -> None:
     """Let the norms, most of the VAE's time in training, run as one kernel each; undone by `separate_norms`."""
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15RMS_norm
-
     fused = torch.compile(_rms_norm, dynamic=True)
     for module in vae.modules():
-        if isinstance(module, HunyuanVideo15RMS_norm):
+        if isinstance(module, ChannelNorm):
             module.forward = functools.partial(_call_norm, fused, module)  # type: ignore[method-assign]
 
 
@@ -388,7 +386,7 @@ def finish_vae(vae: Any, device: torch.device, clips: int) -> dict[str, float]:
         means.append(mean)
         errors.append(F.mse_loss(vae.decoder(mean).clamp(-1, 1), rendered).item())
     scaling_factor = 1 / torch.cat(means).std().item()
-    vae.register_to_config(scaling_factor=scaling_factor)
+    vae.config = replace(vae.config, scaling_factor=scaling_factor)
     return {"psnr": 10 * math.log10(4 / (sum(errors) / len(errors))), "scaling_factor": scaling_factor}
 
 
@@ -533,18 +531,14 @@ def joint_block(
 
 
 def refined(embedder: Any, states: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The token refiner (diffusers' HunyuanVideo15TokenRefiner) over a batch [B, L, C] with a mask [B, L] of tokens.
+    """The token refiner over a batch [B, L, C] with a mask [B, L] of tokens.
 
-    As diffusers', but that padding may look at tokens, too: attention over nothing, which is what padding gets there, is
-    0 forwards and NaN backwards in cuDNN. What becomes of padding is never read.
+    Padding may look at tokens, otherwise than in diffusers, where it attends to nothing: that is 0 forwards and NaN
+    backwards in cuDNN. What becomes of padding is never read.
     """
     weight = mask[..., None].to(states.dtype)
     pooled = (states * weight).sum(dim=1) / weight.sum(dim=1)
-    temb = embedder.time_text_embed(timestep, pooled)
-    states = embedder.proj_in(states)
-    for block in embedder.token_refiner.refiner_blocks:
-        states = block(states, temb, mask[:, None, None])
-    return states
+    return embedder(states, timestep, pooled, mask[:, None, None])
 
 
 def finite(loss: torch.Tensor, step: int) -> float:
@@ -799,7 +793,7 @@ def load_trained(path: Path, seed: int = 0) -> draw.Modules:
                 wanted = list(own[name].shape) if name in own else "no such weight"
                 raise InputError(f"{path}: {name} is {list(tensor.shape)}; the demo's sizes have {wanted}")
         module.load_state_dict(weights, strict=module is not modules.language_model)
-    modules.vae.register_to_config(scaling_factor=config["scaling_factor"])
+    modules.vae.config = replace(modules.vae.config, scaling_factor=config["scaling_factor"])
     return modules
 
 
@@ -882,7 +876,7 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     count = sum(parameter.numel() for parameter in parameters(modules))
     log("build", 0, parameters=count, megabytes=2e-6 * count)
-    vae: Any = prepare_decoder(modules.vae).to(device)
+    vae: Any = modules.vae.to(device)
     if "vae" in state:
         vae.load_state_dict(state["vae"])
     elif args.start_from:
@@ -907,7 +901,7 @@ def train(args: argparse.Namespace) -> None:
         save(state)
     if not state["vae_done"]:
         return
-    vae.register_to_config(scaling_factor=state["vae_measured"]["scaling_factor"])
+    vae.config = replace(vae.config, scaling_factor=state["vae_measured"]["scaling_factor"])
     vae.eval().requires_grad_(False)
 
     words = Words(modules.tokenizer, modules.glyph_tokenizer)

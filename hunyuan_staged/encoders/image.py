@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.vae_encoder import Encoder
 
 # Covering a bucket (1:4 at the narrowest) with an image still narrower than this would fill the memory.
 MAX_IMAGE_RATIO = 32
@@ -81,9 +82,7 @@ def encode_first_frame(encoder: nn.Module, image: Image.Image, scaling_factor: f
 
     encoder: the VAE's, giving mean and log-variance as 2 C channels; its dtype is the latent's.
     """
-    weight = next(encoder.parameters())
-    frame = pixels_of(image)[None, :, None].to(weight.device, weight.dtype)  # [1, 3, 1, H, W]
-    mean, _ = encoder(frame).chunk(2, dim=1)
+    mean, _ = Encoder(encoder)(pixels_of(image)[None, :, None]).chunk(2, dim=1)
     return (mean * scaling_factor).cpu()
 
 

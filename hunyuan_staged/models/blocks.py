@@ -25,24 +25,31 @@ def project_qkv(x: torch.Tensor, projections: tuple, norms: tuple, heads: int) -
     return [norms[0](q), norms[1](k), v]
 
 
-@torch.library.custom_op("hunyuan_staged::linear_gelu", mutates_args=())
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu(x W^T + b), tanh form, [1, s, C] → [1, s, F], on a GPU with the activation inside the product (cuBLASLt).
 
-    As an op of its own, because a compiler would take it apart again, and write and read the product once more.
+    For a compiler an op of its own: it would take it apart again, and write and read the product once more. Eager calls
+    pass the op by, because calling one imports the compiler.
     """
+    return (_linear_gelu_op if torch.compiler.is_compiling() else _linear_gelu)(x, weight, bias)
+
+
+def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         return torch._addmm_activation(bias, x[0], weight.mT, use_gelu=True)[None]
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-@linear_gelu.register_fake
+_linear_gelu_op = torch.library.custom_op("hunyuan_staged::linear_gelu", _linear_gelu, mutates_args=())
+
+
+@_linear_gelu_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return x.new_empty(1, x.shape[1], weight.shape[0])
 
 
 def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
-    """diffusers' FeedForward with gelu-approximate, [1, s, C] → [1, s, C]."""
+    """A FeedForward with GELU, [1, s, C] → [1, s, C]."""
     first, last = ff.net[0].proj, ff.net[2]
     return last(linear_gelu(x, first.weight, first.bias))
 

@@ -61,25 +61,14 @@ def apply_rope(x: torch.Tensor, rope: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def embed_time(model: Any, timestep: torch.Tensor, timestep_r: torch.Tensor | None) -> torch.Tensor:
-    """[1, C] from a timestep [1] (and, for meanflow, the timestep it steps to). The sinusoid is taken in float32."""
-    embed = model.time_embed
-    dtype = embed.timestep_embedder.linear_1.weight.dtype
-    temb = embed.timestep_embedder(embed.time_proj(timestep).to(dtype))
-    if timestep_r is not None:
-        temb = temb + embed.timestep_embedder_r(embed.time_proj_r(timestep_r).to(dtype))
-    return temb
+    return model.time_embed(timestep, timestep_r)
 
 
 def embed_text(model: Any, conditioning: Conditioning, timestep: torch.Tensor) -> torch.Tensor:
     """Text tokens [1, L, C] in the order image, glyph, language, each with its kind's embedding added."""
     kinds = model.cond_type_embed.weight
-    refiner = model.context_embedder
     pooled = conditioning.language.float().mean(dim=1).to(conditioning.language.dtype)
-    temb = refiner.time_text_embed(timestep, pooled)
-    language = refiner.proj_in(conditioning.language)
-    for block in refiner.token_refiner.refiner_blocks:
-        language = block(language, temb)
-    parts = [language + kinds[LANGUAGE]]
+    parts = [model.context_embedder(conditioning.language, timestep, pooled) + kinds[LANGUAGE]]
     if conditioning.glyph.shape[1]:
         parts.insert(0, model.context_embedder_2(conditioning.glyph) + kinds[GLYPH])
     if conditioning.image.shape[1]:

@@ -53,7 +53,7 @@ class TransformerConfig:
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, ...] = (16, 56, 56)
     target_size: int = 640
-    task_type: str = "i2v"
+    task_type: str | None = "i2v"
     use_meanflow: bool = False
 
     def __post_init__(self) -> None:
@@ -152,14 +152,17 @@ class KindEmbedding(nn.Module):
 # -- blocks and the whole --
 
 
-class JointAttention(SelfAttention):
-    """The weights of attention over video and text, each with projections of its own; blocks.py computes it."""
+class JointAttention(nn.Module):
+    """The weights of attention over video and text, each with projections of its own. blocks.py computes it."""
 
     def __init__(self, heads: int, head_width: int) -> None:
-        super().__init__(heads, head_width)
+        super().__init__()
         width = heads * head_width
+        self.heads = heads
         self.norm_q, self.norm_k = RmsNorm(head_width), RmsNorm(head_width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.add_k_proj, self.add_v_proj, self.add_q_proj = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
         self.norm_added_q, self.norm_added_k = RmsNorm(head_width), RmsNorm(head_width)
 

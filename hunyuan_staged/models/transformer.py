@@ -1,8 +1,8 @@
 """One forward of the HunyuanVideo-1.5 transformer over unpadded tokens.
 
-The modules are diffusers' HunyuanVideo15Transformer3DModel; its own forward pads the text and builds an N x N mask,
-this one lets only valid tokens in, so no attention needs a mask. It knows neither ranks nor kernels: `layout` moves
-tokens (and does nothing on one process), `attention` computes.
+Where diffusers' own forward pads the text and builds an N x N mask, this one lets only valid tokens in, so no attention
+needs a mask. It knows neither ranks nor kernels: `layout` moves tokens (and does nothing on one process),
+`attention` computes.
 
 Letters: T h w latent frames, rows and columns after patching; S = T*h*w video tokens, s this rank's; L text tokens;
 H heads, D head width, C = H*D; P = values in a patch.
@@ -10,27 +10,32 @@ H heads, D head width, C = H*D; P = values in a patch.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from hunyuan_staged.attention.choose import AttentionMode
-from hunyuan_staged.memory.offloading import StreamedBlocks
-from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, modulate, packed_qkv
+from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, packed_qkv
 from hunyuan_staged.models.embeddings import Conditioning, embed_text, embed_time, rope_table
 from hunyuan_staged.parallel.layout import Layout
 
 RunBlocks = Callable[[Callable[..., tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Blocks(Protocol):
+    """Some neighbouring blocks in order, each with its weights in place while it is current: see memory/offloading.py."""
+
+    def __getitem__(self, part: slice) -> Iterable[Any]: ...
+
+
 class Transformer:
     """The forward of one loaded model on one layout, with what stays the same from step to step computed once.
 
-    model: diffusers' HunyuanVideo15Transformer3DModel in eval mode. attention: what choose_attention gave.
-    latent_size: (frames, height, width) of the latents. blocks: what a slice of yields these blocks of the model in order,
-    each with its weights in place (offload.StreamedBlocks); by default the model's own list. compile: let torch.compile
+    model: TransformerModules in eval mode. attention: what choose_attention gave.
+    latent_size: (frames, height, width) of the latents. blocks: those of the model, where some of their weights are on the
+    host; by default the model's own list. compile: let torch.compile
     fuse what is around attention. Its three parts are compiled once, for all blocks and every text length.
     """
 
@@ -40,11 +45,12 @@ class Transformer:
         attention: AttentionMode,
         latent_size: tuple[int, int, int],
         layout: Layout | None = None,
-        blocks: StreamedBlocks | None = None,
+        blocks: Blocks | None = None,
         *,
         compile: bool = False,
     ) -> None:
         self.model, self.layout = model, layout or Layout()
+        self.compiled = compile
         self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
         self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
         self.parts: tuple[Callable[..., Any], ...] = attention_residual, mlp_residual
@@ -96,8 +102,7 @@ class Transformer:
             video = self._run(temb, tokens(), text, 0, None)[0]
         else:
             video = through(partial(self._run, temb), tokens(), text)
-        scale, shift = model.norm_out.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
-        patches = layout.gather(model.proj_out(modulate(video, model.norm_out.norm, shift, scale)), self.total)
+        patches = layout.gather(model.proj_out(model.norm_out(video, temb)), self.total)
         frames, rows, columns = self.grid
         return rearrange(
             patches,
@@ -114,17 +119,21 @@ class Transformer:
         """Video [1, s, C] and text [1, L, C] through the blocks [first, last), all from first on with None."""
         part = slice(first, last)
         for block, attention in zip(self.blocks[part], self.attention[part], strict=True):
-            torch._dynamo.mark_dynamic(text, 1)
+            self._mark_dynamic(text, 1)
             q, k, v = self._query_key_value(block, video, text, temb)
             attended = attention(q, k, v).squeeze(0)
             del q, k, v
             outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
-            torch._dynamo.mark_dynamic(outs[1], 0)
+            self._mark_dynamic(outs[1], 0)
             video, text = self.parts[0](block, video, text, *outs, temb)
             del attended, outs
-            torch._dynamo.mark_dynamic(text, 1)
+            self._mark_dynamic(text, 1)
             video, text = self.parts[1](block, video, text, temb)
         return video, text
+
+    def _mark_dynamic(self, x: torch.Tensor, dim: int) -> None:
+        if self.compiled:  # without it, the compiler need not even be imported
+            torch._dynamo.mark_dynamic(x, dim)
 
     def _query_key_value(
         self, block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor

@@ -15,26 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.models.vae_modules import CausalConv, ChannelNorm
+from hunyuan_staged.models.vae_modules import Cache, CausalConv, ChannelNorm
 
 # Config entries of each kind; with a default where the official code has one.
 REQUIRED = {"720p": ("in_channels", "out_channels"), "1080p": ("z_channels", "out_channels")}
 DEFAULT_HIDDEN_CHANNELS, DEFAULT_BLOCKS, DEFAULT_RES_BLOCKS = 64, 6, 2
 # Of 512 channels at 1080p a chunk of as many is 63 MiB.
 FRAMES_PER_CHUNK = 4
-
-Cache = dict[nn.Module, torch.Tensor]  # the last two frames [1, C, 2, H, W] of each convolution's input
-
-
-class ChunkedConv(CausalConv):
-    """The VAE's convolution over a chunk of frames."""
-
-    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """[1, C, T, H, W] → [1, C', T, H, W]; cache holds what came before x, and then what comes before the next."""
-        front = cache.get(self, x[:, :, :1].expand(-1, -1, 2, -1, -1))
-        x = torch.cat([front, x], dim=2)
-        cache[self] = x[:, :, -2:].clone()
-        return self.conv(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
 
 
 class ResidualBlock(nn.Module):
@@ -43,7 +30,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # At 1 and 3 of the official list stand activations.
-        self.block = nn.ModuleDict({name: ChunkedConv(channels, channels) for name in ("0", "2", "4")})
+        self.block = nn.ModuleDict({name: CausalConv(channels, channels) for name in ("0", "2", "4")})
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         h = self.block["0"](x, cache)
@@ -59,9 +46,9 @@ class LatentUpsampler720p(nn.Module):
         self, in_channels: int, out_channels: int, hidden_channels: int, num_blocks: int, global_residual: bool
     ) -> None:
         super().__init__()
-        self.in_conv = ChunkedConv(in_channels, hidden_channels)
+        self.in_conv = CausalConv(in_channels, hidden_channels)
         self.blocks = nn.ModuleList(ResidualBlock(hidden_channels) for _ in range(num_blocks))
-        self.out_conv = ChunkedConv(hidden_channels, out_channels)
+        self.out_conv = CausalConv(hidden_channels, out_channels)
         self.global_residual = global_residual
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -73,20 +60,13 @@ class LatentUpsampler720p(nn.Module):
         return h + x if self.global_residual else h
 
 
-class Norm(ChannelNorm):
-    """The VAE's norm; the length is at least 1e-12."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(x, dim=1, eps=1e-12) * x.shape[1] ** 0.5 * self.gamma
-
-
 class ResnetBlock(nn.Module):
     """A block of the 1080p upsampler: norm, SiLU and convolution twice; a 1 x 1 x 1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = Norm(in_channels), ChunkedConv(in_channels, out_channels)
-        self.norm2, self.conv2 = Norm(out_channels), ChunkedConv(out_channels, out_channels)
+        self.norm1, self.conv1 = ChannelNorm(in_channels), CausalConv(in_channels, out_channels)
+        self.norm2, self.conv2 = ChannelNorm(out_channels), CausalConv(out_channels, out_channels)
         self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -111,10 +91,10 @@ class LatentUpsampler1080p(nn.Module):
         super().__init__()
         first = block_out_channels[0]
         self.repeats = first // z_channels
-        self.conv_in = ChunkedConv(z_channels, first)
+        self.conv_in = CausalConv(z_channels, first)
         widths = [first, *block_out_channels]
         self.up = nn.ModuleList(Level(*pair, num_res_blocks + 1) for pair in pairwise(widths))
-        self.norm_out, self.conv_out = Norm(widths[-1]), ChunkedConv(widths[-1], out_channels)
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1]), CausalConv(widths[-1], out_channels)
 
     def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One chunk of frames [1, C, T, H, W] → [1, C', T, H, W]."""

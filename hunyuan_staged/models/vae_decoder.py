@@ -1,8 +1,8 @@
 """The VAE decoder's forward: latents → frames, channels last, a chunk of frames at a time.
 
-The modules are diffusers' HunyuanVideo15Decoder3D. Its own forward goes over memory many times between two convolutions:
-bias, residual, norm, activation and padding are a pass each, and cuDNN turns the layout around besides. Here the layout
-is the one that convolutions compute in, and one pass (`padded`) does all that lies between two of them.
+The modules' own forward goes over memory many times between two convolutions: bias, residual, norm, activation and
+padding are a pass each, and cuDNN turns the layout around besides. Here the layout is the one that convolutions compute
+in, and one pass (`padded`) does all that lies between two of them.
 
 A convolution looks back two frames and never ahead. So behind the mid block, whose attention sees all earlier frames, the
 decoder runs over chunks of frames, and each convolution remembers the last two frames of its input for the next chunk.
@@ -12,7 +12,6 @@ Letters: T frames, H x W positions, C channels of a level; t, h, w of the latent
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -56,32 +55,6 @@ def _attend_in_products(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         scores = torch.mm(rows, keys, out_dtype=torch.float32).mul_(scale)
         outputs.append(torch.softmax(scores, dim=-1).to(values.dtype) @ values)
     return torch.cat(outputs)[None, None]
-
-
-def _attention_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """HunyuanVideo15AttnBlock.forward with the mask replaced by its meaning: [B, C, t, h, w] → the same."""
-    batch, channels, frames, height, width = x.shape
-    normed = self.norm(x)
-    query, key, value = (
-        # [B, C, t, h, w] → [B, t, N, C]
-        project(normed).permute(0, 2, 3, 4, 1).reshape(batch, frames, height * width, channels)
-        for project in (self.to_q, self.to_k, self.to_v)
-    )
-    attended = frame_causal_attention(query, key, value)
-    return x + self.proj_out(attended.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3))
-
-
-def prepare_decoder(decoder: nn.Module) -> nn.Module:
-    """Give the mid block's attention a forward without a mask; weights and numbers stay. Works on the encoder, too.
-
-    For training, which goes through the modules' own forward; Decoder below needs it not.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15AttnBlock
-
-    for module in decoder.modules():
-        if isinstance(module, HunyuanVideo15AttnBlock):
-            module.forward = MethodType(_attention_forward, module)  # type: ignore[method-assign]
-    return decoder
 
 
 # -- between convolutions --
@@ -178,8 +151,11 @@ class Memory:
     last: bool = False
 
 
-class Decoder:
-    """The forward of one loaded decoder, which must be in eval mode. Its convolutions' weights become channels last."""
+class CausalCoder:
+    """What the forwards of decoder and encoder share. Convolutions' weights become channels last.
+
+    module: a VaeDecoder or VaeEncoder in eval mode.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -188,6 +164,38 @@ class Decoder:
                 part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
         weight = next(module.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+
+    def _convolve(
+        self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
+    ) -> tuple[torch.Tensor, Any]:
+        """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
+        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), memory.frames.get(layer), keep=keep)
+        if memory.last:
+            memory.frames.pop(layer, None)
+        else:
+            memory.frames[layer] = inputs[-2:].clone()
+        return _convolve(inputs, layer.conv.weight), added
+
+    def _resnet(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> Sum:
+        product, added = self._convolve(block.conv1, x, block.norm1, memory)
+        between = Sum(product, block.conv1.conv.bias)
+        del product
+        product, _ = self._convolve(block.conv2, between, block.norm2, memory, keep=False)
+        if block.conv_shortcut is not None:
+            added = F.linear(added, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
+        return Sum(product, block.conv2.conv.bias, added)
+
+    def _attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        normed = normalise(x, block.norm.gamma.flatten()).flatten(1, 2)[None]  # [1, t, N, C]
+        query, key, value = (
+            F.linear(normed, layer.weight.flatten(1), layer.bias) for layer in (block.to_q, block.to_k, block.to_v)
+        )
+        attended = frame_causal_attention(query, key, value)
+        return x + F.linear(attended.view(x.shape), block.proj_out.weight.flatten(1), block.proj_out.bias)
+
+
+class Decoder(CausalCoder):
+    """The forward of one loaded decoder."""
 
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor, frames_at_once: int | None = None) -> Iterator[torch.Tensor]:
@@ -223,34 +231,6 @@ class Decoder:
                 x = self._upsample(upsampler, x, memory)
         product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)
         return product + self.module.conv_out.conv.bias
-
-    def _convolve(
-        self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
-    ) -> tuple[torch.Tensor, Any]:
-        """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
-        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), memory.frames.get(layer), keep=keep)
-        if memory.last:
-            memory.frames.pop(layer, None)
-        else:
-            memory.frames[layer] = inputs[-2:].clone()
-        return _convolve(inputs, layer.conv.weight), added
-
-    def _resnet(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> Sum:
-        product, added = self._convolve(block.conv1, x, block.norm1, memory)
-        between = Sum(product, block.conv1.conv.bias)
-        del product
-        product, _ = self._convolve(block.conv2, between, block.norm2, memory, keep=False)
-        if block.conv_shortcut is not None:
-            added = F.linear(added, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
-        return Sum(product, block.conv2.conv.bias, added)
-
-    def _attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        normed = normalise(x, block.norm.gamma.flatten()).flatten(1, 2)[None]  # [1, t, N, C]
-        query, key, value = (
-            F.linear(normed, layer.weight.flatten(1), layer.bias) for layer in (block.to_q, block.to_k, block.to_v)
-        )
-        attended = frame_causal_attention(query, key, value)
-        return x + F.linear(attended.view(x.shape), block.proj_out.weight.flatten(1), block.proj_out.bias)
 
     def _upsample(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
         """Twice as high and wide, and with add_temporal_upsample twice as long but for a video's first frame."""

@@ -1,9 +1,9 @@
 """Find a model's parts in either published layout, map its keys, and load it onto a device without a second copy.
 
 The official layout is that of tencent/HunyuanVideo-1.5 on the hub, one transformer version per folder; the diffusers
-layout that of hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-*. Modules are always diffusers' and transformers';
-official weights are renamed on the way. A map is data, serves both ways, and is closed: a tensor that no rule names,
-that a module lacks, or that is missing for a module is an error.
+layout that of hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-*. Modules are our own, with diffusers' names, and
+transformers'; official weights are renamed on the way. A map is data, serves both ways, and is closed: a tensor that no
+rule names, that a module lacks, or that is missing for a module is an error.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from torch import nn
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
+from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
+from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.versions import (
     DEFAULT_RESOLUTION,
@@ -229,15 +231,13 @@ class ModelFolder:
             return official_transformer_config(config, shape[-1], folder / "config.json")
 
     def transformer_skeleton(self, version: str, *, weights_dtype: str | None = None) -> Any:
-        """diffusers' HunyuanVideo15Transformer3DModel for a version, on the meta device: shapes without memory.
+        """TransformerModules for a version, on the meta device: shapes without memory.
 
         weights_dtype "fp8": the linear weights of its blocks are to be stored in float8 (float8.py).
         """
-        from diffusers import HunyuanVideo15Transformer3DModel
-
         config = self.transformer_config(version)
         origin = self._transformer_folder(version) / "config.json"
-        model = on_meta(lambda: HunyuanVideo15Transformer3DModel(**config), origin)
+        model = on_meta(lambda: TransformerModules(TransformerConfig(**config)), origin)
         if weights_dtype == "fp8":
             fp8_rows.quantise_linears(model.transformer_blocks)
         return model
@@ -257,7 +257,7 @@ class ModelFolder:
         places: Destinations = NO_DESTINATIONS,
         adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
     ) -> nn.Module:
-        """diffusers' HunyuanVideo15Transformer3DModel with a version's weights, in eval mode, without gradients.
+        """TransformerModules with a version's weights, in eval mode, without gradients.
 
         skeleton: what transformer_skeleton gave, by default in `dtype` throughout. places: where some tensors go; those
         that another process fills are not read. adapt: what the tensors, under diffusers' names and in the file's dtype,
@@ -316,12 +316,10 @@ class ModelFolder:
 
     def vae_skeleton(self, coder: str) -> nn.Module:
         """The VAE's "encoder" or "decoder" on the meta device: shapes without memory."""
-        from diffusers import AutoencoderKLHunyuanVideo15
-
         (folder,) = self.require("vae")
         config = self.vae_config()
-        whole = on_meta(lambda: AutoencoderKLHunyuanVideo15(**config), folder / "config.json")
-        return whole.get_submodule(coder)
+        build = {"encoder": VaeEncoder, "decoder": VaeDecoder}[coder]
+        return on_meta(lambda: build(VaeConfig(**config)), folder / "config.json")
 
     def _load_coder(self, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
         (folder,) = self.require("vae")
@@ -336,13 +334,13 @@ class ModelFolder:
     def load_vae_decoder(
         self, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """(diffusers' HunyuanVideo15Decoder3D, the VAE's config); the encoder is not read."""
+        """(VaeDecoder, the VAE's config); the encoder is not read."""
         return self._load_coder("decoder", device, dtype, progress), self.vae_config()
 
     def load_vae_encoder(
         self, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """(diffusers' HunyuanVideo15Encoder3D, the VAE's config); the decoder is not read."""
+        """(VaeEncoder, the VAE's config); the decoder is not read."""
         return self._load_coder("encoder", device, dtype, progress), self.vae_config()
 
     # -- encoders --

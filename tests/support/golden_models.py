@@ -8,6 +8,7 @@ from conftest import golden_weights
 from safetensors import safe_open
 
 from hunyuan_staged.models.embeddings import Conditioning, conditioning_of
+from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.upsampler import build_upsampler
 from hunyuan_staged.weights.configs import official_transformer_config
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_diffusers
@@ -23,13 +24,10 @@ def load(path) -> tuple[dict, dict]:
 
 
 def build(folder, config: dict, shapes: str):
-    """The diffusers module with the golden weights, through the key map."""
-    from diffusers import HunyuanVideo15Transformer3DModel
-
+    """The modules with the golden weights, through the key map."""
     weights = golden_weights(folder / f"{shapes}.json")
-    model = HunyuanVideo15Transformer3DModel(
-        **official_transformer_config(config, weights["byt5_in.fc1.weight"].shape[1])
-    )
+    arguments = official_transformer_config(config, weights["byt5_in.fc1.weight"].shape[1])
+    model = TransformerModules(TransformerConfig(**arguments))
     model.load_state_dict(to_diffusers(weights, TRANSFORMER_MAP))
     return model.eval()
 

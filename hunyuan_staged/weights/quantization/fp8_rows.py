@@ -16,6 +16,8 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A scale for each row, because rows differ in size by more than what float8 holds without losing the small ones to its
     subnormals; a power of two, so that scaling rounds nothing, here or in bf16 on the way back. Rows of zeros get 1.
     """
+    if weight.is_meta:  # the arithmetic would import torch's compiler
+        return weight.new_empty(weight.shape, dtype=STORED), weight.new_empty(len(weight), 1)
     largest = weight.float().abs().amax(dim=1, keepdim=True)
     # largest <= 448 x 2^e, for the smallest such e
     exponent = torch.ceil(torch.log2(largest.clamp(min=2.0**-100) / LARGEST))
@@ -23,17 +25,23 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / scale).to(STORED), scale.to(weight.dtype)
 
 
-@torch.library.custom_op("hunyuan_staged::dequantise", mutates_args=())
 def dequantise(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The weight [out, in] in scale's dtype.
 
-    As an op of its own: a compiler's kernels read this float8 only on GPUs from compute capability 8.9 on, torch's own
-    everywhere.
+    For a compiler an op of its own: its kernels read this float8 only on GPUs from compute capability 8.9 on, torch's own
+    everywhere. Eager calls pass the op by, because calling one imports the compiler.
     """
+    return (_dequantise_op if torch.compiler.is_compiling() else _dequantise)(stored, scale)
+
+
+def _dequantise(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return stored.to(scale.dtype).mul_(scale)
 
 
-@dequantise.register_fake
+_dequantise_op = torch.library.custom_op("hunyuan_staged::dequantise", _dequantise, mutates_args=())
+
+
+@_dequantise_op.register_fake
 def _(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(stored, dtype=scale.dtype)
 

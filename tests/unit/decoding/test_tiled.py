@@ -1,6 +1,5 @@
 """Decoding: the official numbers, attention without a mask, tiles that cover, the same bits on any number of ranks."""
 
-import copy
 import json
 
 import numpy as np
@@ -15,7 +14,9 @@ from hunyuan_staged.decoding import blending, tiled, tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models import vae_decoder
 from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.models.vae_modules import FrameCausalAttention, VaeConfig, VaeDecoder
 from hunyuan_staged.parallel.world import World
+from hunyuan_staged.weights.key_maps import VAE_MAP, to_diffusers
 
 ALONE = World(0, 1, torch.device("cpu"))
 CONFIG = {
@@ -28,10 +29,8 @@ CONFIG = {
 
 def tiny_decoder(seed: int = 0, layers: int = 0) -> torch.nn.Module:
     """A decoder of the real structure, with the fewest channels that it allows."""
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
-
     torch.manual_seed(seed)
-    return HunyuanVideo15Decoder3D(32, 3, (32, 8, 4, 4, 4), layers_per_block=layers).eval().requires_grad_(False)
+    return VaeDecoder(VaeConfig(block_out_channels=(4, 4, 4, 8, 32), layers_per_block=layers)).requires_grad_(False)
 
 
 def draw_latents(frames: int, height: int, width: int) -> torch.Tensor:
@@ -43,12 +42,8 @@ def draw_latents(frames: int, height: int, width: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def golden_decoder(golden_folder):
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
-
-    from hunyuan_staged.weights.key_maps import VAE_MAP, to_diffusers
-
     state = to_diffusers(golden_weights(golden_folder / "vae_shapes.json"), VAE_MAP)
-    decoder = HunyuanVideo15Decoder3D(32, 3, (64, 64, 64, 32, 32), layers_per_block=1).eval().requires_grad_(False)
+    decoder = VaeDecoder(VaeConfig(block_out_channels=(32, 32, 64, 64, 64), layers_per_block=1)).requires_grad_(False)
     decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
     return decoder
 
@@ -69,13 +64,16 @@ def test_decoder_matches_the_official_one(golden_decoder, golden_folder, at_once
 @pytest.mark.parametrize("layers", [0, 1])
 def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
     """A single frame, chunks of one latent frame, and a last chunk that is shorter."""
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
+
     decoder = tiny_decoder(layers=layers)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            if parameter.ndim != 5:  # gammas and biases, which are drawn as ones and nearly nothing
-                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    for parameter in decoder.parameters():
+        if parameter.ndim != 5:  # gammas and biases, which are drawn as ones and nearly nothing
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    reference = HunyuanVideo15Decoder3D(32, 3, (32, 8, 4, 4, 4), layers_per_block=layers).requires_grad_(False)
+    reference.load_state_dict(decoder.state_dict())
     latents = draw_latents(frames, 3, 4)
-    wanted = decoder(latents)
+    wanted = reference(latents)
     torch.testing.assert_close(decoded_by(decoder, latents, at_once), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -116,9 +114,9 @@ def test_tiles_match_diffusers(height, width, tile_size, overlap):
     latents = draw_latents(2, height, width)
     with torch.no_grad():
         wanted = (reference.tiled_decode(latents / CONFIG["scaling_factor"]) / 2 + 0.5).clamp(0, 1)
-    video = decoded(
-        reference.decoder, latents, CONFIG, tile_size=tile_size, tile_overlap=overlap, world=ALONE, as_float=True
-    )
+    ours = VaeDecoder(VaeConfig(block_out_channels=(32,) * 5, layers_per_block=0)).requires_grad_(False)
+    ours.load_state_dict(reference.decoder.state_dict())
+    video = decoded(ours, latents, CONFIG, tile_size=tile_size, tile_overlap=overlap, world=ALONE, as_float=True)
     torch.testing.assert_close(video.floats, wanted, rtol=0, atol=2e-6)
 
 
@@ -130,25 +128,14 @@ def test_frame_causal_attention_is_the_masked_one():
 
     torch.manual_seed(1)
     reference = HunyuanVideo15AttnBlock(32).requires_grad_(False)
-    ours = vae_decoder.prepare_decoder(copy.deepcopy(reference))
+    ours = FrameCausalAttention(32).requires_grad_(False)
+    ours.load_state_dict(reference.state_dict())
     x = torch.randn(1, 32, 5, 3, 4)  # diffusers builds its mask for a batch of one
     torch.testing.assert_close(ours(x), reference(x), rtol=1e-5, atol=1e-6)
 
     later = x.clone()
     later[:, :, 3:] += 1
     assert torch.equal(ours(later)[:, :, :3], ours(x)[:, :, :3]), "a frame sees later ones"
-
-
-def test_no_mask_is_built(monkeypatch):
-    from diffusers.models.autoencoders import autoencoder_kl_hunyuanvideo15 as official
-
-    def refuse(*_, **__):
-        raise AssertionError("a mask of S x S was built")
-
-    monkeypatch.setattr(official.HunyuanVideo15AttnBlock, "prepare_causal_attention_mask", staticmethod(refuse))
-    latents = draw_latents(3, 2, 2)
-    assert vae_decoder.prepare_decoder(tiny_decoder())(latents).shape == (1, 3, 9, 32, 32)
-    assert decoded_by(tiny_decoder(), latents).shape == (1, 3, 9, 32, 32)
 
 
 def test_scores_in_memory_are_the_same_attention():

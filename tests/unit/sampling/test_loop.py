@@ -1,6 +1,7 @@
 """The loop against the official one, the noise, and several processes against one."""
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -112,6 +113,15 @@ def test_steps_are_reported_with_their_latents():
     assert steps == [(0, -0.25), (1, -0.5), (2, -0.75), (3, -1.0)]
 
 
+def in_diffusers(model):
+    """The same weights in diffusers' module, whose own forward pads the text."""
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    reference = HunyuanVideo15Transformer3DModel(**asdict(model.config))
+    reference.load_state_dict(model.state_dict())
+    return reference.eval()
+
+
 def plain_loop(model, tensors, sigmas, *, image: torch.Tensor | None = None, meanflow: bool = False) -> torch.Tensor:
     """The loop written out, over diffusers' own forward with its padded text and masks; no guidance."""
     latents = tensors["noise"]
@@ -146,7 +156,7 @@ def test_image_and_meanflow_loops_agree_with_a_plain_one(golden_folder, name, sh
     noise = torch.randn(1, 32, *tensors["hidden_states"].shape[2:], generator=draw)
     image = torch.randn(1, 32, 1, *noise.shape[3:], generator=draw)
     sigmas = flow_sigmas(4, shift)
-    reference = plain_loop(model, tensors | {"noise": noise}, sigmas, image=image, meanflow=meanflow)
+    reference = plain_loop(in_diffusers(model), tensors | {"noise": noise}, sigmas, image=image, meanflow=meanflow)
     embeddings = {
         "prompt_embeds": tensors["text_states"],
         "prompt_embeds_mask": tensors["text_mask"],

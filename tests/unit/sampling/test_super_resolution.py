@@ -12,6 +12,7 @@ from ranks import run_ranks
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.memory.offloading import stream_blocks
 from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.parallel.layout import Layout, make_layout
 from hunyuan_staged.parallel.world import World
@@ -35,12 +36,10 @@ LOOPS = ("720p_t2v", "720p_cfg", "1080p_i2v")
 
 
 def test_the_published_transformer_has_the_official_tensors(golden_folder):
-    from diffusers import HunyuanVideo15Transformer3DModel
-
     published = json.loads((golden_folder / "sr_full_transformer_shapes.json").read_text())
     config = published["config"] | {"ideal_resolution": "720p"}
     with torch.device("meta"):
-        model = HunyuanVideo15Transformer3DModel(**official_transformer_config(config, 1472))
+        model = TransformerModules(TransformerConfig(**official_transformer_config(config, 1472)))
     official = to_official(model.state_dict(), TRANSFORMER_MAP)
     assert {name: list(x.shape) for name, x in official.items()} == published["tensors"]
     assert len(official) == 1797

@@ -271,7 +271,7 @@ def test_a_transformer_is_loaded_whole_from_either_layout(folder, tiny_official,
     assert same(model.state_dict(), {name: tensor.to(dtype) for name, tensor in stored.items()})
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert type(model).__name__ == "HunyuanVideo15Transformer3DModel"
+    assert type(model).__name__ == "TransformerModules"
     assert model.config.target_size == 128
 
 
@@ -319,7 +319,7 @@ def test_both_layouts_say_the_same_of_the_transformer_and_the_vae(tiny_official,
 @pytest.mark.parametrize("coder", ["decoder", "encoder"])
 def test_one_half_of_the_vae_is_loaded_without_the_other(folder, tiny_official, tmp_path, coder):
     loaded, config = getattr(folder, f"load_vae_{coder}")(**F32)
-    assert type(loaded).__name__ == f"HunyuanVideo15{coder.title()}3D"
+    assert type(loaded).__name__ == f"Vae{coder.title()}"
     assert config["scaling_factor"] == 1.03682
     assert config["spatial_compression_ratio"] == 16
     stored = load_file(tiny_official / "vae" / WEIGHTS)

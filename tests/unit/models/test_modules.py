@@ -1,15 +1,19 @@
 """Our modules against diffusers', which are the reference: names, shapes, and the numbers of every forward they have."""
 
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden_weights
+from safetensors.torch import load_file
 
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
+from hunyuan_staged.models.vae_encoder import Encoder
 from hunyuan_staged.models.vae_modules import Vae, VaeConfig
+from hunyuan_staged.weights.key_maps import VAE_MAP, to_diffusers
 
 TINY = {
     "num_attention_heads": 3,
@@ -42,8 +46,9 @@ VAES = {
 }
 
 
-def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """In the order in which files hold them."""
+    return [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -68,11 +73,93 @@ def test_the_vaes_weights_are_diffusers(name):
     assert shapes(ours) == shapes(reference)
     kept = {key: value for key, value in reference.config.items() if not key.startswith("_")}
     assert vars(ours.config) == kept
-    attributes = {"repeat", "repeats", "add_temporal_upsample", "add_temporal_downsample", "group_size"}
+    attributes = {"repeat", "repeats", "add_temporal_upsample", "add_temporal_downsample"}
     for module, other in zip(ours.modules(), map(reference.get_submodule, dict(ours.named_modules())), strict=True):
         assert {key: value for key, value in vars(module).items() if key in attributes} == {
             key: value for key, value in vars(other).items() if key in attributes
         }
+
+
+@pytest.fixture(scope="module", params=["tiny", "own widths"])
+def vaes(request):
+    """A VAE with drawn weights, ours and diffusers'."""
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    torch.manual_seed(0)
+    reference = AutoencoderKLHunyuanVideo15(**VAES[request.param]).eval().requires_grad_(False)
+    for parameter in reference.parameters():
+        if parameter.ndim != 5:  # gammas and biases, which are ones and nearly nothing at first
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    ours = Vae(VaeConfig(**VAES[request.param])).requires_grad_(False)
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_the_training_forwards_are_diffusers(vaes, frames):
+    """Attention sums each frame apart, and diffusers builds its mask for a batch of one: hence not bits, and one by one."""
+    ours, reference = vaes
+    clips = drawn(2, 3, frames, 32, 48)
+    moments = ours.encoder(clips)
+    mode = moments.chunk(2, dim=1)[0]
+    decoded = ours.decoder(mode)
+    for row in range(2):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(moments[one], reference.encoder(clips[one]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoded[one], reference.decoder(mode[one]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_training_forwards_have_gradients(vaes):
+    ours = copy.deepcopy(vaes[0]).requires_grad_(True)
+    loss = ours.decoder(ours.encoder(drawn(1, 3, 9, 16, 16)).chunk(2, dim=1)[0]).square().mean()
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_the_encoder_gives_diffusers_posterior_and_its_mode(vaes, frames):
+    ours, reference = vaes
+    video = drawn(1, 3, frames, 32, 48)
+    moments = Encoder(copy.deepcopy(ours.encoder))(video)
+    posterior = reference.encode(video).latent_dist
+    torch.testing.assert_close(moments, posterior.parameters, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments.chunk(2, dim=1)[0], posterior.mode(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames_at_once", [1, 2, 3])
+def test_the_encoder_gives_the_same_in_chunks(vaes, frames_at_once):
+    """Also a last chunk that is shorter. One thread, one kernel for any number of frames: the same bits."""
+    encoder = Encoder(copy.deepcopy(vaes[0].encoder))
+    video = drawn(1, 3, 17, 32, 48)
+    assert torch.equal(encoder(video, frames_at_once), encoder(video))
+
+
+def test_an_encoded_frame_sees_no_later_one(vaes):
+    encoder = Encoder(copy.deepcopy(vaes[0].encoder))
+    video = drawn(1, 3, 9, 32, 48)
+    later = video.clone()
+    later[:, :, 5:] += 1
+    known = encoder(video[:, :, :5]).shape[2]
+    before, after = encoder(video), encoder(later)
+    assert torch.equal(before[:, :, :known], after[:, :, :known])
+    assert not torch.equal(before[:, :, known], after[:, :, known])
+
+
+def test_the_encoder_matches_the_official_one(golden_folder):
+    reference = load_file(golden_folder / "vae_5x7.safetensors")
+    vae = Vae(VaeConfig(block_out_channels=(32, 32, 64, 64, 64), layers_per_block=1))
+    vae.load_state_dict(to_diffusers(golden_weights(golden_folder / "vae_shapes.json"), VAE_MAP))
+    mode = Encoder(vae.encoder)(reference["image"]).chunk(2, dim=1)[0]
+    assert (mode - reference["encoded_mode"]).norm() / reference["encoded_mode"].norm() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 48), (5, 33, 48), (5, 32, 40)])
+def test_a_video_that_makes_no_whole_latents_is_refused(shape):
+    encoder = Encoder(Vae(VaeConfig(**VAES["tiny"])).encoder)
+    frames, height, width = shape
+    message = rf"{frames} frames of {height}x{width}; allowed: 4n \+ 1 frames, sides of 16n"
+    with pytest.raises(ValueError, match=message):
+        encoder(torch.zeros(1, 3, *shape))
 
 
 def test_what_no_published_model_has_is_refused():
@@ -100,7 +187,7 @@ def pair(request):
     return ours, reference
 
 
-def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
