@@ -75,9 +75,10 @@ def plan_memory(
     InputError where it does not fit.
     """
     from hunyuan_staged.memory import offloading
+    from hunyuan_staged.pipeline import common
 
     weights = offloading.weights_of(skeleton, skeleton.layers, dtype)
-    free, asked = run.free_memory(), offload_asked(options, weights.count)
+    free, asked = common.free_memory(run.world), offload_asked(options, weights.count)
     remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
     fit = budget.plan_blocks(
         "the text encoder", weights, estimates.LANGUAGE_WORKING, free, asked=asked, remedies=remedies
@@ -121,22 +122,22 @@ def encode_text(
     """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
     from hunyuan_staged.encoders import text
 
-    with run.part("load"):
+    with run.timed("load"):
         tokenizer, model = load_language_model(run, options, folder, version, dtype)
     for name, prompt in (("--prompt", options.prompt), ("--negative_prompt", options.negative_prompt)):
         dropped = text.tokenise(tokenizer, prompt).dropped
         if dropped:
             run.log.warning(f"{name} is too long: its last {dropped} tokens are cut off")
-    with run.part("compute"):
+    with run.timed("compute"):
         tensors = text.language_embeddings(tokenizer, model, options.prompt, options.negative_prompt)
     del tokenizer, model
     gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
     glyph_tokenizer = glyph_model = None
     if text.glyph_text(options.prompt):
-        with run.part("load"):
+        with run.timed("load"):
             glyph_tokenizer, glyph_model = folder.load_glyph_encoder(device=run.device, dtype=dtype)
     width = folder.transformer_config(version.name)["text_embed_2_dim"]
-    with run.part("compute"):
+    with run.timed("compute"):
         return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, options.prompt, width=width, dtype=dtype)
 
 
@@ -151,14 +152,14 @@ def encode_image(
     height, width = geometry.nearest_size(version.resolution, picture.height / picture.width)
     fitted = image.resize_and_center_crop(picture, height, width)
     run.log.info(f"image {picture.width}x{picture.height} → {width}x{height}")
-    with run.part("load"):
+    with run.timed("load"):
         processor, model = folder.load_image_encoder(device=run.device, dtype=dtype)
-    with run.part("compute"):
+    with run.timed("compute"):
         embeds = image.encode_image(processor, model, fitted)
     del processor, model
-    with run.part("load"):
+    with run.timed("load"):
         encoder, config = folder.load_vae_encoder(device=run.device, dtype=dtype, progress=run.progress)
-    with run.part("compute"):
+    with run.timed("compute"):
         latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
     return {"image_embeds": embeds, "image_latents": latents}
 
@@ -169,6 +170,7 @@ def body(run: utils.Run, options: EncodeOptions) -> None:
     from hunyuan_staged.files import contract, provenance
     from hunyuan_staged.files.config import update_config
     from hunyuan_staged.files.tensors import save_embeddings
+    from hunyuan_staged.pipeline import common
     from hunyuan_staged.weights.folder import open_model
 
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
@@ -181,7 +183,7 @@ def body(run: utils.Run, options: EncodeOptions) -> None:
     version = pick_version(options, folder)
     for part in parts:
         folder.require(part)
-    dtype = utils.torch_dtype(options.dtype, run.device)
+    dtype = common.torch_dtype(options.dtype, run.device)
     if options.dry_run:
         run.show_plan(plan_memory(run, options, folder.language_skeleton(), version, dtype)[1])
         return
@@ -189,7 +191,7 @@ def body(run: utils.Run, options: EncodeOptions) -> None:
     tensors = encode_text(run, options, folder, version, dtype) | encode_image(run, picture, folder, version, dtype)
 
     recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
-    with run.part("write"):
+    with run.timed("write"):
         about = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": version.task}
         metadata = about | {"model": recorded, "version": version.name}
         picture_hash = provenance.sha256(options.image_path) if options.image_path else None

@@ -185,6 +185,7 @@ def plan_memory(
 
     from hunyuan_staged.memory.offloading import weights_of, widened_bytes
     from hunyuan_staged.parallel.layout import Layout, plan_layout
+    from hunyuan_staged.pipeline import common
 
     config = skeleton.config
     rows, shards = plan_layout(run.world.size, guidance_rows(settings), options.cfg_parallel)
@@ -200,7 +201,7 @@ def plan_memory(
         shards,
         widened_bytes(skeleton.transformer_blocks[0], dtype),
     )
-    free, asked = run.free_memory(), offload_asked(options, weights.count)
+    free, asked = common.free_memory(run.world), offload_asked(options, weights.count)
     fit = budget.plan_blocks(
         f"{settings.width}x{settings.height}, {settings.video_length} frames",
         weights,
@@ -279,6 +280,7 @@ def body(run: utils.Run, options: DenoiseOptions) -> None:
     from hunyuan_staged.models import transformer
     from hunyuan_staged.models.embeddings import conditioning_of
     from hunyuan_staged.parallel.layout import make_layout
+    from hunyuan_staged.pipeline import common
     from hunyuan_staged.sampling import conditions, loop, schedule, state
     from hunyuan_staged.weights import loading, lora
     from hunyuan_staged.weights.folder import open_model
@@ -304,7 +306,7 @@ def body(run: utils.Run, options: DenoiseOptions) -> None:
     settings = settle(options, config, version, flow_shift, image_latents)
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         run.log.warning(warning)
-    dtype = utils.torch_dtype(settings.dtype, run.device)
+    dtype = common.torch_dtype(settings.dtype, run.device)
     model_config = folder.transformer_config(version.name)
     width = model_config.get("attention_head_dim", 128)
     attention = choose_attention(options.attention_mode(), run.device, dtype, options.sage_blocks(), head_width=width)
@@ -349,7 +351,7 @@ def body(run: utils.Run, options: DenoiseOptions) -> None:
     run.log.info(f"attention: {attention.name} ({attention.reason}); layout: {layout.describe()}")
     run.log.info(fit.describe(len(skeleton.transformer_blocks)))
 
-    with run.part("load"):
+    with run.timed("load"):
 
         def load(places: loading.Destinations) -> Any:
             return folder.load_transformer(
@@ -376,7 +378,7 @@ def body(run: utils.Run, options: DenoiseOptions) -> None:
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
         f"shift {settings.flow_shift:g}, seed {options.seed}, {dtype}"
     )
-    with run.part("compute"):
+    with run.timed("compute"):
         started = time.perf_counter()
         forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=compiled(run, options))
         rows = [conditioning_of(embeddings, p, device=run.device, dtype=dtype) for p in prefixes]
@@ -413,7 +415,7 @@ def body(run: utils.Run, options: DenoiseOptions) -> None:
         return
     if not torch.isfinite(latents).all():
         raise InputError(keeper.not_finite(settings.num_inference_steps))
-    with run.part("write"):
+    with run.timed("write"):
         chosen = {
             "height": settings.height,
             "width": settings.width,

@@ -16,35 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
-from hunyuan_staged.options import DEFAULT_DTYPE, DEFAULT_OUTPUT_DIR, DTYPES
+from hunyuan_staged.options import DEFAULT_OUTPUT_DIR
 from hunyuan_staged.parsing import SILENCE_SECONDS, is_first, parse, refuse, say_error
+from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted, Interrupts
 
 if TYPE_CHECKING:
-    import torch
-
-    from hunyuan_staged.memory.budget import FreeMemory
     from hunyuan_staged.parallel.world import World
 
 FAULT = 1  # what Python itself ends with after a traceback
 MIB_PER_KIB = 1 / 1024
 
 
-def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that --dtype names or a config records; auto is bf16 on a GPU, and fp32 on a CPU, where bf16 is slow.
-
-    InputError lists the names there are.
-    """
-    import torch
-
-    if name == DEFAULT_DTYPE:
-        name = "bf16" if device.type == "cuda" else "fp32"
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, DEFAULT_DTYPE))}")
-    return getattr(torch, DTYPES[name])
-
-
-class Run:
+class Run(Reporter):
     """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote.
 
     As a context it ends the bars and lets go of the folders that were claimed.
@@ -82,6 +66,17 @@ class Run:
         if self.world.is_main:
             self._claims.enter_context(atomic.locked(path, files))
 
+    def lock_all(self, locks: Iterable[tuple[Path, Sequence[str]]], *, unless: bool) -> None:
+        """Lock each (path, files), but not for a run that writes nothing."""
+        for path, files in () if unless else locks:
+            self.lock(path, files)
+
+    def info(self, text: str) -> None:
+        self.log.info(text)
+
+    def warn(self, text: str) -> None:
+        self.log.warning(text)
+
     def warn_or_refuse(self, reason: str | None, *, strict: bool) -> None:
         """Warn of files that do not belong together; with --strict, InputError."""
         if reason and strict:
@@ -102,22 +97,13 @@ class Run:
         self._bars[-1].set_postfix_str(text, refresh=False)
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Time a part of the stage (load, compute, write); parts of one name add up."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def free_memory(self) -> FreeMemory:
-        """What is free for each process of the run: the least that any of them has."""
-        from hunyuan_staged.memory import available, budget
-
-        own = available.free_memory(self.device)
-        words = self.world.all_gather_text("free memory", f"{-1 if own.device is None else own.device} {own.host}")
-        device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
-        return budget.FreeMemory(None if own.device is None else device, host)
 
     def show_plan(self, rows: Mapping[str, object]) -> None:
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""

@@ -13,6 +13,7 @@ from hunyuan_staged import parsing
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.options import RunOptions
+from hunyuan_staged.pipeline.common import torch_dtype
 
 ARGS = argparse.Namespace(debug=False)
 
@@ -24,17 +25,17 @@ def test_one_line_keeps_no_control_characters():
 
 def test_dtypes():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert utils.torch_dtype("auto", cpu) == torch.float32
-    assert utils.torch_dtype("auto", cuda) == torch.bfloat16
-    assert utils.torch_dtype("bf16", cpu) == torch.bfloat16
+    assert torch_dtype("auto", cpu) == torch.float32
+    assert torch_dtype("auto", cuda) == torch.bfloat16
+    assert torch_dtype("bf16", cpu) == torch.bfloat16
     with pytest.raises(InputError, match="dtype 'int4' is unknown; known: bf16, fp32, auto"):
-        utils.torch_dtype("int4", cpu)
+        torch_dtype("int4", cpu)
 
 
 def test_a_stage_reports_its_files_parts_and_memory(capfd):
     def body(run, checked):
         assert checked == 7
-        with run.part("load"):
+        with run.timed("load"):
             pass
         assert list(run.progress(range(3), desc="counting", unit="thing")) == [0, 1, 2]
         run.add_output("out.bin", "nothing [0]")

@@ -1,0 +1,49 @@
+"""What the stages have in common: the run's dtype, the memory that all its processes have, the model's path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory import available
+from hunyuan_staged.memory.budget import FreeMemory
+from hunyuan_staged.options import DEFAULT_DTYPE, DTYPES
+from hunyuan_staged.parallel.world import World
+
+Lock = tuple[Path, tuple[str, ...]]  # the file to lock, and the files beside it that only its owner writes
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names or a config records; auto is bf16 on a GPU, and fp32 on a CPU, where bf16 is slow.
+
+    InputError lists the names there are.
+    """
+    if name == DEFAULT_DTYPE:
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, DEFAULT_DTYPE))}")
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
+
+
+def free_memory(world: World) -> FreeMemory:
+    """What is free for each process of the run: the least that any of them has."""
+    own = available.free_memory(world.device)
+    words = world.all_gather_text("free memory", f"{-1 if own.device is None else own.device} {own.host}")
+    device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
+    return FreeMemory(None if own.device is None else device, host)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The name of a GPU as its driver has it; None for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def chosen_model(model_path: str | None, input_dir: str, config: Mapping[str, Any]) -> str:
+    """The model's folder or hub id: what is asked for, else what stage 1 recorded; InputError where neither is there."""
+    chosen = model_path or config.get("model_path")
+    if not chosen:
+        raise InputError(f"{input_dir} records no model_path; give --model_path")
+    return str(chosen)

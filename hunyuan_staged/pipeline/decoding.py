@@ -1,0 +1,206 @@
+"""What stage 3 does: latents → mp4, by the VAE's decoder.
+
+job = decoding.read_job(options)
+setup = decoding.resolve(options, job, world)
+decoding.run(setup, setup.plan(free_memory(setup.world)))
+"""
+
+import collections
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hunyuan_staged.decoding import planning, tiled
+from hunyuan_staged.decoding.blending import FrameBatch
+from hunyuan_staged.decoding.tiling import DEFAULT_TILE_SIZE
+from hunyuan_staged.files import contract, provenance, tensors
+from hunyuan_staged.files.config import read_config, update_config
+from hunyuan_staged.files.video import ffmpeg_path, write_video
+from hunyuan_staged.memory.budget import FreeMemory, gib
+from hunyuan_staged.options import DecodeOptions
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name
+from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+
+
+def video_path(options: DecodeOptions) -> Path:
+    """The mp4 to write."""
+    return Path(options.output_video or Path(options.input_dir) / contract.VIDEO_FILE)
+
+
+def locks(options: DecodeOptions) -> list[Lock]:
+    """What a run must lock before it reads; InputError where there are no latents."""
+    folder, video = Path(options.input_dir), video_path(options)
+    contract.require_file(folder / contract.LATENTS_FILE)
+    found: list[Lock] = [(folder / contract.LOCK_FILE, contract.STAGE_FILES[3])]
+    if options.output_video:
+        found.append((video.with_name(f".{video.name}{contract.LOCK_FILE}"), (video.name,)))
+    return found
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What a folder holds for stage 3: latents [1, C, t, h, w], their hash, the config; mismatch: why they do not belong
+    to what they were made from, else None."""
+
+    latents: torch.Tensor
+    latents_hash: str
+    config: dict[str, Any]
+    mismatch: str | None
+
+
+def read_job(options: DecodeOptions) -> DecodeJob:
+    """Read the latents and the config of the folder; InputError where they are absent or broken."""
+    folder = Path(options.input_dir)
+    contract.require_file(folder / contract.LATENTS_FILE)
+    latents, metadata = tensors.load_latents(folder)
+    config = read_config(folder)
+    mismatch = provenance.latents_mismatch(folder, config, metadata)
+    return DecodeJob(latents, provenance.sha256(folder / contract.LATENTS_FILE), config, mismatch)
+
+
+@dataclass(frozen=True)
+class DecodeSetup:
+    """A decoding whose options, latents and model have been brought together. world: of the processes that decode."""
+
+    options: DecodeOptions
+    job: DecodeJob
+    model: ModelFolder
+    world: World
+    dtype: torch.dtype
+    config: dict[str, Any]  # the VAE's
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(T, H, W) of the video."""
+        frames, height, width = self.job.latents.shape[2:]
+        ratio, temporal = (int(self.config[f"{kind}_compression_ratio"]) for kind in ("spatial", "temporal"))
+        return (frames - 1) * temporal + 1, height * ratio, width * ratio
+
+    def plan(self, free: FreeMemory) -> planning.Decoding:
+        """Tiles and chunks that fit; InputError where none do."""
+        skeleton = self.model.vae_skeleton("decoder")
+        weights = sum(tensor.numel() for tensor in skeleton.parameters()) * self.dtype.itemsize
+        return planning.fit_decoding(
+            self.config,
+            weights,
+            self.dtype.itemsize,
+            self.size,
+            free,
+            asked=self.options.tile_size,
+            whole=self.options.disable_tiling,
+            overlap=self.options.tile_overlap,
+        )
+
+    def tiling(self, plan: planning.Decoding) -> dict[str, Any]:
+        """The arguments about tiles of decode_frames and plan_decode."""
+        return {"tile_size": plan.tile_size, "tile_overlap": self.options.tile_overlap}
+
+    def owners(self, plan: planning.Decoding) -> list[int]:
+        """Which rank decodes each tile."""
+        tiles = tiled.plan_decode(self.job.latents, self.config, **self.tiling(plan))
+        return tiled.tile_owners(tiles, self.world.size)
+
+    def rows(self, plan: planning.Decoding, free: FreeMemory, ranks: int) -> dict[str, object]:
+        """The rows that --dry_run prints."""
+        held = ", ".join(f"{part} {gib(number)}" for part, number in plan.parts.items())
+        gpu, overlap = gpu_name(self.world.device), self.options.tile_overlap
+        seconds = planning.decoding_seconds(gpu, self.config, self.size, plan, overlap, self.world.size)
+        frames, height, width = self.size
+        return {
+            "video": f"{width}x{height}, {frames} frames",
+            "tile size": f"{plan.tile_size or 'whole frames'} ({plan.reason})",
+            "latent frames at once": min(plan.at_once, self.job.latents.shape[2]),
+            "memory": f"{gib(plan.total)}: {held}",
+            "free": free.describe(),
+            "expected time": "unknown: not measured" if seconds is None else f"{seconds:.1f} s",
+            "tiles": len(self.owners(plan)),
+            "ranks": ranks,
+        }
+
+
+def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Reporter = SILENT) -> DecodeSetup:
+    """Bring options, latents and model together; InputError where they do not fit. Loads no weights."""
+    path = chosen_model(options.model_path, options.input_dir, job.config)
+    ffmpeg_path()  # now, rather than after the decoding
+    model = open_model(path, ("vae",), report.progress)
+    config = model.vae_config()
+    tiled.plan_decode(job.latents, config, tile_size=None, tile_overlap=0)  # latents of another model
+    dtype = torch.float16 if world.device.type == "cuda" else torch.float32
+    # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
+    own = World(world.rank, 1, world.device) if options.disable_tile_parallelism else world
+    return DecodeSetup(options, job, model, own, dtype, config)
+
+
+@dataclass
+class Written:
+    """What a decoding has written: each file with a few words; seconds of the decoding alone, without the encoder's end."""
+
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) -> Written:
+    """Load the decoder, decode, write the video. Every rank calls it; the first alone writes."""
+    options, world, latents = setup.options, setup.world, setup.job.latents
+    owners = setup.owners(plan)
+    if world.rank not in owners:
+        return Written()
+    if options.tile_size is None and plan.tile_size not in (None, DEFAULT_TILE_SIZE):
+        report.info(f"tiles of {plan.tile_size} px: {plan.reason}")
+    with report.timed("load"):
+        decoder, config = setup.model.load_vae_decoder(device=world.device, dtype=setup.dtype, progress=report.progress)
+    report.info(
+        f"latents {list(latents.shape)}: {len(owners)} tile{'s' * (len(owners) > 1)} on "
+        f"{world.size} process{'es' * (world.size > 1)}, {setup.dtype}"
+    )
+    batches = tiled.decode_frames(
+        decoder,
+        latents,
+        config,
+        **setup.tiling(plan),
+        world=world,
+        at_once=plan.at_once,
+        progress=report.progress,
+        warn=report.warn,
+        as_float=options.save_frames,
+    )
+    with report.timed("compute"):
+        if not world.is_main:
+            collections.deque(batches, maxlen=0)  # which goes through to their end
+            return Written()
+        written = write(setup, batches)
+    path = written.files[-1][0]
+    about = {"stage3_decode_time": round(written.seconds, 3), "output_video": str(path)}
+    update_config(options.input_dir, {**about, contract.LATENTS_HASH: setup.job.latents_hash})
+    return written
+
+
+def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
+    """Encode frames while they are decoded, and with --save_frames save them; the video is the last of the files."""
+    options, (_, height, width) = setup.options, setup.size
+    floats: list[torch.Tensor] = []
+    written = Written()
+    started = time.perf_counter()
+
+    def frames() -> Iterator[np.ndarray]:
+        for batch in batches:
+            yield from batch.frames.numpy()
+            floats.extend([batch.floats] if batch.floats is not None else [])
+        written.seconds = time.perf_counter() - started
+
+    path = video_path(options)
+    count = write_video(path, frames(), options.fps, height, width)
+    if floats:
+        whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
+        about = {"fps": f"{options.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}
+        saved = tensors.save_frames(options.input_dir, whole, about)
+        written.files.append((saved, f"frames {list(whole.shape)} {whole.dtype}"))
+    written.files.append((path, f"{count} frames of {width}x{height} at {options.fps:g} frames per second"))
+    return written
