@@ -293,9 +293,10 @@ def commands() -> list[ModuleType]:
     import stage1_text_encoder
     import stage2_transformer
     import stage3_vae_decoder
-    from hunyuan_staged.compare import command
+    from hunyuan_staged.compare import command as compare
+    from hunyuan_staged.download import command as download
 
-    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, command]
+    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download]
 
 
 def meaning_and_default(action: argparse.Action) -> tuple[str, str]:

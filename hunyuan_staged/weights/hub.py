@@ -20,39 +20,81 @@ class Part:
     diffusers: tuple[str, ...]
 
 
+HF, MODELSCOPE = "hf", "modelscope"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a hub repository. patterns: which of its files; into: the folder below the model's that they go to.
+
+    substitute: a source of the same files that asks for no licence, where this one does.
+    """
+
+    repo: str
+    patterns: tuple[str, ...]
+    into: str = ""
+    hub: str = HF
+    substitute: "Source | None" = None
+
+    def command(self) -> str:
+        """The command that downloads it; {path} in it is the model folder."""
+        if self.hub == MODELSCOPE:
+            return f"modelscope download --model {self.repo} --local_dir {{path}}/{self.into}"
+        if self.into:
+            return f"hf download {self.repo} --local-dir {{path}}/{self.into}"
+        return f'hf download {self.repo} --include "{self.patterns[0]}" --local-dir {{path}}'
+
+
+def official_source(folder: str) -> Source:
+    """A folder of the official repository."""
+    return Source("tencent/HunyuanVideo-1.5", (f"{folder}/*",))
+
+
 def official_fetch(folder: str) -> str:
     """The command that downloads a folder of the official repository; {path} in it is the model folder."""
-    return f'hf download tencent/HunyuanVideo-1.5 --include "{folder}/*" --local-dir {{path}}'
+    return official_source(folder).command()
 
 
 def _tencent(folder: str) -> dict[str, str]:
     return {folder: official_fetch(folder)}
 
 
-_SIGLIP = "hf download black-forest-labs/FLUX.1-Redux-dev --local-dir {path}/vision_encoder/siglip"
+LANGUAGE_SOURCE = Source("Qwen/Qwen2.5-VL-7B-Instruct", ("*.json", "*.safetensors", "*.txt"), "text_encoder/llm")
+# Config and tokenizer: the weights are Glyph-SDXL-v2's.
+BYTES_SOURCE = Source("google/byt5-small", ("*.json",), "text_encoder/byt5-small")
+GLYPH_SOURCE = Source(
+    "AI-ModelScope/Glyph-SDXL-v2",
+    ("assets/color_idx.json", "assets/multilingual_10-lang_idx.json", "checkpoints/byt5_model.pt"),
+    "text_encoder/Glyph-SDXL-v2",
+    MODELSCOPE,
+)
+_IMAGE_FILES, _IMAGE_FOLDER = ("image_encoder/*", "feature_extractor/*"), "vision_encoder/siglip"
+IMAGE_SOURCE = Source(
+    "black-forest-labs/FLUX.1-Redux-dev",
+    _IMAGE_FILES,
+    _IMAGE_FOLDER,
+    substitute=Source("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v", _IMAGE_FILES, _IMAGE_FOLDER),
+)
+# LightX2V's transformer for four steps, in one file.
+FOUR_STEPS_VERSION = "480p_t2v"
+FOUR_STEPS_SOURCE = Source(
+    "lightx2v/Hy1.5-Distill-Models", ("hy1.5_t2v_480p_lightx2v_4step.safetensors",), "four_steps"
+)
 
 PARTS = {
     "transformer": Part("transformer", _tencent("transformer"), ("transformer",)),
     "upsampler": Part("latent upsampler", _tencent("upsampler"), ()),
     "scheduler": Part("scheduler", _tencent("scheduler"), ("scheduler",)),
     "vae": Part("VAE", _tencent("vae"), ("vae",)),
-    "text": Part(
-        "text encoder",
-        {"text_encoder/llm": "hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir {path}/text_encoder/llm"},
-        ("text_encoder", "tokenizer"),
-    ),
+    "text": Part("text encoder", {LANGUAGE_SOURCE.into: LANGUAGE_SOURCE.command()}, ("text_encoder", "tokenizer")),
     "glyph": Part(
         "glyph encoder",
-        {
-            "text_encoder/byt5-small": "hf download google/byt5-small --local-dir {path}/text_encoder/byt5-small",
-            "text_encoder/Glyph-SDXL-v2": "modelscope download --model AI-ModelScope/Glyph-SDXL-v2 "
-            "--local_dir {path}/text_encoder/Glyph-SDXL-v2",
-        },
+        {source.into: source.command() for source in (BYTES_SOURCE, GLYPH_SOURCE)},
         ("text_encoder_2", "tokenizer_2"),
     ),
     "image": Part(
         "image encoder",
-        {f"vision_encoder/siglip/{folder}": _SIGLIP for folder in ("image_encoder", "feature_extractor")},
+        {f"{_IMAGE_FOLDER}/{folder}": IMAGE_SOURCE.command() for folder in ("image_encoder", "feature_extractor")},
         ("image_encoder", "feature_extractor"),
     ),
 }

@@ -1,0 +1,1 @@
+"""Fetch what a version needs from the hubs."""
