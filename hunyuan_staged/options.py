@@ -16,6 +16,7 @@ from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
 from hunyuan_staged.sampling import cache_settings
 
+DEMO_CHECKPOINT = Path(__file__).with_name("demo") / "checkpoint"  # that ships, and is used where none is named
 DEFAULT_OUTPUT_DIR = "./stage_outputs"
 DEFAULT_DTYPE = "auto"  # bf16 on a GPU, fp32 on a CPU
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

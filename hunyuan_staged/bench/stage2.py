@@ -196,9 +196,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             condition,
             conditioning,
             schedule.flow_sigmas(1, 1.0),
-            guidance_scale=args.guidance_scale,
-            layout=layout,
-            cache=through,
+            loop.Sampling(args.guidance_scale, layout=layout, cache=through),
         )
 
     def step(through: Any = None) -> float:

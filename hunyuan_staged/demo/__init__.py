@@ -2,5 +2,7 @@
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+from hunyuan_staged.options import DEMO_CHECKPOINT
+
+CHECKPOINT = DEMO_CHECKPOINT
 ADAPTER = Path(__file__).parent / "adapters" / "bounce.safetensors"

@@ -250,8 +250,7 @@ class Generator:
             conditions.condition_channels(noise.to(self.dtype), None),
             rows,
             schedule.flow_sigmas(setting.steps, setting.flow_shift),
-            guidance_scale=setting.guidance_scale,
-            cache=cache,
+            loop.Sampling(setting.guidance_scale, cache=cache),
         )
         return latents.cpu(), cache.counts if cache else (setting.steps, 0)
 

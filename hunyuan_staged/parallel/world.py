@@ -3,8 +3,9 @@
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -32,34 +33,46 @@ class World:
     size: int
     device: torch.device
     store: dist.Store | None = None
+    # How often each name has been used: a second job of the same processes waits for its own words, not for the first's.
+    _uses: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self, name: str) -> None:
-        """Wait for every process of the run, however long it takes. Each name serves once.
+        """Wait for every process of the run, however long it takes.
+
+        Every process calls barriers and exchanges of one name in the same order.
 
         Through the store, not the process group: what is waited for may be the writing of a video, or its decoding by
         other ranks, for which no time-out is right. Raises PeerFailed where another process ends with an error; one
         that is killed ends the run another way.
         """
-        if self.store is None:
-            return
-        if self.store.add(f"{name}/arrived", 1) == self.size:
-            self.store.set(f"{name}/all", "yes")
-        while not self.store.check([f"{name}/all"]):
+        if self.store is not None:
+            self._wait_for_all(self.store, self._key(name))
+
+    def _key(self, name: str) -> str:
+        """What the store calls this use of a name."""
+        self._uses[name] += 1
+        return f"{name}/{self._uses[name]}"
+
+    def _wait_for_all(self, store: dist.Store, key: str) -> None:
+        if store.add(f"{key}/arrived", 1) == self.size:
+            store.set(f"{key}/all", "yes")
+        while not store.check([f"{key}/all"]):
             if self.error_reported():
                 raise PeerFailed("another process of the run has failed")
             time.sleep(POLL_SECONDS)
 
     def all_gather_text(self, name: str, word: str) -> list[str]:
-        """What every rank of the run says, by rank. Each name serves once; waits and fails as `barrier` does."""
+        """What every rank of the run says, by rank; waits and fails as `barrier` does."""
         if self.store is None:
             return [word]
-        self.store.set(f"{name}/{self.rank}", word)
-        self.barrier(name)
-        return [self.store.get(f"{name}/{rank}").decode() for rank in range(self.size)]
+        key = self._key(name)
+        self.store.set(f"{key}/{self.rank}", word)
+        self._wait_for_all(self.store, key)
+        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.size)]
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor, on every rank; all give one of the same shape and dtype, on any device."""

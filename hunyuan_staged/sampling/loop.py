@@ -1,6 +1,7 @@
 """The denoising loop: noise to latents, with guidance, over one schedule."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,31 +17,49 @@ from hunyuan_staged.sampling.schedule import euler_step, timesteps_of
 VelocityModel = Callable[..., torch.Tensor]  # of (hidden_states, timestep, conditioning, timestep_r[, through])
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. start: how many steps have been done; cache: a cache.Cache.
+
+    With use_meanflow the transformer also gets the timestep it steps to.
+    """
+
+    guidance_scale: float = 1.0
+    use_meanflow: bool = False
+    layout: Layout | None = None
+    cache: Callable[..., torch.Tensor] | None = None
+    start: int = 0
+
+
+PLAIN = Sampling()
+
+
 def denoise(
     velocity: VelocityModel,
     noise: torch.Tensor,
     condition: torch.Tensor | Condition,
     rows: Sequence[Conditioning],
     sigmas: torch.Tensor,
+    sampling: Sampling = PLAIN,
     *,
-    guidance_scale: float = 1.0,
-    use_meanflow: bool = False,
-    layout: Layout | None = None,
-    cache: Callable[..., torch.Tensor] | None = None,
-    start: int = 0,
     progress: Callable[..., Iterable[Any]] = quiet,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Latents [1, 32, T, h, w] in float32 from noise of that shape, by Euler steps along the guided velocity.
 
-    velocity: one transformer forward. condition: the channels behind the latents, [1, 33, T, h, w] at every step, or what
-    gives those of a step's timestep. rows: one Conditioning without guidance, [negative, positive] with it. sigmas
-    [steps + 1], from 1 to 0. With use_meanflow the transformer also gets the timestep it steps to. cache: a cache.Cache.
-    start: how many steps have been done; noise is then the latents that on_step got after them, in float32, from which
-    the loop goes on bit for bit. on_step(i, latents) is called after step i, counted from 0; it must not change the
-    latents, which stay as they are after it.
+    Args:
+        velocity: one transformer forward.
+        noise: where a number of steps have been done, the latents that on_step got after them, in float32, from which
+            the loop goes on bit for bit.
+        condition: the channels behind the latents, [1, 33, T, h, w] at every step, or what gives those of a step's
+            timestep.
+        rows: one Conditioning without guidance, [negative, positive] with it.
+        sigmas: [steps + 1], from 1 to 0.
+        sampling: guidance, layout, cache, and the steps that have been done.
+        on_step: on_step(i, latents) is called after step i, counted from 0; it must not change the latents, which stay
+            as they are after it.
     """
-    layout = layout or Layout()
+    layout, cache, start = sampling.layout or Layout(), sampling.cache, sampling.start
     latents = noise.float()
     # On the host, too, so that no step waits for the device.
     levels, times = sigmas.tolist(), timesteps_of(sigmas).tolist()
@@ -49,7 +68,7 @@ def denoise(
     for i in progress(range(start, steps), desc="denoising", unit="step", initial=start, total=steps):
         channels = (condition(times[i]) if callable(condition) else condition).to(noise.device)
         hidden_states = torch.cat([latents.to(channels.dtype), channels], dim=1)
-        timestep_r = timesteps[i + 1 : i + 2] if use_meanflow else None
+        timestep_r = timesteps[i + 1 : i + 2] if sampling.use_meanflow else None
         mine = [
             velocity(
                 hidden_states,
@@ -61,7 +80,7 @@ def denoise(
             for row in layout.my_rows(len(rows))
         ]
         velocities = layout.gather_rows(mine[0]) if layout.rows > 1 else mine
-        latents = euler_step(latents, guide(velocities, guidance_scale), levels[i], levels[i + 1])
+        latents = euler_step(latents, guide(velocities, sampling.guidance_scale), levels[i], levels[i + 1])
         if on_step:
             on_step(i, latents)
     return latents

@@ -19,7 +19,6 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import CONFIG_KEYS, SIBLING_KEYS, read_config, update_config
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.runtime.signals import Interrupts
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
 CONFIGS, METADATA, HEADERS = 4000, 3000, 3000
@@ -117,8 +116,7 @@ ODD_NOTES = (
 
 def state_keeper(folder: Path) -> StateSaver:
     world = World(0, 1, torch.device("cpu"))
-    quiet = {"tell": lambda _: None, "warn": lambda _: None}
-    return StateSaver(folder, FACTS, steps=4, every=1, world=world, interrupts=Interrupts(), **quiet)
+    return StateSaver(folder, FACTS, steps=4, every=1, world=world)
 
 
 @settings(fuzz, max_examples=METADATA)

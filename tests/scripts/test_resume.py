@@ -1,9 +1,11 @@
 """Stopping stage 2 and going on: the same bits as a run that was never stopped, or a refusal that says why."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_tensors
 from hunyuan_staged.parallel.world import World
+from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
+from hunyuan_staged.sampling import callbacks
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
 STEPS = 6
@@ -306,23 +310,42 @@ def test_a_state_that_cannot_be_saved_is_told_and_the_run_goes_on(inputs, folder
     assert code == 0, said
 
 
-def keeper(folder: Path, interrupts: Interrupts, **options) -> tuple[StateSaver, list[str]]:
-    told: list[str] = []
+class Told(Reporter):
+    """Keeps the lines that it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+    warn = info
+
+
+@contextlib.contextmanager
+def watched(saver: StateSaver, interrupts: Interrupts) -> Iterator[Callable[[int, torch.Tensor], None]]:
+    """What the loop calls after a step."""
+    with callbacks.active(callbacks.watching(saver, interrupts)) as after_step:
+        yield lambda index, latents: after_step(callbacks.AfterStep(index, latents))
+
+
+def keeper(folder: Path, **options) -> tuple[StateSaver, list[str]]:
+    told = Told()
     facts = RunIdentity({"seed": 1, "dtype": "torch.float32"}, {"processes": 1}, {})
     options = {"steps": 4, "every": 2, "world": World(0, 1, torch.device("cpu"))} | options
-    return StateSaver(folder, facts, interrupts=interrupts, tell=told.append, warn=told.append, **options), told
+    return StateSaver(folder, facts, report=told, **options), told.lines
 
 
 def test_a_signal_whose_state_cannot_be_saved_says_so(tmp_path):
     (tmp_path / contract.STATE_FILE / "x").mkdir(parents=True)
 
     def loop() -> None:
-        with kept.watching() as on_step:
+        with watched(kept, interrupts) as on_step:
             signal.raise_signal(signal.SIGTERM)
             on_step(0, torch.zeros(1, 32, 1, 2, 2))
 
     with Interrupts() as interrupts:
-        kept, told = keeper(tmp_path, interrupts)
+        kept, told = keeper(tmp_path)
         with pytest.raises(Interrupted, match="after step 1 of 4, whose state could not be saved: cannot write"):
             loop()
     assert any("cannot write" in line for line in told)
@@ -331,8 +354,8 @@ def test_a_signal_whose_state_cannot_be_saved_says_so(tmp_path):
 def test_the_state_on_disk_is_always_of_a_good_step(tmp_path):
     """On a GPU the loop hears of NaN a step later: the writer looks for itself."""
     with Interrupts() as interrupts:
-        kept, _ = keeper(tmp_path, interrupts)
-        with kept.watching() as on_step:
+        kept, _ = keeper(tmp_path)
+        with watched(kept, interrupts) as on_step:
             on_step(1, torch.ones(1, 32, 1, 2, 2))
         assert kept._write(3, {"latents": torch.full((1, 32, 1, 2, 2), float("nan"))}, None) is None
     tensors, metadata = load_state(tmp_path)
@@ -343,8 +366,8 @@ def test_the_state_on_disk_is_always_of_a_good_step(tmp_path):
 
 def test_nan_names_its_step(tmp_path):
     with Interrupts() as interrupts:
-        kept, _ = keeper(tmp_path, interrupts)
-        with pytest.raises(InputError, match="hold NaN or Inf after step 1 of 4"), kept.watching() as on_step:
+        kept, _ = keeper(tmp_path)
+        with pytest.raises(InputError, match="hold NaN or Inf after step 1 of 4"), watched(kept, interrupts) as on_step:
             on_step(0, torch.full((1, 32, 1, 2, 2), float("inf")))
     assert names(tmp_path) == set()
 

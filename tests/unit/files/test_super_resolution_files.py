@@ -10,7 +10,6 @@ from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.tensors import load_latents, load_state, save_latents, save_state
 from hunyuan_staged.geometry import BUCKET_BASE, resolution_of, size_buckets
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.runtime.signals import Interrupts
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
 SMALL, LARGE = torch.zeros(1, 32, 1, 6, 10), torch.ones(1, 32, 1, 9, 15)
@@ -107,9 +106,6 @@ def test_a_stopped_super_resolution_has_a_state_of_its_own(tmp_path):
             steps=4,
             every=0,
             world=World(0, 1, torch.device("cpu")),
-            interrupts=Interrupts(),
-            tell=str,
-            warn=str,
         )
 
     assert saver({}).path == tmp_path / contract.STATE_FILE

@@ -25,7 +25,7 @@ from hunyuan_staged.parallel.world import World
 from hunyuan_staged.sampling.cache import Cache
 from hunyuan_staged.sampling.cache_settings import CACHE_TYPES, CacheSettings, check_flags, resolve
 from hunyuan_staged.sampling.conditions import condition_channels
-from hunyuan_staged.sampling.loop import denoise
+from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas
 
 INF = float("inf")
@@ -299,9 +299,7 @@ def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None,
         condition_channels(noise, None),
         rows,
         flow_sigmas(STEPS, 5.0),
-        guidance_scale=6.0,
-        layout=layout,
-        cache=cache,
+        Sampling(6.0, layout=layout, cache=cache, start=options.pop("start", 0)),
         on_step=partial(watch, cache) if watch else None,
         **options,
     )

@@ -16,7 +16,7 @@ from hunyuan_staged.parallel.layout import Layout, make_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.guidance import guide
-from hunyuan_staged.sampling.loop import denoise
+from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, timesteps_of
 
 
@@ -32,8 +32,7 @@ def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
         condition_channels(tensors["noise"], None),
         rows,
         flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
-        guidance_scale=float(metadata["guidance_scale"]),
-        layout=layout,
+        Sampling(float(metadata["guidance_scale"]), layout=layout),
     )
 
 
@@ -95,7 +94,9 @@ def test_meanflow_gets_the_next_timestep_and_zero_last():
         return torch.zeros_like(hidden_states[:, :32])
 
     noise = torch.ones(1, 32, 1, 2, 2)
-    latents = denoise(velocity, noise, condition_channels(noise, None), [None], flow_sigmas(2, 7.0), use_meanflow=True)
+    latents = denoise(
+        velocity, noise, condition_channels(noise, None), [None], flow_sigmas(2, 7.0), Sampling(use_meanflow=True)
+    )
     assert seen == [(1000.0, 875.0, 65), (875.0, 0.0, 65)]
     assert torch.equal(latents, noise)
 
@@ -166,5 +167,5 @@ def test_image_and_meanflow_loops_agree_with_a_plain_one(golden_folder, name, sh
     }
     row = conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
     velocity = Transformer(model, choose_attention("torch", CPU, torch.float32), noise.shape[2:])
-    latents = denoise(velocity, noise, condition_channels(noise, image), [row], sigmas, use_meanflow=meanflow)
+    latents = denoise(velocity, noise, condition_channels(noise, image), [row], sigmas, Sampling(use_meanflow=meanflow))
     assert distance(latents, reference) < 1e-5

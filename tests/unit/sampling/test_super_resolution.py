@@ -23,7 +23,7 @@ from hunyuan_staged.sampling.conditions import (
     resize_latents,
     upsample_latents,
 )
-from hunyuan_staged.sampling.loop import denoise
+from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, super_resolution_noise, timesteps_of
 from hunyuan_staged.versions import super_resolution_version
 from hunyuan_staged.weights.configs import official_transformer_config
@@ -111,9 +111,7 @@ class Golden:
             condition or self.condition(),
             [text_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
             flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
-            guidance_scale=guidance_scale,
-            use_meanflow=meanflow,
-            layout=layout,
+            Sampling(guidance_scale, meanflow, layout),
             on_step=lambda _, latents: steps.append(latents),
         )
         return steps

@@ -1,0 +1,319 @@
+"""What stage 2 does: text embeddings → video latents, by the denoising transformer.
+
+    job = denoising.read_job(options)
+    setup = denoising.resolve(options, job, world)
+    denoiser = setup.load(setup.plan(free_memory(world)))
+    result = denoiser.run(setup)
+
+A Denoiser takes any number of setups of one model, one after the other.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.attention import modes
+from hunyuan_staged.attention.choose import AttentionMode, choose_attention
+from hunyuan_staged.files import contract, provenance, tensors
+from hunyuan_staged.files.config import read_config
+from hunyuan_staged.memory import budget, estimates, timings
+from hunyuan_staged.memory.budget import BlockWeights, FreeMemory, gib
+from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
+from hunyuan_staged.models import transformer
+from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.options import DenoiseOptions, offload_asked
+from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import settings as resolving
+from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name, torch_dtype
+from hunyuan_staged.pipeline.settings import Settings
+from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.sampling import cache, conditions, loop, schedule
+from hunyuan_staged.sampling.cache_settings import CacheSettings
+from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
+from hunyuan_staged.sampling.state import Start
+from hunyuan_staged.weights import loading, lora
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+
+BEGINNING = Start()
+
+
+def output_dir(options: DenoiseOptions) -> Path:
+    """Where the latents go."""
+    return Path(options.output_dir or options.input_dir)
+
+
+def locks(options: DenoiseOptions) -> list[Lock]:
+    """What a run must lock before it reads; InputError where stage 1 has not been run."""
+    contract.require_file(Path(options.input_dir) / contract.CONFIG_FILE)
+    return [(output_dir(options) / contract.LOCK_FILE, contract.STAGE_FILES[2])]
+
+
+@dataclass(frozen=True)
+class DenoiseJob:
+    """What a folder holds for stage 2: embeddings, their hash, the config; mismatch: why embeddings and config do not
+    belong together, else None."""
+
+    embeddings: dict[str, torch.Tensor]
+    embeddings_hash: str
+    config: dict[str, Any]
+    mismatch: str | None
+
+
+def read_job(options: DenoiseOptions) -> DenoiseJob:
+    """Read what stage 1 wrote; InputError where it is absent or broken."""
+    folder = Path(options.input_dir)
+    config = read_config(folder)
+    embeddings, metadata = tensors.load_embeddings(folder)
+    hashed = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    return DenoiseJob(embeddings, hashed, config, provenance.embeddings_mismatch(folder, config, metadata, hashed))
+
+
+@dataclass(frozen=True)
+class DenoiseSetup:
+    """A denoising whose options, embeddings and model have been brought together.
+
+    skeleton: the transformer on the meta device. shape: of the latents. text_tokens: of the longer guidance branch.
+    """
+
+    options: DenoiseOptions
+    job: DenoiseJob
+    world: World
+    folder: ModelFolder
+    model_path: str
+    settings: Settings
+    dtype: torch.dtype
+    attention: AttentionMode
+    skeleton: Any
+    shape: tuple[int, int, int, int, int]
+    text_tokens: int
+    caching: CacheSettings | None
+    adapters: lora.Adapters
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile fuses the blocks."""
+        return self.world.device.type == "cuda" and not self.options.no_compile
+
+    @cached_property
+    def weights(self) -> BlockWeights:
+        """Of the transformer, in bytes."""
+        return weights_of(self.skeleton, self.skeleton.transformer_blocks, self.dtype)
+
+    @cached_property
+    def size(self) -> estimates.DenoisingSize:
+        """What decides the working memory of a step."""
+        config, settings = self.skeleton.config, self.settings
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        return estimates.DenoisingSize(
+            geometry.video_tokens(settings.video_length, settings.height, settings.width, patch),
+            self.text_tokens,
+            config.num_attention_heads * config.attention_head_dim,
+            self.dtype.itemsize,
+            self.attention.name,
+            self.compiled,
+            plan_layout(self.world.size, settings.branches, self.options.cfg_parallel)[1],
+            widened_bytes(self.skeleton.transformer_blocks[0], self.dtype),
+        )
+
+    def plan(self, free: FreeMemory) -> budget.BlockPlan:
+        """How the transformer is laid out in memory; InputError where it does not fit."""
+        asked = offload_asked(self.options, self.weights.count)
+        return budget.plan_blocks(
+            f"{self.settings.width}x{self.settings.height}, {self.settings.video_length} frames",
+            self.weights,
+            self.size.working,
+            free,
+            asked=asked,
+            ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
+            remedies=estimates.denoising_remedies(
+                self.weights,
+                self.size,
+                free,
+                asked=asked,
+                num_frames=self.settings.video_length,
+                float8=bool(self.options.weights_dtype),
+                resolution=self.settings.version.resolution,
+            ),
+        )
+
+    def rows(self, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
+        """The rows that --dry_run prints."""
+        settings, options, world, gpu = self.settings, self.options, self.world, gpu_name(self.world.device)
+        seconds = timings.expected_seconds(
+            gpu,
+            self.size,
+            plan.offloaded,
+            layers=self.weights.count,
+            rows=settings.branches,
+            ranks=world.size,
+            steps=settings.num_inference_steps,
+            float8=bool(options.weights_dtype),
+        )
+        layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
+        unknown = "unknown: no such step has been measured"
+        return {
+            "version": settings.version.name,
+            "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
+            "tokens": f"{self.size.video_tokens} of the video, {self.text_tokens} of the text",
+            "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
+            "weights": f"{gib(self.weights.total)}, {options.weights_dtype or self.dtype}; computed in {self.dtype}",
+            "attention": f"{self.attention.name} ({self.attention.reason})",
+            "ranks": f"{world.size}: {layout.describe()}",
+            **plan.rows(self.weights.count, free),
+            "expected time": unknown if seconds is None else f"{seconds:.0f} s ({gpu})",
+        }
+
+    def describe(self) -> str:
+        """One line for the log: all that shapes the video."""
+        settings, options = self.settings, self.options
+        return (
+            f"{settings.version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
+            f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
+            f"shift {settings.flow_shift:g}, seed {options.seed}, {self.dtype}"
+        )
+
+    def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> "Denoiser":
+        """Load the transformer as planned. Every rank calls it."""
+        world, options = self.world, self.options
+        layout = make_layout(world, self.settings.branches, options.cfg_parallel)
+        report.info(f"attention: {self.attention.name} ({self.attention.reason}); layout: {layout.describe()}")
+        report.info(plan.describe(self.weights.count))
+        with report.timed("load"):
+
+            def load(places: loading.Destinations) -> Any:
+                return self.folder.load_transformer(
+                    self.settings.version.name,
+                    device=world.device,
+                    dtype=self.dtype,
+                    progress=report.progress,
+                    skeleton=self.skeleton,
+                    places=places,
+                    adapt=self.adapters.fused,
+                )
+
+            model, blocks = load_offloaded(
+                self.skeleton,
+                "transformer_blocks",
+                plan.offloaded,
+                load,
+                device=world.device,
+                dtype=self.dtype,
+                world=world,
+            )
+        return Denoiser(model, blocks, {self.settings.branches: layout})
+
+
+def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:
+    """Bring options, embeddings and model together; InputError where they do not fit. Loads no weights but adapters."""
+    path = chosen_model(options.model_path, options.input_dir, job.config)
+    folder = open_model(path, ("transformer", "scheduler"), report.progress)
+    version = resolving.pick_version(job.config, folder.versions(), sparse=options.sparse_attn)
+    flow_shift = folder.flow_shift(version.name) or version.flow_shift
+    image = job.embeddings.get("image_latents")
+    settings = resolving.resolve_settings(options, job.config, version, flow_shift, image)
+    for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
+        report.warn(warning)
+    dtype = torch_dtype(settings.dtype, world.device)
+    config = folder.transformer_config(version.name)
+    head_width = config.get("attention_head_dim", 128)
+    mode, sage = options.attention_mode(), options.sage_blocks()
+    attention = choose_attention(mode, world.device, dtype, sage, head_width=head_width)
+    if attention.name == modes.SPARSE_ATTN_MODE and not version.sparse:
+        report.warn(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
+    resolving.check_widths(job.embeddings, config, version)
+    channels = config.get("out_channels", geometry.LATENT_CHANNELS)
+    shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
+    skeleton = folder.transformer_skeleton(version.name, weights_dtype=options.weights_dtype)
+    lengths = [
+        conditioning_of(job.embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
+        for prefix in settings.prefixes
+    ]
+    caching = resolving.resolve_cache(options, settings, config.get("num_layers", versions.LAYERS), report.warn)
+    files = options.adapter_files()
+    adapters = lora.load(files, folder.transformer_shapes(version.name)) if files else lora.Adapters()
+    return DenoiseSetup(
+        options=options,
+        job=job,
+        world=world,
+        folder=folder,
+        model_path=path,
+        settings=settings,
+        dtype=dtype,
+        attention=attention,
+        skeleton=skeleton,
+        shape=shape,
+        text_tokens=max(lengths),
+        caching=caching,
+        adapters=adapters,
+    )
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents [1, 32, T, h, w], float32, on the CPU; the seconds they took; (steps computed, reused from a cache)."""
+
+    latents: torch.Tensor
+    seconds: float
+    steps: tuple[int, int]
+
+
+@dataclass
+class Denoiser:
+    """A loaded transformer. layouts: by the number of guidance branches; their process groups serve every run."""
+
+    model: Any
+    blocks: StreamedBlocks | None = None
+    layouts: dict[int, Layout] = field(default_factory=dict)
+
+    def run(
+        self,
+        setup: DenoiseSetup,
+        start: Start = BEGINNING,
+        callbacks: Sequence[Callback] = (),
+        report: Reporter = SILENT,
+    ) -> Denoised:
+        """Denoise. Every rank calls it, with as many callbacks of the same kinds; see sampling/callbacks.py."""
+        settings, dtype, device = setup.settings, setup.dtype, setup.world.device
+        branches = settings.branches
+        if branches not in self.layouts:
+            self.layouts[branches] = make_layout(setup.world, branches, setup.options.cfg_parallel)
+        layout = self.layouts[branches]
+        started = time.perf_counter()
+        forward = transformer.Transformer(
+            self.model, setup.attention, setup.shape[2:], layout, self.blocks, compile=setup.compiled
+        )
+        rows = [conditioning_of(setup.job.embeddings, p, device=device, dtype=dtype) for p in settings.prefixes]
+        noise = schedule.initial_noise(setup.shape, setup.options.seed, dtype).to(device)
+        cached = cache.Cache(setup.caching, layout, forward.total) if setup.caching else None
+        if cached:
+            cached.restore(start.more, start.done, device, branches)
+        more = partial(cached.tensors, setup.world) if cached else dict
+        with active(callbacks) as after_step:
+
+            def on_step(index: int, latents: torch.Tensor) -> None:
+                if cached:
+                    report.set_postfix("{} computed, {} reused".format(*cached.counts))
+                after_step(AfterStep(index, latents, more))
+
+            latents = loop.denoise(
+                forward,
+                noise if start.latents is None else start.latents.to(device),
+                conditions.condition_channels(noise, setup.job.embeddings.get("image_latents")),
+                rows,
+                schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
+                loop.Sampling(settings.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
+                progress=report.progress,
+                on_step=on_step,
+            ).cpu()
+        if cached:
+            report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
+        counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
+        return Denoised(latents, time.perf_counter() - started, counts)

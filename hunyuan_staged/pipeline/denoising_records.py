@@ -1,0 +1,87 @@
+"""What a denoising is known by, and what its files say of it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged.files import contract, provenance, tensors
+from hunyuan_staged.files.config import update_config
+from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS
+from hunyuan_staged.pipeline.common import gpu_name
+from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup, output_dir
+from hunyuan_staged.sampling import schedule
+from hunyuan_staged.sampling.state import RunIdentity
+
+
+def identity(setup: DenoiseSetup) -> RunIdentity:
+    """All that the latents follow from, and what only rounds them. Reads samples of the weights."""
+    options, settings, caching, adapters = setup.options, setup.settings, setup.caching, setup.adapters
+    weights = setup.folder.fingerprint(["transformer"], settings.version.name)
+    sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
+    chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(setup.dtype), "seed": options.seed}
+    return RunIdentity(
+        chosen
+        | {
+            "attn_mode": options.attention_mode(),
+            "sage_blocks_range": options.sage_blocks_range or DEFAULT_SAGE_BLOCKS,
+            "sigmas": provenance.digest({"sigmas": sigmas}),
+        }
+        # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
+        | ({"weights_dtype": options.weights_dtype} if options.weights_dtype else {})
+        | ({"cache": caching.record()} if caching else {})
+        | ({"lora": adapters.facts()} if adapters.facts() else {})
+        | {"weights": weights, contract.EMBEDDINGS_HASH: setup.job.embeddings_hash},
+        {
+            "processes": setup.world.size,
+            "cfg_parallel": options.cfg_parallel,
+            "attention": setup.attention.name,
+            "device": gpu_name(setup.world.device) or setup.world.device.type,
+            "compiled": setup.compiled,
+            "torch": torch.__version__,
+        },
+        {"sigmas": "the schedule", "weights": setup.model_path, contract.EMBEDDINGS_HASH: options.input_dir},
+    )
+
+
+def optional_settings(setup: DenoiseSetup) -> dict[str, Any]:
+    """What shapes the latents in some runs only: float8 weights, a cache, adapters; as text."""
+    found = {}
+    if setup.options.weights_dtype:
+        found["weights_dtype"] = setup.options.weights_dtype
+    if setup.caching:
+        found["cache"] = json.dumps(setup.caching.record())
+    if setup.adapters.given:
+        found["lora"] = json.dumps(setup.adapters.given)
+    return found
+
+
+def write(setup: DenoiseSetup, denoised: Denoised, made_from: str) -> Path:
+    """Write the latents and what the config is to say of them; the path of the latents. made_from: RunIdentity.digest."""
+    options, settings, latents = setup.options, setup.settings, denoised.latents
+    chosen = {
+        "height": settings.height,
+        "width": settings.width,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "flow_shift": settings.flow_shift,
+        "seed": options.seed,
+    }
+    about = {
+        "num_frames": settings.video_length,
+        "attn_mode": setup.attention.name,
+        contract.EMBEDDINGS_HASH: setup.job.embeddings_hash,
+        contract.MADE_FROM: made_from,
+        **optional_settings(setup),
+    }
+    folder = output_dir(options)
+    path = tensors.save_latents(folder, latents, {name: str(value) for name, value in (chosen | about).items()})
+    additions = {
+        "aspect_ratio": options.aspect_ratio or DEFAULT_ASPECT_RATIO,
+        "video_length": settings.video_length,
+        "stage2_elapsed_time": round(denoised.seconds, 3),
+    }
+    update_config(folder, chosen | additions, source=options.input_dir)
+    return path

@@ -1,0 +1,214 @@
+"""What stage 1 does: a prompt, and maybe an image, → embeddings for the transformer.
+
+setup = encoding.resolve(options, world)
+written = encoding.run(setup)
+"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.encoders import image, text
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import contract, provenance
+from hunyuan_staged.files.config import update_config
+from hunyuan_staged.files.tensors import save_embeddings
+from hunyuan_staged.memory import budget, estimates, offloading
+from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
+from hunyuan_staged.options import DEMO_CHECKPOINT, EncodeOptions, offload_asked
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline.common import Lock, torch_dtype
+from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.versions import TransformerVersion
+from hunyuan_staged.weights import loading
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+
+DEMO_USED = (
+    "no --model_path: using the demo weights, which know plain shapes, colours, motions and short words only; "
+    "README.md says where the real weights come from"
+)
+
+
+def locks(options: EncodeOptions) -> list[Lock]:
+    """What a run must lock before it writes."""
+    return [(Path(options.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])]
+
+
+def read_image(options: EncodeOptions) -> Image.Image | None:
+    """The picture that is to be the first frame; None for text to video. InputError where it is none."""
+    return image.load_image(options.image_path) if options.image_path else None
+
+
+def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVersion:
+    """The version that the options name; without a resolution the default one, else the first that the folder has."""
+    offered = folder.resolutions()
+    default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
+    resolution = options.resolution or default
+    if resolution is None:
+        raise InputError(f"{folder.path} holds no transformer version")
+    version = versions.make_version(
+        resolution,
+        "i2v" if options.image_path else "t2v",
+        cfg_distilled=options.cfg_distilled,
+        step_distilled=options.step_distilled,
+        sparse=options.sparse_attn,
+    )
+    if version.name not in folder.versions():
+        raise InputError(f"{folder.path} has no transformer {version.name}; it holds {', '.join(folder.versions())}")
+    return version
+
+
+@dataclass(frozen=True)
+class EncodeSetup:
+    """An encoding whose options, image and model have been brought together. skeleton: the language model on the meta
+    device, which is by far the largest part."""
+
+    options: EncodeOptions
+    picture: Image.Image | None
+    model_path: str
+    folder: ModelFolder
+    parts: tuple[str, ...]  # that are loaded, keys of PARTS
+    version: TransformerVersion
+    dtype: torch.dtype
+    world: World
+    skeleton: Any
+
+    @property
+    def weights(self) -> BlockWeights:
+        """Of the language model, in bytes."""
+        return offloading.weights_of(self.skeleton, self.skeleton.layers, self.dtype)
+
+    def plan(self, free: FreeMemory) -> BlockPlan:
+        """How the language model is laid out in memory; InputError where it does not fit."""
+        weights = self.weights
+        asked = offload_asked(self.options, weights.count)
+        remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
+        working = estimates.LANGUAGE_WORKING
+        return budget.plan_blocks("the text encoder", weights, working, free, asked=asked, remedies=remedies)
+
+    def rows(self, plan: BlockPlan, free: FreeMemory) -> dict[str, object]:
+        """The rows that --dry_run prints."""
+        weights = self.weights
+        return {
+            "version": self.version.name,
+            "weights": f"{budget.gib(weights.total)} of the language model, {self.dtype}",
+            **plan.rows(weights.count, free, "layers"),
+            "ranks": 1,
+            "expected time": "unknown: not measured",
+        }
+
+
+def resolve(
+    options: EncodeOptions, picture: Image.Image | None, world: World, report: Reporter = SILENT
+) -> EncodeSetup:
+    """Bring options, image and model together; InputError where they do not fit. Loads no weights."""
+    model_path = options.model_path
+    if not model_path:
+        report.warn(DEMO_USED)
+        model_path = str(DEMO_CHECKPOINT)
+    parts = ["text"] + ["glyph"] * bool(text.glyph_text(options.prompt)) + ["image", "vae"] * bool(picture)
+    folder = open_model(model_path, [*parts, "transformer"], report.progress)
+    version = pick_version(options, folder)
+    for part in parts:
+        folder.require(part)
+    dtype = torch_dtype(options.dtype, world.device)
+    skeleton = folder.language_skeleton()
+    return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtype, world, skeleton)
+
+
+def encode(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
+    """All tensors of the embeddings. One part of the model is loaded at a time."""
+    report.info(f"transformer version {setup.version.name}; encoding in {setup.dtype} on {setup.world.device}")
+    return encode_text(setup, plan, report) | encode_image(setup, report)
+
+
+def load_language_model(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> tuple[Any, Any]:
+    """(tokenizer, language model), with as many of its layers on the host as the plan says."""
+    report.info(plan.describe(len(setup.skeleton.layers), "layers"))
+    device, dtype = setup.world.device, setup.dtype
+
+    def load(places: loading.Destinations) -> tuple[Any, Any]:
+        return setup.folder.load_language_model(
+            device=device, dtype=dtype, progress=report.progress, skeleton=setup.skeleton, places=places
+        )
+
+    (tokenizer, model), layers = offloading.load_offloaded(
+        setup.skeleton, "layers", plan.offloaded, load, device=device, dtype=dtype, world=setup.world
+    )
+    if layers:
+        layers.hook()
+    return tokenizer, model
+
+
+def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
+    """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
+    options, folder, dtype = setup.options, setup.folder, setup.dtype
+    with report.timed("load"):
+        tokenizer, model = load_language_model(setup, plan, report)
+    for name, prompt in (("--prompt", options.prompt), ("--negative_prompt", options.negative_prompt)):
+        dropped = text.tokenise(tokenizer, prompt).dropped
+        if dropped:
+            report.warn(f"{name} is too long: its last {dropped} tokens are cut off")
+    with report.timed("compute"):
+        tensors = text.language_embeddings(tokenizer, model, options.prompt, options.negative_prompt)
+    del tokenizer, model
+    gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
+    glyph_tokenizer = glyph_model = None
+    if text.glyph_text(options.prompt):
+        with report.timed("load"):
+            glyph_tokenizer, glyph_model = folder.load_glyph_encoder(device=setup.world.device, dtype=dtype)
+    width = folder.transformer_config(setup.version.name)["text_embed_2_dim"]
+    with report.timed("compute"):
+        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, options.prompt, width=width, dtype=dtype)
+
+
+def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
+    """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image."""
+    picture, folder, device, dtype = setup.picture, setup.folder, setup.world.device, setup.dtype
+    if picture is None:
+        return {}
+    height, width = geometry.nearest_size(setup.version.resolution, picture.height / picture.width)
+    fitted = image.resize_and_center_crop(picture, height, width)
+    report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
+    with report.timed("load"):
+        processor, model = folder.load_image_encoder(device=device, dtype=dtype)
+    with report.timed("compute"):
+        embeds = image.encode_image(processor, model, fitted)
+    del processor, model
+    with report.timed("load"):
+        encoder, config = folder.load_vae_encoder(device=device, dtype=dtype, progress=report.progress)
+    with report.timed("compute"):
+        latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
+    return {"image_embeds": embeds, "image_latents": latents}
+
+
+def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:
+    """Write the embeddings and the config; each file with a few words."""
+    options, version, model_path = setup.options, setup.version, setup.model_path
+    recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
+    about = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": version.task}
+    source = {
+        "version": version.name,
+        "dtype": str(setup.dtype),
+        "weights": setup.folder.fingerprint(setup.parts),
+        "image": provenance.sha256(options.image_path) if options.image_path else None,
+    }
+    made_from = {contract.MADE_FROM: provenance.digest({**about, **source})}
+    metadata = about | {"model": recorded, "version": version.name} | made_from
+    path = save_embeddings(options.output_dir, tensors, metadata)
+    additions = {
+        "model_path": recorded,
+        "resolution": version.resolution,
+        "transformer_version": version.name,
+        "image_path": options.image_path,
+        "dtype": options.dtype,
+        contract.EMBEDDINGS_HASH: provenance.sha256(path),
+    }
+    config = update_config(options.output_dir, about | additions)
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
+    return [(path, shapes), (config, "the settings of the run")]

@@ -1,0 +1,109 @@
+"""What a denoising is, after options, config, embeddings and version have been brought together. Loads nothing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseOptions
+from hunyuan_staged.sampling import cache_settings
+from hunyuan_staged.versions import TransformerVersion
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes a denoising, beside what goes into it."""
+
+    version: TransformerVersion
+    height: int
+    width: int
+    video_length: int
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    dtype: str
+
+    @property
+    def branches(self) -> int:
+        """Of guidance: 2 with it, else 1."""
+        return 2 if self.guidance_scale != 1 else 1
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Of the embeddings of each guidance branch, in the loop's order."""
+        return ("negative_", "") if self.branches == 2 else ("",)
+
+
+def resolve_settings(
+    options: DenoiseOptions, config: Mapping[str, Any], version: TransformerVersion, flow_shift: float, image: Any
+) -> Settings:
+    """Every value from its option, else from stage 1, else from the version. image: its latents [1, 32, 1, h, w] or None.
+
+    InputError for an aspect ratio that is not the image's.
+    """
+    if image is None:
+        height, width = geometry.size_for_ratio(version.resolution, options.aspect_ratio or DEFAULT_ASPECT_RATIO)
+    else:
+        height, width = (n * geometry.SPATIAL_RATIO for n in image.shape[-2:])
+        asked = options.aspect_ratio
+        if asked and geometry.size_for_ratio(version.resolution, asked) != (height, width):
+            raise InputError(f"--aspect_ratio {asked} contradicts the image, which is {width}x{height}")
+    return Settings(
+        version,
+        height,
+        width,
+        options.video_length or version.video_length,
+        options.num_inference_steps or version.num_inference_steps,
+        version.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        flow_shift,
+        options.dtype or config.get("dtype") or DEFAULT_DTYPE,
+    )
+
+
+def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: bool) -> TransformerVersion:
+    """The version that stage 1 recorded, or the folder's only one; sparse takes the sparse weights beside it."""
+    name = config.get("transformer_version")
+    if name is None:
+        if len(offered) != 1:
+            raise InputError(
+                f"{config.get('model_path')} holds {', '.join(offered)}, and the config does not say which one to take; "
+                "run stage 1 again, or add transformer_version to generation_config.json"
+            )
+        name = offered[0]
+    version = versions.parse_version(name)
+    if sparse and not version.sparse:
+        version = versions.make_version(version.resolution, version.task, sparse=True)
+    return version
+
+
+# Which tensor of the embeddings is as wide as which entry of the transformer's config.
+WIDTHS = {
+    "prompt_embeds": "text_embed_dim",
+    "negative_prompt_embeds": "text_embed_dim",
+    "prompt_embeds_2": "text_embed_2_dim",
+    "negative_prompt_embeds_2": "text_embed_2_dim",
+    "image_embeds": "image_embed_dim",
+}
+
+
+def check_widths(embeddings: Mapping[str, Any], model_config: Mapping[str, Any], version: TransformerVersion) -> None:
+    """InputError for embeddings that another model's encoders made, before the transformer is loaded."""
+    for name, entry in WIDTHS.items():
+        if name in embeddings and entry in model_config and embeddings[name].shape[2] != model_config[entry]:
+            raise InputError(
+                f"{name} is {embeddings[name].shape[2]} wide, and the transformer {version.name} takes "
+                f"{model_config[entry]}; the embeddings belong to another model"
+            )
+
+
+def resolve_cache(
+    options: DenoiseOptions, settings: Settings, layers: int, warn: Callable[[str], object]
+) -> cache_settings.CacheSettings | None:
+    """The feature cache of a run of a transformer of so many layers, if it has one."""
+    if not options.enable_cache:
+        return None
+    if settings.version.step_distilled:
+        warn(f"{settings.version.name} takes few, long steps, which have little in common: a cache costs it much")
+    kind = options.cache_type or cache_settings.DEFAULT_CACHE_TYPE
+    return cache_settings.resolve(kind, options.cache_options(), settings.num_inference_steps, layers)

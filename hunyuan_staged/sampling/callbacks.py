@@ -1,0 +1,121 @@
+"""What happens after each step of the denoising loop: a look at the latents, at signals, and whatever else is given.
+
+A callback takes an AfterStep. One that is a context manager, too, is entered for as long as the loop runs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.parallel.world import MaxAcrossRanks, World
+from hunyuan_staged.runtime.signals import Interrupted, Interrupts
+from hunyuan_staged.sampling.state import StateSaver
+
+
+@dataclass(frozen=True)
+class AfterStep:
+    """A step that has been done: its number, from 0; the latents [1, 32, T, h, w] after it, not to be changed; what else
+    a run would need to go on from here, which every rank calls together where one does."""
+
+    index: int
+    latents: torch.Tensor
+    more: Callable[[], dict[str, torch.Tensor]] = dict
+
+
+Callback = Callable[[AfterStep], None]
+
+
+@contextlib.contextmanager
+def active(callbacks: Sequence[Callback]) -> Iterator[Callback]:
+    """All callbacks as one, in their order; the last is entered first and left last."""
+    with contextlib.ExitStack() as stack:
+        for callback in reversed(callbacks):
+            if isinstance(callback, contextlib.AbstractContextManager):
+                stack.enter_context(callback)
+
+        def call(step: AfterStep) -> None:
+            for callback in callbacks:
+                callback(step)
+
+        yield call
+
+
+class FiniteGuard:
+    """Stops the loop, on every rank, with an InputError once the latents hold NaN or Inf.
+
+    describe(step): what to say of latents that are broken after so many steps. On a GPU it is noticed a step later.
+    """
+
+    def __init__(self, world: World, describe: Callable[[int], str]) -> None:
+        self.describe = describe
+        self._agree = MaxAcrossRanks(world)
+
+    def __call__(self, step: AfterStep) -> None:
+        at, broken = self._agree(step.index, ~torch.isfinite(step.latents).all()) or (0, 0)
+        if broken:
+            raise InputError(self.describe(at + 1))
+
+
+class StopOnSignal(contextlib.AbstractContextManager["StopOnSignal"]):
+    """At a signal lets the step end, saves the state, and raises Interrupted on every rank.
+
+    A rank that left first would have its launcher end the rest.
+    """
+
+    def __init__(self, interrupts: Interrupts, saver: StateSaver) -> None:
+        self.interrupts, self.saver = interrupts, saver
+        self._agree = MaxAcrossRanks(saver.world)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "StopOnSignal":
+        self._stack.enter_context(self.interrupts.deferred(self._notice))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def _notice(self, _: int) -> None:
+        if self.saver.world.is_main:
+            self.saver.report.info("stopping at the end of this step; a second signal stops at once")
+
+    def __call__(self, step: AfterStep) -> None:
+        (signum,) = self._agree(self.interrupts.received) or (0,)
+        if self.saver.world.size == 1:
+            signum = self.interrupts.received
+        if not signum:
+            return
+        self.interrupts.patience = None
+        failure = self.saver.save_now(step.index + 1, {"latents": step.latents} | step.more())
+        done = f"after step {step.index + 1} of {self.saver.steps}"
+        if failure:
+            raise Interrupted(signum, f" {done}, whose state could not be saved: {failure}")
+        raise Interrupted(signum, f" {done}; the same command with --resume goes on from there")
+
+
+class SaveState(contextlib.AbstractContextManager["SaveState"]):
+    """Saves the state every few steps, as `saver` says."""
+
+    def __init__(self, saver: StateSaver) -> None:
+        self.saver = saver
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "SaveState":
+        self._stack.enter_context(self.saver.writing())
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def __call__(self, step: AfterStep) -> None:
+        if self.saver.due(step.index + 1):
+            self.saver.save(step.index + 1, {"latents": step.latents} | step.more())
+
+
+def watching(saver: StateSaver, interrupts: Interrupts) -> list[Callback]:
+    """What watches a run whose state is kept: broken latents, signals, saving; signals only where states are saved."""
+    stop: list[Callback] = [StopOnSignal(interrupts, saver)] if saver.every else []
+    return [FiniteGuard(saver.world, saver.not_finite), *stop, SaveState(saver)]
