@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 MARKDOWN = [
     "README.md",
@@ -129,3 +133,23 @@ def test_no_tracked_file_names_a_folder_outside_the_repository():
     files = tracked()
     assert len(files) > 100
     assert [path for path in files if outside in path.read_bytes()] == []
+
+
+def test_the_example_of_python_md_runs(tmp_path):
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "7 (1, 32, 9, 6, 10)\n8 (1, 32, 9, 6, 10)\nruns/red7/output_video.mp4\n"
+    written = {
+        path.parent.name: load_file(path)["latents"] for path in tmp_path.glob("runs/*/stage2_latents.safetensors")
+    }
+    assert set(written) == {"red7", "red8"} and not torch.equal(written["red7"], written["red8"])
