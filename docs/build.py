@@ -295,8 +295,9 @@ def commands() -> list[ModuleType]:
     import stage3_vae_decoder
     from hunyuan_staged.compare import command as compare
     from hunyuan_staged.download import command as download
+    from hunyuan_staged.verify import command as verify
 
-    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download]
+    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download, verify]
 
 
 def meaning_and_default(action: argparse.Action) -> tuple[str, str]:

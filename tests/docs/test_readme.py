@@ -13,11 +13,12 @@ from hunyuan_staged.bench import memory
 from hunyuan_staged.compare import command
 from hunyuan_staged.demo import adapter, caches, evaluate
 from hunyuan_staged.download import command as download_command
+from hunyuan_staged.verify import command as verify_command
 
 READMES = ("README.md", "README.zh.md")
 PAGES = (*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
 # In the order of their tables
-COMMANDS = (stage1_text_encoder, stage2_transformer, stage3_vae_decoder, command, download_command)
+COMMANDS = (stage1_text_encoder, stage2_transformer, stage3_vae_decoder, command, download_command, verify_command)
 STAGES = COMMANDS[:3]
 
 

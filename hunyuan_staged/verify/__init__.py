@@ -1,0 +1,1 @@
+"""A model folder, proved on this machine: ours against the published classes, part by part."""
