@@ -158,7 +158,7 @@ class DenoiseOptions(RunOptions):
         "of weights and activations (default: as stage 1)", group=SAMPLING, choices=(*DTYPES, DEFAULT_DTYPE)
     )
     lora: tuple[str, ...] | None = flag(
-        "add a LoRA adapter (safetensors) to the weights; may be given several times (default: none, and weight 1)",
+        "add a LoRA adapter (file, or folder of peft) to the weights; may be given several times (default: none, weight 1)",
         group=SAMPLING,
         metavar="FILE[:WEIGHT]",
     )
@@ -290,15 +290,15 @@ class DenoiseOptions(RunOptions):
         cache_settings.check_flags(self.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
 
     def adapter_files(self) -> list[tuple[Path, float]]:
-        """(file, weight) of each adapter; InputError where there is no such file, or the weight is no number."""
+        """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""
         found = []
         for text in self.lora or ():
             path, _, last = text.rpartition(":")
             try:
-                file, weight = (text, 1.0) if not path or Path(text).is_file() else (path, float(last))
+                file, weight = (text, 1.0) if not path or Path(text).exists() else (path, float(last))
             except ValueError:
                 file, weight = text, 1.0
-            if not Path(file).is_file():
+            if not Path(file).exists():
                 raise InputError(f"{text}: there is no file {file}; allowed is FILE[:WEIGHT]", option="lora")
             if not math.isfinite(weight):
                 raise InputError(f"{text}: the weight {last} is not a finite number", option="lora")

@@ -239,6 +239,8 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     caching = resolving.resolve_cache(options, settings, config.get("num_layers", versions.LAYERS), report.warn)
     files = options.adapter_files()
     adapters = lora.load(files, folder.transformer_shapes(version.name)) if files else lora.Adapters()
+    for line in adapters.found:
+        report.info(line)
     return DenoiseSetup(
         options=options,
         job=job,

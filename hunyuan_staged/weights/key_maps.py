@@ -3,7 +3,7 @@ tensor that no rule names, that a module lacks, or that is missing for a module 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -95,6 +95,38 @@ TRANSFORMER_MAP = _rules(
     ),
 )
 
+# Files of ComfyUI hold the blocks' q, k and v in one tensor, under names that are otherwise the official ones.
+FUSED_RULES = tuple(
+    Rule(f"double_blocks.#.{stream}_attn_qkv", tuple(f"transformer_blocks.#.attn.{name}" for name in names))
+    for stream, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")))
+)
+# What ComfyUI calls the modules in memory, and so in adapters: (an official name's ending, its own).
+_COMFY_ENDINGS = (
+    ("_attn_qkv", "_attn.qkv"),
+    ("_attn_proj", "_attn.proj"),
+    ("_attn_q_norm", "_attn.norm.query_norm"),
+    ("_attn_k_norm", "_attn.norm.key_norm"),
+    ("mlp.fc1", "mlp.0"),
+    ("mlp.fc2", "mlp.2"),
+    ("_mod.linear", "_mod.lin"),
+    ("c_embedder.linear_1", "c_embedder.in_layer"),
+    ("c_embedder.linear_2", "c_embedder.out_layer"),
+    ("time_in.mlp.0", "time_in.in_layer"),
+    ("time_in.mlp.2", "time_in.out_layer"),
+    ("time_r_in.mlp.0", "time_r_in.in_layer"),
+    ("time_r_in.mlp.2", "time_r_in.out_layer"),
+    ("t_embedder.mlp.0", "t_embedder.in_layer"),
+    ("t_embedder.mlp.2", "t_embedder.out_layer"),
+)
+
+
+def _comfy(rule: Rule) -> Rule | None:
+    ending = next((pair for pair in _COMFY_ENDINGS if rule.official.endswith(pair[0])), None)
+    return ending and Rule(rule.official.removesuffix(ending[0]) + ending[1], rule.diffusers, rule.swap)
+
+
+COMFY_RULES = tuple(rule for rule in map(_comfy, (*TRANSFORMER_MAP, *FUSED_RULES)) if rule)
+
 _RESNET = ("norm1", "conv1.conv", "norm2", "conv2.conv")
 _MID = (("block_1", "resnets.0"), ("block_2", "resnets.1"))
 _MID_ATTENTION = (("norm", "norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "proj_out"))
@@ -145,11 +177,28 @@ def diffusers_tensors(name: str, tensor: torch.Tensor, rules: Sequence[Rule]) ->
         return None
     rule, names = found
     count = 2 if rule.swap else len(names)
-    if tensor.shape[0] % count:
+    if count > 1 and (not tensor.ndim or tensor.shape[0] % count):
         raise InputError(f"{name} has shape {list(tensor.shape)}; it holds {count} equal parts, one after the other")
-    parts = tensor.chunk(count) if count > 1 else [tensor]
-    parts = [torch.cat(parts[::-1])] if rule.swap else parts
-    return list(zip(names, parts, strict=True))
+    return list(zip(names, split(tensor, rule), strict=True))
+
+
+def split(tensor: torch.Tensor, rule: Rule) -> list[torch.Tensor]:
+    """What each diffusers module of a rule has of an official tensor, whose first axis divides evenly."""
+    if rule.swap:
+        return [torch.cat(tensor.chunk(2)[::-1])]
+    return list(tensor.chunk(len(rule.diffusers))) if len(rule.diffusers) > 1 else [tensor]
+
+
+def module_aliases(modules: Collection[str], rules: Sequence[Rule]) -> dict[str, tuple[Rule, list[str]]]:
+    """By the official name of each of these diffusers modules: its rule, and the diffusers module or modules it is."""
+    found = {}
+    for rule in rules:
+        for module in modules:
+            match = _pattern(rule.diffusers[0]).fullmatch(module)
+            if match:
+                targets = [_fill(target, match.groups()) for target in rule.diffusers]
+                found[_fill(rule.official, match.groups())] = rule, targets
+    return found
 
 
 def refuse_names(what: str, names: Sequence[str]) -> None:

@@ -150,7 +150,7 @@ def test_two_at_once_are_their_sum_and_weight_0_changes_no_bit(folder, official,
             "keys that are no adapter of this transformer: transformer_blocks.90.attn.to_q.lora_A.weight, "
             "transformer_blocks.91.attn.to_q.lora_A.weight, transformer_blocks.92.attn.to_q.lora_A.weight and 1 more",
         ),
-        ({"double_blocks.0.img_attn_q.lora_magnitude_vector": (4,)}, "keys that are no adapter of this transformer"),
+        ({"double_blocks.0.img_attn_q.lora_mid.weight": (4,)}, "keys that are no adapter of this transformer"),
         ({"double_blocks.0.img_attn_q_norm.lora_A.weight": (4,)}, "keys that are no adapter of this transformer"),
         ({"double_blocks.0.img_attn_q.lora_A.weight": (RANK, 4)}, "modules without both a down (lora_A) and an up"),
         (
@@ -246,6 +246,7 @@ def test_through_the_script(tiny_official, official, tmp_path):
         args = ["--input_dir", inputs, "--output_dir", tmp_path / name, "--video_length", 5, "--num_inference_steps", 2]
         status, said = run_stage(2, *args, *more, said=tmp_path / "said")
         assert status == 0, said
+        assert ("LoRA a.safetensors: 5 of 5 modules (official names); weight" in said) == bool(more)
         return load_latents(tmp_path / name)
 
     plain, nothing = run("plain"), run("nothing", "--lora", f"{path}:0")
