@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Stage 1 alone, on `--gpus N` processes (see run_staged.sh); every other flag goes to the stage.
+# Stage 1 alone, in one process (see run_staged.sh); every flag but `--gpus` goes to the stage.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_staged.sh" --only 1 "$@"
+exec bash "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/run_staged.sh" --only 1 "$@"

@@ -1,5 +1,6 @@
 """Errors of the user, in one line; exit statuses."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 BAD_INPUT = 2  # the exit status of an InputError
+FAULT = 1  # what Python itself ends with after a traceback
+MAX_LINE = 1900  # characters of a message, whatever it quotes: what stands before it may have another hundred
 
 
 class InputError(ValueError):
@@ -23,8 +26,16 @@ class InputError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """A message as one line of printable text: line breaks become spaces, other control characters their escapes."""
-    return printable(" ".join(str(text).split()))
+    """A message as one line of printable text: line breaks become spaces, other control characters their escapes.
+
+    Of more than MAX_LINE characters the middle is left out: the culprit stands first, what is allowed last.
+    """
+    line = printable(" ".join(str(text).split()))
+    if len(line) <= MAX_LINE:
+        return line
+    gap = " […] "
+    head = (MAX_LINE - len(gap)) // 2
+    return line[:head] + gap + line[len(line) - (MAX_LINE - len(gap) - head) :]
 
 
 def status_of(work: Callable[[], object]) -> int:
@@ -40,3 +51,14 @@ def status_of(work: Callable[[], object]) -> int:
 def printable(text: str) -> str:
     """Text with every control character, line breaks included, replaced by its escape (\\x1b, \\n)."""
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def write_stdout(text: str) -> None:
+    """Print text as it stands; what the terminal's encoding lacks becomes an escape. InputError: it cannot be written."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends, and change the status.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"cannot write to standard output: {error.strerror}") from error

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
-from hunyuan_staged.errors import BAD_INPUT, one_line
+from hunyuan_staged.errors import BAD_INPUT, InputError, one_line, write_stdout
 from hunyuan_staged.flags import Option, options_of
+from hunyuan_staged.runtime.failure import is_first, say_error
 
 Options = TypeVar("Options")
 
 LAST_GROUP = "other"
-# torchrun ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
-SILENCE_SECONDS = 5.0
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks, as torchrun's environment tells before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse(message: str) -> NoReturn:
     """Print one error line, on the first process, and leave with the status of bad input."""
     say_error(f"error: {one_line(message)}")
     sys.exit(BAD_INPUT)
-
-
-def say_error(line: str) -> None:
-    """Print a line to stderr on the first process; another process gives the first the time to do so."""
-    if is_first():
-        print(line, file=sys.stderr, flush=True)
-    else:
-        time.sleep(SILENCE_SECONDS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,8 +37,12 @@ class Parser(argparse.ArgumentParser):
         refuse(f"{one_line(message)} (see {self.prog} --help)")
 
     def print_help(self, file: Any = None) -> None:
-        if is_first():
-            super().print_help(file)
+        if not is_first():
+            return
+        try:
+            write_stdout(self.format_help())
+        except InputError as error:
+            refuse(str(error))
 
 
 def make_parser(cls: type, prog: str, description: str, examples: str) -> Parser:

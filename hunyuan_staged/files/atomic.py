@@ -87,15 +87,21 @@ def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
                 remove_leftovers(lock.parent / name)
             yield
         finally:
-            # Once more, for an ffmpeg that outlived its killed parent.
-            for name in files:
-                remove_leftovers(lock.parent / name)
-            lock.unlink(missing_ok=True)  # before it is let go: see _lock
+            unlock(lock, files)  # before it is let go: see _lock
             os.close(handle)
     finally:
         with contextlib.suppress(OSError):  # not empty: the run wrote its files
             for folder in made:
                 folder.rmdir()
+
+
+def unlock(lock: str | Path, files: Sequence[str]) -> None:
+    """Remove a lock that this process has, after what is left half-written of the files."""
+    lock = Path(lock)
+    # Once more, for an ffmpeg that outlived its killed parent.
+    for name in files:
+        remove_leftovers(lock.parent / name)
+    lock.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> int:

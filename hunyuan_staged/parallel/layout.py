@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.parallel.world import World
+from hunyuan_staged.parallel.world import TIMEOUT, World
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -142,6 +142,9 @@ def make_layout(world: World, guidance_rows: int, cfg_parallel: str = "auto") ->
     if world.size == 1:
         return Layout()
     row, shard = divmod(world.rank, shards)
-    groups = [dist.new_group(range(r * shards, (r + 1) * shards)) for r in range(rows)]
-    row_groups = [dist.new_group(range(s, world.size, shards)) for s in range(shards)] if rows > 1 else []
-    return Layout(rows, shards, row, shard, groups[row], row_groups[shard] if row_groups else None)
+    if rows == 1:
+        return Layout(rows, shards, row, shard, dist.group.WORLD)
+    # Without a time-out of their own, groups take the backend's, which is shorter than the run's.
+    groups = [dist.new_group(range(r * shards, (r + 1) * shards), timeout=TIMEOUT) for r in range(rows)]
+    row_groups = [dist.new_group(range(s, world.size, shards), timeout=TIMEOUT) for s in range(shards)]
+    return Layout(rows, shards, row, shard, groups[row], row_groups[shard])

@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.parallel.environment import STORE_SOCKET, rank_info
 
 # How long a collective may wait. It is the last resort, for a process that hangs: a death is noticed by torchrun, and by
 # gloo from the closed connection, within a second. Ranks wait for each other where one loads its weights or decodes a
@@ -165,35 +169,73 @@ class MaxAcrossRanks:
 
 
 def lone_world() -> World:
-    """A world of this process alone, on the device that torchrun's environment gives it."""
+    """A world of this process alone, on the device that its launcher's environment gives it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = torch.device("cuda", rank_info().local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return World(0, 1, device)
 
 
 def start_world() -> World:
-    """Read torchrun's environment, take this rank's device, and join the others (NCCL on GPUs, gloo on CPUs)."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Read the launcher's environment, take this rank's device, and join the others (NCCL on GPUs, gloo on CPUs).
+
+    InputError: the environment contradicts itself, or there are more processes than GPUs.
+    """
+    info = rank_info()
     device = lone_world().device
-    if size == 1:
-        return World(rank, size, device)
+    if info.size == 1:
+        return World(0, 1, device)
     cuda = device.type == "cuda"
-    # As init_process_group would find it, from torchrun's environment; kept, because there is no public way to it.
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store = _join_store(info.rank, info.size)
+    world = World(info.rank, info.size, device, dist.PrefixStore("run", store))
+    if cuda:
+        # Else NCCL ends every process in a traceback about a duplicate GPU.
+        own = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        check_devices(world.all_gather_text("device", own))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
+        rank=info.rank,
+        world_size=info.size,
         timeout=TIMEOUT,
         device_id=device if cuda else None,
     )
-    return World(rank, size, device, dist.PrefixStore("run", store))
+    return world
+
+
+def _join_store(rank: int, size: int) -> dist.Store:
+    """The store that all processes share: rank 0 serves it on the socket that it inherited, if it did.
+
+    Else as init_process_group would find it, from torchrun's environment; kept, because there is no public way to it.
+    """
+    inherited = os.environ.get(STORE_SOCKET)
+    if inherited is None or rank != 0:
+        return next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, size, is_master=True, timeout=TIMEOUT, master_listen_fd=int(inherited))
+
+
+def check_devices(owned: Sequence[str]) -> None:
+    """InputError where two ranks own one GPU; owned: each rank's host and GPU, a space between.
+
+    By the GPU's own id: some launchers show each process one GPU, which each then calls number 0.
+    """
+    hosts = Counter(word.split()[0] for word in owned)
+    for host, processes in hosts.items():
+        gpus = len({word for word in owned if word.split()[0] == host})
+        if gpus < processes:
+            raise InputError(f"{processes} processes share {gpus} GPU{'s' * (gpus > 1)} on {host}; start one a GPU")
 
 
 def stop_world(world: World) -> None:
-    """Leave the process group, if there is one."""
-    if world.size > 1 and dist.is_initialized():
+    """Leave the process group, if there is one. Rank 0, which may serve the store, leaves last."""
+    if world.store is None:
+        return
+    if dist.is_initialized():
         dist.destroy_process_group()
+    arrived = world.store.add("left", 1)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while world.is_main and arrived < world.size and not world.error_reported() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 10)
+        arrived = world.store.add("left", 0)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
@@ -39,12 +39,14 @@ class Interrupts:
     """Inside its context SIGTERM and SIGINT raise Interrupted, or, while they are deferred, are only noted.
 
     A second signal ends the process at once. patience: so many seconds after the first one the process ends at once,
-    too; None waits for ever. Outside the main thread, where Python allows no handlers, it does nothing.
+    too; None waits for ever. cleanups: called, on another thread, before the process ends at once. Outside the main
+    thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the first signal's number
         self.patience: float | None = None
+        self.cleanups: list[Callable[[], None]] = []
         self._deferred = False
         self._notice: Callable[[int], None] | None = None
         self._restore: Callable[[], None] | None = None
@@ -58,8 +60,10 @@ class Interrupts:
         former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(read,), name="interrupts", daemon=True)
         watcher.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
         def restore() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             signal.set_wakeup_fd(former)
             for number, handler in handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -74,6 +78,11 @@ class Interrupts:
         self._deferred = True
         if self._restore:
             self._restore()
+
+    def unblock(self) -> None:
+        """Let signals in that were held back until now, by `hold_back` or by a launcher."""
+        if self._restore:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     @contextlib.contextmanager
     def deferred(self, notice: Callable[[int], None] | None = None) -> Iterator[None]:
@@ -100,6 +109,12 @@ class Interrupts:
         if not self._deferred:
             raise Interrupted(signum)
 
+    def _exit(self, signum: int) -> NoReturn:
+        for cleanup in self.cleanups:
+            with contextlib.suppress(OSError):
+                cleanup()
+        os._exit(SIGNALLED + signum)
+
     def _watch(self, pipe: int) -> None:
         first = None
         while True:
@@ -110,7 +125,7 @@ class Interrupts:
             ready = select.select([pipe], [], [], 1.0 if left is None else min(left, 1.0))[0]
             if not ready:
                 if first is not None and left == 0.0:
-                    os._exit(SIGNALLED + first[0])
+                    self._exit(first[0])
                 continue
             data = os.read(pipe, 1)
             if not data:
@@ -118,7 +133,21 @@ class Interrupts:
             if data[0] not in SIGNALS:
                 continue
             if first is not None:
-                os._exit(SIGNALLED + data[0])
+                self._exit(data[0])
             first = data[0], time.monotonic()
             if self._notice:
                 self._notice(data[0])
+
+
+def hold_back() -> None:
+    """Before a script's work: signals wait until Interrupts.unblock, and after Interrupts' end do nothing.
+
+    Else Ctrl-C in a script's first or last moments would be a traceback. For a process's main thread alone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.signal(number, _do_nothing)
+
+
+def _do_nothing(signum: int, _: FrameType | None) -> None:
+    """Not SIG_IGN, which would forget a signal that waits, and which child processes would inherit."""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,6 +98,11 @@ def _read(file: int, buffer: memoryview, start: int) -> None:
         buffer, start = buffer[count:], start + count
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """The device by number; without one it is this thread's current one, which a new thread does not share."""
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
 def tensors(
     path: Path, names: Collection[str], device: torch.device, *, workers: int | None = None, piece: int = PIECE_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,7 +136,10 @@ def tensors(
         if cuda:
             own.stream.synchronize()
 
-    with path.open("rb") as opened, ThreadPoolExecutor(workers, thread_name_prefix="reading") as pool:
+    # A new thread's current device is 0, and leaving torch.cuda.stream goes back to it: each rank would open a context on
+    # GPU 0, some 500 MB each.
+    take_device = partial(torch.cuda.set_device, _with_index(device)) if cuda else None
+    with path.open("rb") as opened, ThreadPoolExecutor(workers, "reading", initializer=take_device) as pool:
         file = opened.fileno()
         allocated: dict[str, torch.Tensor] = {}
         under_way: deque[tuple[Future, list[Entry]]] = deque()

@@ -126,11 +126,12 @@ def ranks_of(launcher: int, size: int) -> dict[int, int]:
 
 
 def launch(size: int, folder: Path, *args: object) -> subprocess.Popen:
-    """Stage 2 through utils.launch, for so many steps that it does not end by itself; returns once it is in its loop."""
-    command = [sys.executable, ROOT / "utils.py", "launch", size, ROOT / "stage2_transformer.py", "--input_dir", folder]
+    """Stage 2 through its launcher, for so many steps that it does not end by itself; returns once it is in its loop."""
+    command = ["bash", ROOT / "run_stage2.sh", "--gpus", size, "--input_dir", folder]
     command += ["--video_length", 5, "--num_inference_steps", 1000, "--checkpoint_every", 1, *args]
     with (folder.parent / "said").open("w") as said:
-        process = subprocess.Popen([str(word) for word in command], stderr=said)
+        environment = os.environ | {"PYTHON": sys.executable}
+        process = subprocess.Popen([str(word) for word in command], stderr=said, env=environment)
     while not (folder / contract.STATE_FILE).exists():
         assert process.poll() is None, (folder.parent / "said").read_text()
         time.sleep(0.05)

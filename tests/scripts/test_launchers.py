@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# Writes down each call of a stage, and lets utils.py check and split; fails with the status in FAIL_AT's stage.
+# Writes down each call of a stage, and lets the launcher itself run; fails with the status in FAIL_AT's stage.
 STAND_IN = """\
 #!/usr/bin/env bash
 case "$*" in
-*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
+*hunyuan_staged.launch*) exec "$REAL_PYTHON" "$@" ;;
 esac
-printf '%s\\n' "$*" >>"$CALLS"
+printf '%s\\n' "${RANK+rank $RANK of $WORLD_SIZE: }$*" >>"$CALLS"
 if [[ -n ${FAIL_AT:-} && "$*" == *"$FAIL_AT"* ]]; then exit 7; fi
 """
 
@@ -39,30 +39,31 @@ def launch(tmp_path):
     return run
 
 
-def torchrun(count: int) -> str:
-    return f"utils.py launch {count} "
+def ranks(count: int, call: str) -> list[str]:
+    """What `count` processes of a launch write down, sorted; one has no rank."""
+    return [f"rank {rank} of {count}: {call}" for rank in range(count)] if count > 1 else [call]
 
 
 @pytest.mark.parametrize(
-    ("args", "environment", "prefix"),
+    ("args", "environment", "count"),
     [
-        ([], {"CUDA_VISIBLE_DEVICES": ""}, ""),
-        ([], {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
-        ([], {"CUDA_VISIBLE_DEVICES": "3"}, ""),
-        ([], {"CUDA_VISIBLE_DEVICES": "2,3"}, torchrun(2)),
-        ([], {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7,8"}, torchrun(8)),
-        ([], {"GPUS": "3"}, torchrun(3)),
-        (["--gpus", "4"], {"GPUS": "3"}, torchrun(4)),
-        (["--gpus=2"], {"CUDA_VISIBLE_DEVICES": ""}, torchrun(2)),
-        (["--gpus", "1"], {"CUDA_VISIBLE_DEVICES": "0,1"}, ""),
+        ([], {"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ([], {"CUDA_VISIBLE_DEVICES": "-1"}, 1),
+        ([], {"CUDA_VISIBLE_DEVICES": "3"}, 1),
+        ([], {"CUDA_VISIBLE_DEVICES": "2,3"}, 2),
+        ([], {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7,8"}, 8),
+        ([], {"GPUS": "3"}, 3),
+        (["--gpus", "4"], {"GPUS": "3"}, 4),
+        (["--gpus=2"], {"CUDA_VISIBLE_DEVICES": ""}, 2),
+        (["--gpus", "1"], {"CUDA_VISIBLE_DEVICES": "0,1"}, 1),
     ],
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_process_count(launch, args, environment, prefix, stage):
+def test_process_count(launch, args, environment, count, stage):
     script = ("stage1_text_encoder.py", "stage2_transformer.py", "stage3_vae_decoder.py")[stage - 1]
     result, calls = launch(f"run_stage{stage}.sh", *args, "--debug", **environment)
     assert result.returncode == 0, result.stderr
-    assert calls == [f"{prefix}{script} --debug"]
+    assert sorted(calls) == ranks(1 if stage == 1 else count, f"{script} --debug")
 
 
 @pytest.mark.parametrize("count", ["0", "two", "-1", ""])
@@ -80,10 +81,10 @@ def test_a_whole_run_hands_out_the_flags(launch):
     args = ["--prompt", 'it\'s "a" cat', "--seed", "7", "--fps", "12", "--output_dir", "my runs/a"]
     result, calls = launch("run_staged.sh", *args, "--gpus", "2")
     assert result.returncode == 0, result.stderr
-    assert calls == [
-        f'{torchrun(2)}stage1_text_encoder.py --prompt=it\'s "a" cat --output_dir=my runs/a',
-        f"{torchrun(2)}stage2_transformer.py --seed=7 --input_dir=my runs/a",
-        f"{torchrun(2)}stage3_vae_decoder.py --fps=12 --input_dir=my runs/a",
+    assert [calls[0], *sorted(calls[1:3]), *sorted(calls[3:])] == [
+        'stage1_text_encoder.py --prompt=it\'s "a" cat --output_dir=my runs/a',
+        *ranks(2, "stage2_transformer.py --seed=7 --input_dir=my runs/a"),
+        *ranks(2, "stage3_vae_decoder.py --fps=12 --input_dir=my runs/a"),
     ]
 
 
@@ -136,10 +137,11 @@ def test_a_bad_flag_is_refused_before_processes_start(launch, flags, message):
 BARE = """\
 #!/usr/bin/env bash
 case "$*" in
+*urllib.request*) exit 1 ;;
 *find_spec*) [[ -e ${0%/*}/../../.made ]] && [[ $0 == */.venv/* ]] ;;
 *version_info*) [[ -z ${OLD:-} ]] ;;
 --version) echo Python 3.9.2 ;;
-*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
+*hunyuan_staged.launch*) exec "$REAL_PYTHON" "$@" ;;
 *) printf '%s\\n' "${0##*/.venv/}: $*" >>"$CALLS"
     if [[ $1 == -m && $2 == venv ]]; then
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/../.made"
@@ -179,8 +181,8 @@ def test_a_bare_machine_gets_an_environment_once(bare, tmp_path):
     assert result.returncode == 0, result.stderr
     assert calls == [
         "python3: -m venv .venv",
-        "bin/python: -m pip install --quiet torch==2.13.0",
-        f"bin/python: -m pip install --quiet --editable {tmp_path / 'checkout'}",
+        "bin/python: -m pip install torch==2.13.0",
+        f"bin/python: -m pip install --editable {tmp_path / 'checkout'}",
         "bin/python: stage3_vae_decoder.py --fps 12",
     ]
     assert "making " in result.stderr
@@ -212,16 +214,27 @@ def test_launchers_stop_at_errors_and_unset_variables():
         assert "set -euo pipefail" in script.read_text(), script.name
 
 
-# Waits for a signal as a stage does, and ends with its status.
+# Waits for a signal as a stage does, and ends with its status. A launcher starts it with signals held back.
 PATIENT = """\
 #!/usr/bin/env bash
 case "$*" in
-*"utils.py split"* | *"utils.py check"*) exec "$REAL_PYTHON" "$@" ;;
+*hunyuan_staged.launch*) exec "$REAL_PYTHON" "$@" ;;
 esac
-trap 'echo "got TERM" >>"$CALLS"; exit 143' TERM
-trap 'echo "got INT" >>"$CALLS"; exit 130' INT
-echo ready >>"$CALLS"
-while true; do sleep 0.05; done
+exec "$REAL_PYTHON" -c '
+import os, signal, sys
+def say(word):
+    with open(os.environ["CALLS"], "a") as calls:
+        calls.write(word + chr(10))
+def leave(number, _):
+    say("got " + signal.Signals(number).name[3:])
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, leave)
+say("ready")
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
+while True:
+    signal.pause()
+'
 """
 
 
@@ -264,8 +277,13 @@ def test_a_refusal_by_several_processes_is_one_line_and_status_2(tmp_path, stage
 
 def test_a_fault_of_ours_keeps_its_traceback_and_status(tmp_path):
     (tmp_path / "broken.py").write_text("raise ZeroDivisionError('ours')\n")
-    command = [sys.executable, str(ROOT / "utils.py"), "launch", "2", str(tmp_path / "broken.py")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = """import sys
+from hunyuan_staged.runtime.processes import Supervisor
+with Supervisor() as supervisor:
+    sys.exit(supervisor.run([sys.executable, sys.argv[1]], 2, name="broken.py"))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "broken.py")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1
     assert "ZeroDivisionError: ours" in result.stderr
     assert "error: broken.py: process " in result.stderr

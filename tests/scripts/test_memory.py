@@ -10,9 +10,7 @@ from forked import Moment, run_ranks, run_stage
 
 import stage2_transformer
 import stage3_vae_decoder
-import utils
 from hunyuan_staged.decoding import planning
-from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.tensors import load_embeddings, load_latents
 from hunyuan_staged.memory import available, budget
 from hunyuan_staged.weights.folder import open_model
@@ -104,11 +102,6 @@ def test_stage_3_prints_its_plan_and_writes_nothing(tmp_path, tiny_official):
     assert "loading" not in said and "done" not in said
     shown = rows(said)
     assert (shown["video"], shown["tile size"], shown["tiles"]) == ("160x96, 9 frames", "64 (as asked)", "8")
-
-
-def test_a_whole_run_has_no_plan():
-    with pytest.raises(InputError, match="--dry_run is for a single stage"):
-        utils.split_flags(["--dry_run"])
 
 
 # Offloading and float8

@@ -1,21 +1,26 @@
 """What the scripts share: refusals in one line, statuses, the closing report, and the flags of a whole run."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import utils
 from hunyuan_staged import parsing
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.options import RunOptions
 from hunyuan_staged.pipeline.common import torch_dtype
+from hunyuan_staged.runtime import failure
 
 ARGS = argparse.Namespace(debug=False)
+
+
+def as_rank_1_of_2(monkeypatch):
+    """torchrun's environment of a second process."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_one_line_keeps_no_control_characters():
@@ -84,7 +89,7 @@ def test_ctrl_c_is_status_130(capfd):
 
 
 def test_only_one_process_runs_a_stage_for_one(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    as_rank_1_of_2(monkeypatch)
 
     def never(*_):
         raise AssertionError("rank 1 has nothing to do")
@@ -96,8 +101,8 @@ def test_only_one_process_runs_a_stage_for_one(monkeypatch):
 def second_process(monkeypatch):
     """This process as torchrun's rank 1; returns the pauses that it made."""
     pauses: list[float] = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parsing.time, "sleep", pauses.append)
+    as_rank_1_of_2(monkeypatch)
+    monkeypatch.setattr(failure.time, "sleep", pauses.append)
     return pauses
 
 
@@ -108,7 +113,7 @@ def test_a_second_process_is_silent_and_leaves_the_first_the_time_to_speak(secon
         raise InputError("bad")
 
     assert utils.run_stage("stage x", ARGS, check=fail, body=lambda *_: None) == 2
-    assert second_process == [parsing.SILENCE_SECONDS]
+    assert second_process == [failure.SILENCE_SECONDS]
     assert capfd.readouterr().err == ""
 
 
@@ -144,70 +149,9 @@ def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
 
 
 def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(atomic.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(InputError, match=f"--output_dir {tmp_path}/new: {tmp_path} cannot be written"):
         check_output_dir("--output_dir", tmp_path / "new")
-
-
-FOLDER = ["--input_dir=./stage_outputs"]
-
-
-@pytest.mark.parametrize(
-    ("given", "stage1", "stage2", "stage3"),
-    [
-        ([], [], FOLDER, FOLDER),
-        (["--prompt", "a cat"], ["--prompt=a cat"], FOLDER, FOLDER),
-        (["--prompt=-3 --seed"], ["--prompt=-3 --seed"], FOLDER, FOLDER),
-        (["--prompt", "--seed 4"], ["--prompt=--seed 4"], FOLDER, FOLDER),
-        (["--prompt", "two\nlines 'q'"], ["--prompt=two\nlines 'q'"], FOLDER, FOLDER),
-        (["--seed", "7", "--fps", "12"], [], ["--seed=7", *FOLDER], ["--fps=12", *FOLDER]),
-        (["--model_path=m"], ["--model_path=m"], ["--model_path=m", *FOLDER], ["--model_path=m", *FOLDER]),
-        (["--dtype", "fp32"], ["--dtype=fp32"], ["--dtype=fp32", *FOLDER], FOLDER),
-        (["--output_dir", "o"], ["--output_dir=o"], ["--input_dir=o"], ["--input_dir=o"]),
-        (["--debug", "--save_frames"], ["--debug"], ["--debug", *FOLDER], ["--debug", "--save_frames", *FOLDER]),
-    ],
-)
-def test_each_stage_gets_the_flags_that_are_its_own(given, stage1, stage2, stage3):
-    assert utils.split_flags(given) == [stage1, stage2, stage3]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--sede", "7"], "--sede is a flag of no stage; did you mean --seed?"),
-        (["cat"], "cat is a flag of no stage; see run_staged.sh --help"),
-        (["--input_dir", "x"], "--input_dir is for a single stage; a whole run has one folder: use --output_dir"),
-        (["--seed"], "--seed needs a value"),
-        (["--video_length", "10"], r"--video_length 10 is not 4n\+1; the nearest are 9 and 13"),
-        (["--tile_size", "100"], "--tile_size 100 is not a positive multiple of 16 px"),
-        (["--resolution", "999p"], "--resolution '999p' is unknown; known: demo, 360p"),
-    ],
-)
-def test_a_bad_flag_of_any_stage_is_refused_before_the_first_starts(given, message):
-    with pytest.raises(InputError, match=message):
-        utils.split_flags(given)
-
-
-def test_split_is_refused_in_one_line(tmp_path):
-    command = [sys.executable, "utils.py", "split", str(tmp_path), "--video_length", "ten"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr == (
-        "error: argument --video_length: invalid int value: 'ten' (see stage2_transformer.py --help)\n"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_check_is_what_the_stage_itself_would_say(capsys):
-    assert utils.main(["check", "3", "--fps", "12"]) == 0
-    with pytest.raises(SystemExit) as left:
-        utils.main(["check", "3", "--fps", "0"])
-    assert left.value.code == 2
-    assert capsys.readouterr().err == "error: --fps 0 is outside 1 to 240\n"
-    with pytest.raises(SystemExit) as left:
-        utils.main(["check", "3", "--help"])
-    assert left.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: stage3_vae_decoder.py ")
 
 
 def test_abbreviated_flags_are_refused(capsys):

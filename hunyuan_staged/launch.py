@@ -1,0 +1,232 @@
+"""A whole run, or one stage of it: which flags go to which stage, how many processes, which exit status.
+
+run_staged.sh hands over to `main`. Knows no torch, so that a bad flag is refused before anything is installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hunyuan_staged.errors import InputError, write_stdout
+from hunyuan_staged.files import contract
+from hunyuan_staged.options import DEFAULT_OUTPUT_DIR
+from hunyuan_staged.parsing import parse, refuse
+from hunyuan_staged.runtime.environment import check_working_folder
+from hunyuan_staged.runtime.processes import Supervisor
+from hunyuan_staged.runtime.signals import SIGNALLED, Interrupted
+
+ROOT = Path(__file__).absolute().parent.parent
+STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")
+ALONE = ("stage1_text_encoder",)  # stages for one process, whatever --gpus says
+HELP_SHOWN = 100  # of `check`: there is nothing to go on to
+MAX_DEFAULT_PROCESSES = 8
+MAX_PROCESSES = 64  # of one machine
+# Within a whole run the folder of every stage is the first one's --output_dir.
+INPUT_DIR, OUTPUT_DIR = "--input_dir", "--output_dir"
+ONLY, GPUS, HELP = "--only", "--gpus", ("--help", "-h")
+
+SPLIT_HELP = """\
+usage: run_staged.sh [--gpus N] [flags of any stage]
+
+Runs the three stages one after the other, and hands each the flags that are its own:
+  python stage1_text_encoder.py --help    prompt, model, resolution, output_dir
+  python stage2_transformer.py --help     video length, steps, seed, attention
+  python stage3_vae_decoder.py --help     mp4, tiles
+
+  --gpus N   processes, one a GPU (default: $GPUS, else all visible GPUs up to 8, else one process on the CPU)
+
+The video's path, alone, goes to standard output; all else to standard error.
+
+example:
+  bash run_staged.sh --prompt 'a red circle moves left' --seed 7 --fps 24
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for. only: one stage's number; flags: those of the stages; helps: --help is among them."""
+
+    only: int | None
+    gpus: int
+    flags: list[str]
+    helps: bool
+
+
+def flags_of(stage: str) -> dict[str, bool]:
+    """A stage's flags, and whether each takes a value."""
+    actions = import_module(stage).build_parser()._actions
+    return {flag: action.nargs != 0 for action in actions for flag in action.option_strings}
+
+
+def read_command(argv: Sequence[str]) -> Command:
+    """Part the launcher's own flags from the stages'. What follows a flag that takes a value is one, whatever it says."""
+    valued = {flag for stage in STAGES for flag, takes in flags_of(stage).items() if takes}
+    only, gpus, helps = None, os.environ.get("GPUS", ""), False
+    flags: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in (ONLY, GPUS):
+            if not equals:
+                if not rest:
+                    raise InputError(f"{flag} needs a number")
+                value = rest.pop(0)
+            if flag == ONLY:
+                only = value
+            else:
+                gpus = value
+        elif word in HELP:
+            helps = True
+        elif word in valued and rest:
+            value = rest.pop(0)
+            # argparse would take a value that begins with a dash for a flag.
+            flags += [f"{word}={value}"] if value.startswith("-") else [word, value]
+        else:
+            flags.append(word)
+    if only is not None and only not in ("1", "2", "3"):
+        raise InputError(f"{ONLY} {only} is not 1, 2 or 3")
+    return Command(int(only) if only else None, 1 if helps else process_count(gpus), flags, helps)
+
+
+def process_count(given: str) -> int:
+    """How many processes --gpus or $GPUS ask for; where neither does, one a GPU, and one where there is none."""
+    if not given:
+        return min(max(visible_gpus(), 1), MAX_DEFAULT_PROCESSES)
+    if not re.fullmatch(r"[1-9][0-9]*", given):
+        raise InputError(f"{GPUS} {given} is not a positive number")
+    if len(given) > 9 or int(given) > MAX_PROCESSES:
+        raise InputError(f"{GPUS} {given} is more than {MAX_PROCESSES}")
+    return int(given)
+
+
+def visible_gpus() -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES, else nvidia-smi, shows."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return 0 if shown == "-1" else len([word for word in shown.split(",") if word])
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return 0
+    return sum(line.startswith("GPU") for line in listed.splitlines())
+
+
+def split_flags(argv: Sequence[str]) -> list[list[str]]:
+    """Each stage's argument list from those of a whole run; InputError names a flag that no stage has.
+
+    A flag goes to every stage that has it. Each list is parsed and checked here, so that a bad flag of stage 3 is
+    refused before stage 1 starts.
+    """
+    flags = [flags_of(stage) for stage in STAGES]
+    lists: list[list[str]] = [[], [], []]
+    folder = DEFAULT_OUTPUT_DIR
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag == INPUT_DIR:
+            raise InputError(f"{INPUT_DIR} is for a single stage; a whole run has one folder: use {OUTPUT_DIR}")
+        owners = [index for index in range(len(flags)) if flag in flags[index]]
+        if not flag.startswith("--") or not owners:
+            raise InputError(_unknown(word, flag, flags))
+        words = [word]
+        if not equals and flags[owners[0]][flag]:
+            if not rest:
+                raise InputError(f"{flag} needs a value")
+            value = rest.pop(0)
+            words = [f"{flag}={value}"]
+        if flag == OUTPUT_DIR:
+            folder, owners = value, owners[:1]
+        for index in owners:
+            lists[index] += words
+    for index in (1, 2):
+        lists[index].append(f"{INPUT_DIR}={folder}")
+    for stage, words in zip(STAGES, lists, strict=True):
+        check_flags(stage, words)
+    return lists
+
+
+def _unknown(word: str, flag: str, flags: Sequence[dict[str, bool]]) -> str:
+    """What to say of a word that is a flag of no stage."""
+    if not flag.startswith("-"):
+        hint = f"see run_staged.sh --help; a prompt is given as --prompt {shlex.quote(word)}"
+        return f"{word} is a flag of no stage; {hint}"
+    known = sorted({name for own in flags for name in own if name.startswith("--")} - {INPUT_DIR})
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"{flag} is a flag of no stage; " + (f"did you mean {near[0]}?" if near else "see run_staged.sh --help")
+
+
+def check_flags(stage: str, argv: Sequence[str]) -> Any:
+    """Parse and check a stage's flags as its script would, and return its options: one process says what is wrong."""
+    module = import_module(stage)
+    options = parse(module.OPTIONS, module.build_parser(), argv)
+    options.check()
+    return options
+
+
+def run(python: str, command: Command) -> int:
+    """Run what a command asks for, with that Python; the status is the first failure's.
+
+    Stages that failed have said why. InputError before anything has started.
+    """
+    numbers = [command.only] if command.only else [1, 2, 3]
+    lists = [command.flags] if command.only else split_flags(command.flags)
+    options = [check_flags(STAGES[number - 1], argv) for number, argv in zip(numbers, lists, strict=True)]
+    whole = not command.only and not options[-1].dry_run
+    started = time.monotonic()
+    with Supervisor() as supervisor:
+        for number, argv in zip(numbers, lists, strict=True):
+            stage = STAGES[number - 1]
+            if supervisor.received:
+                print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
+                return SIGNALLED + supervisor.received
+            count = 1 if stage in ALONE else command.gpus
+            # Whatever a stage or a library prints: a whole run's standard output is the video's path.
+            stdout = sys.stderr.fileno() if whole else None
+            words = [python, str(ROOT / f"{stage}.py"), *argv]
+            status = supervisor.run(words, count, name=f"{stage}.py", stdout=stdout)
+            if status:
+                return status
+    if whole:
+        video = Path(options[-1].output_video or Path(options[-1].input_dir) / contract.VIDEO_FILE).absolute()
+        print(f"{time.monotonic() - started:.0f} s in all", file=sys.stderr, flush=True)
+        write_stdout(f"{video}\n")
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """What run_staged.sh asks for: PYTHON check|run FLAGS.
+
+    `check` refuses what `run` would refuse before it starts anything, or shows --help and returns HELP_SHOWN.
+    """
+    python, task, *flags = argv
+    try:
+        check_working_folder()
+        command = read_command(flags)
+        if command.helps:
+            if command.only:
+                import_module(STAGES[command.only - 1]).build_parser().print_help()
+            else:
+                write_stdout(SPLIT_HELP)
+            return HELP_SHOWN if task == "check" else 0
+        if task == "run":
+            return run(python, command)
+        if command.only:
+            check_flags(STAGES[command.only - 1], command.flags)
+        else:
+            split_flags(command.flags)
+    except InputError as error:
+        refuse(str(error))
+    return 0

@@ -1,0 +1,33 @@
+"""What a run needs of the environment that it was started in."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.parallel.environment import rank_info
+
+
+def check_environment() -> None:
+    """InputError names a variable, or a working folder, that would end the run in a library's traceback, or unheard."""
+    rank_info()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    # A list has a number for each level of nesting.
+    if threads is not None and not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*(,\s*0*[1-9][0-9]{0,5}\s*)*", threads):
+        raise InputError(f"OMP_NUM_THREADS is {threads!r} in the environment, which is not a positive number")
+    if sys.flags.optimize >= 2:
+        raise InputError("PYTHONOPTIMIZE=2 and -OO remove the docstrings, which transformers needs; allowed: 0 or 1")
+    check_working_folder()
+
+
+def check_working_folder() -> None:
+    """InputError where the working folder was removed, or has a name that no JSON file can hold."""
+    try:
+        folder = str(Path.cwd())
+    except OSError as error:
+        raise InputError(f"the working folder cannot be used: {error.strerror}; change to another") from error
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the working folder {folder!a} is not UTF-8 text; change to another") from None

@@ -1,0 +1,185 @@
+"""One command on several processes of this machine, as torchrun would start them, without torch in the parent."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+
+from hunyuan_staged.errors import BAD_INPUT, InputError
+from hunyuan_staged.parallel.environment import STORE_SOCKET
+from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted
+
+KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
+# What another launcher may have left in the environment.
+LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET)
+LEFT_OVER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+MAX_COMPILE_THREADS = 32  # as Inductor's own default
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def child_environment(count: int) -> dict[str, str]:
+    """What each of `count` processes is started in; what the user set stays."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LEFT_OVER and not name.startswith(LEFT_OVER_PREFIXES)
+    }
+    share = max(1, cores() // count)
+    defaults = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(share, MAX_COMPILE_THREADS))}
+    if count > 1:
+        defaults["OMP_NUM_THREADS"] = str(share)
+        # The store ends with rank 0: the others' pages about that would hide the line that says why.
+        defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    # Texts of two lengths make allocations of two sizes, which otherwise splits the memory into pieces that fit neither.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if kept.get("PYTHONOPTIMIZE", "").isdecimal() and int(kept["PYTHONOPTIMIZE"]) > 1:
+        kept["PYTHONOPTIMIZE"] = "1"  # transformers needs its docstrings
+    return defaults | kept
+
+
+class Supervisor:
+    """Runs commands, one after the other; inside its context SIGTERM and Ctrl-C go on to the one that runs.
+
+    received: the first signal's number, 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._former: dict[signal.Signals, Any] = {}
+        self._mask: set[int] = set()
+
+    def __enter__(self) -> "Supervisor":
+        for number in SIGNALS:
+            # A shell starts what runs in the background so that Ctrl-C does not reach it.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._handle)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None) -> int:
+        """The status of `count` processes of a command: 0, or that of the first to fail, which ends the others.
+
+        As a shell gives it: 128 and the number for a process that a signal ended. `name` is what the line on stderr
+        calls the command where its processes cannot have spoken themselves. InputError: it cannot be started.
+        """
+        try:
+            self._start(command, count, stdout)
+            rank, code = self._wait()
+        except BaseException:
+            self._send(signal.SIGKILL, group=True)
+            raise
+        if code:
+            self._send(signal.SIGKILL, group=True)  # an ffmpeg that outlived its process
+        self._running = []
+        if code < 0 and -code == self.received:
+            print(f"error: {name} {Interrupted(-code)}", file=sys.stderr)
+        elif code < 0 or (count > 1 and code not in (0, BAD_INPUT, *(SIGNALLED + number for number in SIGNALS))):
+            which = f"{name}: process {rank} of {count}" if count > 1 else name
+            print(f"error: {which} ended with status {code}", file=sys.stderr)
+        return code if code >= 0 else SIGNALLED - code
+
+    def _start(self, command: Sequence[str], count: int, stdout: int | None) -> None:
+        environment = child_environment(count)
+        end_with_parent = partial(_end_with_parent, os.getpid(), _prctl()) if sys.platform == "linux" else None
+        # Blocked in the child until it has its own handlers, see Interrupts.unblock, and here until all are started.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with contextlib.ExitStack() as stack:
+                listener = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if count > 1 else None
+                for rank in range(count):
+                    own, passed = dict(environment), list[int]()
+                    if listener is not None:
+                        own |= _rank_environment(rank, count, listener.getsockname()[1])
+                    if listener is not None and rank == 0:
+                        own[STORE_SOCKET], passed = str(listener.fileno()), [listener.fileno()]
+                    self._running.append(
+                        subprocess.Popen(
+                            command,
+                            env=own,
+                            stdout=stdout,
+                            pass_fds=passed,
+                            process_group=0,  # a terminal's Ctrl-C reaches it once, from here
+                            preexec_fn=end_with_parent,
+                        )
+                    )
+        except OSError as error:
+            raise InputError(f"cannot start {Path(command[0]).name}: {error.strerror}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _wait(self) -> tuple[int, int]:
+        """(rank, exit code) of the first process that failed, else (0, 0), once all have ended."""
+        ended: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        for rank, process in enumerate(self._running):
+            threading.Thread(target=lambda r, p: ended.put((r, p.wait())), args=(rank, process), daemon=True).start()
+        first, left, patience = (0, 0), len(self._running), None
+        while left:
+            try:
+                rank, code = ended.get(timeout=patience)
+            except Empty:
+                self._send(signal.SIGKILL)
+                patience = None
+                continue
+            left -= 1
+            if code and not first[1]:
+                first, patience = (rank, code), KILL_SECONDS
+                self._send(signal.SIGTERM)
+        return first
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        self.received = self.received or signum
+        self._send(signum)
+
+    def _send(self, signum: int, *, group: bool = False) -> None:
+        """Send a signal to the processes that run, or also to what they started and left behind."""
+        for process in self._running:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if group:
+                    os.killpg(process.pid, signum)
+                else:
+                    process.send_signal(signum)
+
+
+def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """torchrun's variables, for one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _prctl() -> Any:
+    return ctypes.CDLL(None).prctl
+
+
+def _end_with_parent(parent: int, prctl: Any) -> None:
+    """In a child before its command: have the kernel send SIGTERM when the parent ends, even by kill -9."""
+    prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGTERM)
