@@ -10,8 +10,8 @@ while [[ -L $script ]]; do # readlink -f is not everywhere
     script=$target
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$script")" && pwd -P)
-# shellcheck source=hunyuan_staged/environment.sh
-source "$here/hunyuan_staged/environment.sh"
+# shellcheck source=.ci/environment.sh
+source "$here/.ci/environment.sh"
 
 # Ctrl-C waits from the first line on, until the launcher listens. -S: the launcher needs the standard library alone.
 program='import _signal

@@ -160,7 +160,8 @@ def bare(tmp_path):
     path.mkdir()
     for file in (*ROOT.glob("*.sh"), *ROOT.glob("*.py")):
         shutil.copy(file, checkout)
-    (checkout / "hunyuan_staged").symlink_to(ROOT / "hunyuan_staged")
+    for folder in ("hunyuan_staged", ".ci"):
+        (checkout / folder).symlink_to(ROOT / folder)
     (path / "python3").write_text(BARE)
     (path / "python3").chmod(0o755)
 
