@@ -23,7 +23,7 @@ BENCHMARKS = ROOT / "hunyuan_staged" / "memory" / "benchmarks.json"
 PAGES = (
     "README.md",
     "README.zh.md",
-    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "demo", "flags", "memory", "model")),
+    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "demo", "first_video", "flags", "memory", "model")),
 )
 BLOCK = re.compile(r"(<!-- built: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STEPS = 50  # of the published base versions
@@ -36,6 +36,14 @@ README_CARDS = (
     ("NVIDIA H100 80GB HBM3", "H100, 80 GB"),
 )
 VIDEOS = (("480p", 121), ("720p", 49), ("720p", 121))
+FIRST_CARDS = ("12 GB", "24 GB", "80 GB")
+# (resolution, frames, steps, guidance branches) by what first_video.md calls them
+FIRST_RUNS = {
+    "480p, 4 steps (not built)": ("480p", 121, 4, 1),
+    "480p, 8 steps, step-distilled": ("480p", 121, 8, 1),
+    "480p, 50 steps": ("480p", 121, 50, 2),
+    "720p, 50 steps": ("720p", 121, 50, 2),
+}
 CHINESE = {
     "resident": "全部常驻显存",
     "blocks offloaded": "54 个块中的 {} 个放在主机内存",
@@ -165,16 +173,19 @@ def measured_step(resolution: str, num_frames: int, attention: str = "flash4") -
     return next(row for row in figures()["steps"] if all(row[key] == value for key, value in wanted.items()))
 
 
-def minutes_of(card: str, resolution: str, num_frames: int) -> tuple[float, float]:
+def minutes_of(
+    card: str, resolution: str, num_frames: int, steps: int = STEPS, branches: int = 2
+) -> tuple[float, float]:
     """(least, most) minutes of the denoising loop: as measured on the card of the measurement, else by its dense rate."""
     step = measured_step(resolution, num_frames)
-    seconds = STEPS * step["seconds"] + step["first_step_extra"]
+    forwards = steps * branches / 2  # of those with two branches
+    seconds = forwards * step["seconds"] + step["first_step_extra"]
     if card == figures()["machines"][step["machine"]]["gpu"]:
         return seconds / 60, seconds / 60
     operations = step["seconds"] * step["share_of_peak"] * figures()["practical_peak_tflops"]  # in TFLOP
     rate = next(row["bf16_tflops"] for row in figures()["cards"] if row["name"] == card)
     shares = figures()["estimate"]
-    least, most = (STEPS * operations / rate / shares[key] / 60 for key in ("most_share", "least_share"))
+    least, most = (forwards * operations / rate / shares[key] / 60 for key in ("most_share", "least_share"))
     return least, most
 
 
@@ -198,6 +209,20 @@ def memory_rows() -> tuple[tuple[str, ...], ...]:
     from hunyuan_staged.bench import memory
 
     return tuple(memory.table())
+
+
+def first_video() -> str:
+    """Minutes and memory on a card of 80, 24 and 12 GB."""
+    gpus = {row["name"]: row for row in figures()["cards"]}
+    plans = {row[0]: row for row in memory_rows()}
+    rows = []
+    for name, label in README_CARDS:
+        plan = plans[f"{gpus[name]['memory_gb']} GB"]
+        if plan[0] not in FIRST_CARDS:
+            continue
+        times = [duration(*minutes_of(name, *run), False) for run in FIRST_RUNS.values()]
+        rows.append((label, *times, plan[1], plan[4], plan[2]))
+    return table(("card", *FIRST_RUNS, "stage 1", "stage 2, 480p", "stage 2, 720p"), rows)
 
 
 def where_the_weights_are(gigabytes: int, chinese: bool) -> str:
@@ -377,6 +402,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cards_zh": lambda: readme_cards(chinese=True),
     "all_cards": all_cards,
     "memory_table": memory_table,
+    "first_video": first_video,
     "headline": headline,
     "headline_zh": lambda: headline(chinese=True),
     "scores": lambda: scores(("right", "known sentences", "new sentences"), {}),
