@@ -34,6 +34,7 @@ QWEN_7B = {
 }
 LANGUAGE_TOKENS = 1108  # the longest prompt: 1,000, and the 108 of the template
 LONG = 121  # frames
+STEPS = 50
 
 
 def bench(*words: str) -> dict[str, Any]:
@@ -253,12 +254,15 @@ def table() -> list[tuple[str, ...]]:
 
     from hunyuan_staged.bench.flops import TEXT_TOKENS
     from hunyuan_staged.memory import offloading
+    from hunyuan_staged.models.modulations import remove_linears, table_bytes
     from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
     from hunyuan_staged.weights.quantization import fp8_rows
 
     dtype, vae = torch.bfloat16, VaeConfig()
     # One block stands for all of them, which are equal: that is built in no time.
     language, whole, halved = _language_skeleton(1), _skeleton(1), _skeleton(1)
+    for model in (whole, halved):
+        remove_linears(model)
     fp8_rows.quantise_linears(halved.transformer_blocks)
     with torch.device("meta"):
         decoder = sum(tensor.numel() for tensor in VaeDecoder(vae).parameters()) * 2
@@ -272,9 +276,13 @@ def table() -> list[tuple[str, ...]]:
 
     width = whole.config.width
 
+    modulations = table_bytes(STEPS, versions.LAYERS, width, dtype.itemsize)
+
     def working(resolution: str, block: int = 0) -> int:
         tokens = geometry.video_tokens(LONG, *geometry.size_for_ratio(resolution, options.DEFAULT_ASPECT_RATIO))
-        return estimates.DenoisingSize(tokens, TEXT_TOKENS, width, dtype.itemsize, "cudnn", True, block=block).working
+        return estimates.DenoisingSize(
+            tokens, TEXT_TOKENS, width, dtype.itemsize, "cudnn", True, block=block, modulations=modulations
+        ).working
 
     rows = []
     for size in budget.CARDS:

@@ -156,10 +156,10 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
 
     from hunyuan_staged.attention.choose import choose_attention
     from hunyuan_staged.memory import budget, estimates, offloading
-    from hunyuan_staged.models import embeddings, transformer
+    from hunyuan_staged.models import embeddings, modulations, transformer
     from hunyuan_staged.parallel.layout import make_layout
     from hunyuan_staged.parallel.world import start_world, stop_world
-    from hunyuan_staged.sampling import conditions, loop, schedule
+    from hunyuan_staged.sampling import conditions, loop, precompute, schedule
     from hunyuan_staged.weights.quantization import fp8_rows
 
     world = start_world()
@@ -172,6 +172,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
     attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
     model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
+    sigmas = schedule.flow_sigmas(1, 1.0)
+    table = modulations.hoist(model, precompute.step_times(sigmas))
     if args.weights_dtype == "fp8":
         fp8_rows.quantise_linears(model.transformer_blocks)
     block_weights = offloading.weights_of(model, model.transformer_blocks, dtype)
@@ -181,7 +183,9 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     weights = torch.cuda.memory_allocated() / 2**30 if cuda else 0.0
-    forward = transformer.Transformer(model, attention, shape[2:], layout, blocks, compile=not args.no_compile)
+    forward = transformer.Transformer(
+        model, attention, shape[2:], layout, blocks, modulations=table, compile=not args.no_compile
+    )
     text = torch.randn(1, TEXT_TOKENS, model.config.text_embed_dim, generator=torch.Generator().manual_seed(1))
     empty = torch.zeros(1, 0, 0, device=device, dtype=dtype)
     conditioning = [embeddings.Conditioning(text.to(device, dtype), empty, empty)] * rows
@@ -195,7 +199,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             noise,
             condition,
             conditioning,
-            schedule.flow_sigmas(1, 1.0),
+            sigmas,
             loop.Sampling(args.guidance_scale, layout=layout, cache=through),
         )
 
@@ -228,6 +232,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         not args.no_compile,
         layout.shards,
         offloading.widened_bytes(model.transformer_blocks[0], dtype),
+        table.table.nbytes,
     )
     planned_bytes = sum(budget.device_parts(block_weights, planned.working, offloaded).values())
     result = {

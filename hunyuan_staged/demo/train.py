@@ -31,8 +31,9 @@ from hunyuan_staged import geometry
 from hunyuan_staged.demo import draw, world
 from hunyuan_staged.encoders import text
 from hunyuan_staged.errors import InputError, status_of
-from hunyuan_staged.models.blocks import modulate, modulation, project_qkv
+from hunyuan_staged.models.blocks import modulate, project_qkv
 from hunyuan_staged.models.embeddings import GLYPH, IMAGE, LANGUAGE, apply_rope, rope_table
+from hunyuan_staged.models.modulations import modulation
 from hunyuan_staged.models.vae_modules import ChannelNorm
 from hunyuan_staged.versions import SKIPPED_LAYERS
 from hunyuan_staged.weights.folder import open_model

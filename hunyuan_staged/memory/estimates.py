@@ -9,8 +9,7 @@ from hunyuan_staged.memory.budget import GIB, BlockWeights, FreeMemory, device_p
 # Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16,
 # compiled, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
 ACTIVATIONS = 6.8
-# 480p, whose number of tokens is odd: 2.25 GiB, before the compiler was told not to pad products.
-ACTIVATIONS_ODD = 11.9
+# An odd number of tokens takes no more: 480p, offloaded, 2.16 GiB in all.
 ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
 ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before attention's inputs and output were freed early
 ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sent and received. Not measured
@@ -27,7 +26,8 @@ class DenoisingSize:
     """What decides the working memory of a denoising step. channels: the width of the blocks; itemsize: of the dtype.
 
     kernel: the attention mode that runs. shards: processes that a guidance row's tokens are split over. block: bytes of
-    one block in the run's dtype where it is stored in another one, else 0.
+    one block in the run's dtype where it is stored in another one, else 0. modulations: bytes of those computed
+    beforehand. kept: activations that a cache keeps on this rank, of all guidance branches (CacheSettings.kept).
     """
 
     video_tokens: int
@@ -38,12 +38,14 @@ class DenoisingSize:
     compiled: bool
     shards: int = 1
     block: int = 0
+    modulations: int = 0
+    kept: int = 0
 
     @property
     def working(self) -> int:
         """Bytes, by the measured activations a token; linear in the tokens, as both measured lengths are."""
         shard = -(-self.video_tokens // self.shards)
-        activations = ACTIVATIONS if shard % 8 == 0 else ACTIVATIONS_ODD
+        activations = ACTIVATIONS
         if self.kernel == SPARSE_ATTN_MODE:
             activations = ACTIVATIONS_SPARSE
         if not self.compiled:
@@ -51,7 +53,8 @@ class DenoisingSize:
         if self.shards > 1:
             activations += ACTIVATIONS_EXCHANGE
         tokens = shard + self.text_tokens
-        return int(activations * tokens * self.channels * self.itemsize) + self.block
+        activations += self.kept
+        return int(activations * tokens * self.channels * self.itemsize) + self.block + self.modulations
 
 
 def longest_video(room: int, tokens_a_frame: int, denoising: DenoisingSize) -> int | None:

@@ -65,6 +65,28 @@ def measured_decoding(gpu: str, size: tuple[int, int, int], tile_size: int | Non
     return None
 
 
+@cache
+def reused_shares() -> dict[str, float]:
+    """Seconds of a reused step of each fixed schedule's cache, of a computed one's.
+
+    What a reused step does was measured with fewer blocks where it does not grow with their number.
+    """
+    rows = _benchmarks()["tables"]["cache_speed"]["rows"]
+    return {kind: float(share.split()[0]) / 100 * int(blocks) / LAYERS for kind, blocks, _, share, *_ in rows}
+
+
+def steps_worth(steps: int, cache_type: str | None, reused: int | None) -> float | None:
+    """How many computed steps take as long as a run of so many steps; None where that depends on what is computed.
+
+    reused: how many of them a cache of this type reuses, None where it decides as it goes.
+    """
+    if cache_type is None:
+        return steps
+    if reused is None or cache_type not in reused_shares():
+        return None
+    return steps - reused * (1 - reused_shares()[cache_type])
+
+
 def expected_seconds(
     gpu: str | None,
     denoising: DenoisingSize,
@@ -73,12 +95,15 @@ def expected_seconds(
     layers: int,
     rows: int,
     ranks: int,
-    steps: int,
+    steps: float | None,
     float8: bool = False,
 ) -> float | None:
-    """Seconds of the denoising loop where a step just like this one has been measured, else None: nothing is guessed."""
+    """Seconds of the denoising loop where a step just like this one has been measured, else None: nothing is guessed.
+
+    steps: what steps_worth gave.
+    """
     # All blocks and both guidance branches, in bf16, on one GPU: all that has been measured.
-    if layers != LAYERS or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
+    if steps is None or layers != LAYERS or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
         return None
     asked = (gpu, denoising.video_tokens, denoising.kernel, denoising.compiled, offloaded)
     for row in measured_steps():

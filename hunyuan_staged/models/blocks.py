@@ -1,4 +1,7 @@
-"""The parts of a double-stream block."""
+"""The parts of a double-stream block.
+
+`modulation` [2, 6, C] is the video's and the text's: shift, scale, gate for attention, then for the feed-forward.
+"""
 
 from typing import Any
 
@@ -12,11 +15,6 @@ from hunyuan_staged.models.embeddings import apply_rope
 def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Adaptive layer norm: norm(x) * (1 + scale) + shift."""
     return norm(x) * (1 + scale) + shift
-
-
-def modulation(norm: Any, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Six [1, 1, C] from an AdaLayerNormZero: shift, scale, gate for attention, then for the feed-forward."""
-    return norm.linear(F.silu(temb))[:, None].chunk(6, dim=-1)
 
 
 def project_qkv(x: torch.Tensor, projections: tuple, norms: tuple, heads: int) -> list[torch.Tensor]:
@@ -55,18 +53,18 @@ def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def before_attention(
-    block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: tuple[torch.Tensor, ...]
+    block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, rope: tuple[torch.Tensor, ...]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """A block up to its attention: q, k, v [1, s, H, D] of the video [1, s, C], and [1, L, H, D] of the text [1, L, C]."""
     attn = block.attn
-    shift, scale = modulation(block.norm1, temb)[:2]
+    shift, scale = modulation[0, :2]
     q, k, v = project_qkv(
         modulate(video, block.norm1.norm, shift, scale),
         (attn.to_q, attn.to_k, attn.to_v),
         (attn.norm_q, attn.norm_k),
         attn.heads,
     )
-    shift, scale = modulation(block.norm1_context, temb)[:2]
+    shift, scale = modulation[1, :2]
     text_qkv = project_qkv(
         modulate(text, block.norm1_context.norm, shift, scale),
         (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
@@ -93,24 +91,23 @@ def attention_residual(
     text: torch.Tensor,
     video_out: torch.Tensor,
     text_out: torch.Tensor,
-    temb: torch.Tensor,
+    modulation: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Video [1, s, C] and text [1, L, C] with what attention gave, [s, H, D] and [L, H, D], projected, gated and added."""
-    gates = modulation(block.norm1, temb)[2], modulation(block.norm1_context, temb)[2]
-    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * gates[0]
-    return video, text + block.attn.to_add_out(text_out.flatten(1)[None]) * gates[1]
+    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * modulation[0, 2]
+    return video, text + block.attn.to_add_out(text_out.flatten(1)[None]) * modulation[1, 2]
 
 
 def mlp_residual(
-    block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+    block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of a block, behind its attention: video [1, s, C] and text [1, L, C] → the same.
 
     Apart from add_attention so that what attention gave is freed before the feed-forward's hidden layer, the largest
     activation of all, comes to be.
     """
-    shift, scale, gate = modulation(block.norm1, temb)[3:]
+    shift, scale, gate = modulation[0, 3:]
     video = video + feed_forward(block.ff, modulate(video, block.norm2, shift, scale)) * gate
-    shift, scale, gate = modulation(block.norm1_context, temb)[3:]
+    shift, scale, gate = modulation[1, 3:]
     text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, shift, scale)) * gate
     return video, text

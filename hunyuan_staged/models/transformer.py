@@ -19,6 +19,7 @@ from einops import rearrange
 from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, packed_qkv
 from hunyuan_staged.models.embeddings import Conditioning, embed_text, embed_time, rope_table
+from hunyuan_staged.models.modulations import Modulations, block_modulation
 from hunyuan_staged.parallel.layout import Layout
 
 RunBlocks = Callable[[Callable[..., tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,8 +36,9 @@ class Transformer:
 
     model: TransformerModules in eval mode. attention: what choose_attention gave.
     latent_size: (frames, height, width) of the latents. blocks: those of the model, where some of their weights are on the
-    host; by default the model's own list. compile: let torch.compile
-    fuse what is around attention. Its three parts are compiled once, for all blocks and every text length.
+    host; by default the model's own list. modulations: of the steps to come, where the model no longer has their linear
+    maps. compile: let torch.compile fuse what is around attention. Its three parts are compiled once, for all blocks and
+    every text length.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Transformer:
         layout: Layout | None = None,
         blocks: Blocks | None = None,
         *,
+        modulations: Modulations | None = None,
         compile: bool = False,
     ) -> None:
-        self.model, self.layout = model, layout or Layout()
+        self.model, self.layout, self.modulations = model, layout or Layout(), modulations
         self.compiled = compile
         self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
         self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
@@ -78,14 +81,21 @@ class Transformer:
         timestep_r: torch.Tensor | None = None,
         through: RunBlocks | None = None,
     ) -> torch.Tensor:
-        """The velocity [1, 32, T, h, w] for the input [1, 65, T, h, w] at a timestep [1] (sigma x 1000, float32).
+        """The velocity [1, 32, T, h, w] for the input [1, 65, T, h, w] at a timestep [1] (sigma x 1000, float32, best on
+        the host).
 
         timestep_r [1] is for meanflow models alone. through(blocks, video, text) gives the video behind the last block,
         from blocks(video, text, first, last), which runs some of them: what a cache may do otherwise than to run all.
         Every rank of the layout gets the whole velocity.
         """
         model, layout = self.model, self.layout
+        table = self.modulations.at(timestep, timestep_r) if self.modulations else None
+        timestep, timestep_r = self._here(timestep), None if timestep_r is None else self._here(timestep_r)
         temb = embed_time(model, timestep, timestep_r)
+
+        def modulation(index: int, block: Any) -> torch.Tensor:
+            return block_modulation(block, temb) if table is None else table[index]
+
         text = embed_text(model, conditioning, timestep)
         patches = rearrange(
             hidden_states.to(self.dtype),
@@ -99,9 +109,9 @@ class Transformer:
 
         if through is None:
             # Not held by a name here: it is as large as any activation, and the first block is done with it.
-            video = self._run(temb, tokens(), text, 0, None)[0]
+            video = self._run(modulation, tokens(), text, 0, None)[0]
         else:
-            video = through(partial(self._run, temb), tokens(), text)
+            video = through(partial(self._run, modulation), tokens(), text)
         patches = layout.gather(model.proj_out(model.norm_out(video, temb)), self.total)
         frames, rows, columns = self.grid
         return rearrange(
@@ -113,22 +123,35 @@ class Transformer:
             **self.patch,
         )
 
+    def _here(self, timestep: torch.Tensor) -> torch.Tensor:
+        """A timestep [1] on the device; a copy would wait for all that the device has to do."""
+        if timestep.device == self.device:
+            return timestep
+        return torch.full_like(timestep, float(timestep), device=self.device)
+
     def _run(
-        self, temb: torch.Tensor, video: torch.Tensor, text: torch.Tensor, first: int, last: int | None
+        self,
+        modulation_of: Callable[[int, Any], torch.Tensor],
+        video: torch.Tensor,
+        text: torch.Tensor,
+        first: int,
+        last: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Video [1, s, C] and text [1, L, C] through the blocks [first, last), all from first on with None."""
         part = slice(first, last)
-        for block, attention in zip(self.blocks[part], self.attention[part], strict=True):
+        indices = range(len(self.attention))[part]
+        for index, block, attention in zip(indices, self.blocks[part], self.attention[part], strict=True):
+            modulation = modulation_of(index, block)
             self._mark_dynamic(text, 1)
-            q, k, v = self._query_key_value(block, video, text, temb)
+            q, k, v = self._query_key_value(block, video, text, modulation)
             attended = attention(q, k, v).squeeze(0)
             del q, k, v
             outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
             self._mark_dynamic(outs[1], 0)
-            video, text = self.parts[0](block, video, text, *outs, temb)
+            video, text = self.parts[0](block, video, text, *outs, modulation)
             del attended, outs
             self._mark_dynamic(text, 1)
-            video, text = self.parts[1](block, video, text, temb)
+            video, text = self.parts[1](block, video, text, modulation)
         return video, text
 
     def _mark_dynamic(self, x: torch.Tensor, dim: int) -> None:
@@ -136,10 +159,10 @@ class Transformer:
             torch._dynamo.mark_dynamic(x, dim)
 
     def _query_key_value(
-        self, block: Any, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor
+        self, block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor
     ) -> Iterable[torch.Tensor]:
         """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
         if self.layout.shards == 1:
-            return self.before(block, video, text, temb, self.rope)
-        qkv, text_qkv = self.before(block, video, text, temb, self.rope)
+            return self.before(block, video, text, modulation, self.rope)
+        qkv, text_qkv = self.before(block, video, text, modulation, self.rope)
         return self.layout.tokens_to_heads(qkv, text_qkv, self.total)[:, None]

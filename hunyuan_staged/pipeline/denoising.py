@@ -28,6 +28,7 @@ from hunyuan_staged.memory.budget import BlockWeights, FreeMemory, gib
 from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.modulations import Modulations, remove_linears, table_bytes
 from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
@@ -38,6 +39,7 @@ from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import cache, conditions, loop, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
+from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.state import Start
 from hunyuan_staged.weights import loading, lora
 from hunyuan_staged.weights.folder import ModelFolder, open_model
@@ -80,7 +82,8 @@ def read_job(options: DenoiseOptions) -> DenoiseJob:
 class DenoiseSetup:
     """A denoising whose options, embeddings and model have been brought together.
 
-    skeleton: the transformer on the meta device. shape: of the latents. text_tokens: of the longer guidance branch.
+    skeleton: the transformer on the meta device. linears: what was taken out of it, for `modulations`. shape: of the
+    latents. text_tokens: of the longer guidance branch.
     """
 
     options: DenoiseOptions
@@ -92,6 +95,7 @@ class DenoiseSetup:
     dtype: torch.dtype
     attention: AttentionMode
     skeleton: Any
+    linears: dict[str, torch.Size]
     shape: tuple[int, int, int, int, int]
     text_tokens: int
     caching: CacheSettings | None
@@ -102,9 +106,22 @@ class DenoiseSetup:
         """Whether torch.compile fuses the blocks."""
         return self.world.device.type == "cuda" and not self.options.no_compile
 
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """The schedule, [steps + 1]."""
+        return schedule.flow_sigmas(self.settings.num_inference_steps, self.settings.flow_shift)
+
+    @property
+    def modulations(self) -> ModulationReader:
+        """What computes the modulations of a schedule from the file."""
+        version, adapt = self.settings.version.name, self.adapters.fused
+        return ModulationReader(
+            self.folder, version, self.skeleton, self.linears, device=self.world.device, dtype=self.dtype, adapt=adapt
+        )
+
     @cached_property
     def weights(self) -> BlockWeights:
-        """Of the transformer, in bytes."""
+        """Of the transformer, in bytes, of what stays."""
         return weights_of(self.skeleton, self.skeleton.transformer_blocks, self.dtype)
 
     @cached_property
@@ -112,15 +129,19 @@ class DenoiseSetup:
         """What decides the working memory of a step."""
         config, settings = self.skeleton.config, self.settings
         patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        width, steps = config.num_attention_heads * config.attention_head_dim, settings.num_inference_steps
+        side_by_side, shards = plan_layout(self.world.size, settings.branches, self.options.cfg_parallel)
         return estimates.DenoisingSize(
             geometry.video_tokens(settings.video_length, settings.height, settings.width, patch),
             self.text_tokens,
-            config.num_attention_heads * config.attention_head_dim,
+            width,
             self.dtype.itemsize,
             self.attention.name,
             self.compiled,
-            plan_layout(self.world.size, settings.branches, self.options.cfg_parallel)[1],
+            shards,
             widened_bytes(self.skeleton.transformer_blocks[0], self.dtype),
+            table_bytes(steps, self.weights.count, width, self.dtype.itemsize),
+            self.caching.kept(settings.branches // side_by_side) if self.caching else 0,
         )
 
     def plan(self, free: FreeMemory) -> budget.BlockPlan:
@@ -147,6 +168,7 @@ class DenoiseSetup:
     def rows(self, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
         """The rows that --dry_run prints."""
         settings, options, world, gpu = self.settings, self.options, self.world, gpu_name(self.world.device)
+        caching = self.caching
         seconds = timings.expected_seconds(
             gpu,
             self.size,
@@ -154,7 +176,9 @@ class DenoiseSetup:
             layers=self.weights.count,
             rows=settings.branches,
             ranks=world.size,
-            steps=settings.num_inference_steps,
+            steps=timings.steps_worth(
+                settings.num_inference_steps, caching.type if caching else None, caching.reused if caching else None
+            ),
             float8=bool(options.weights_dtype),
         )
         layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
@@ -187,6 +211,8 @@ class DenoiseSetup:
         report.info(f"attention: {self.attention.name} ({self.attention.reason}); layout: {layout.describe()}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
+            reader = self.modulations
+            modulations = reader.begin(self.sigmas)
 
             def load(places: loading.Destinations) -> Any:
                 return self.folder.load_transformer(
@@ -195,7 +221,7 @@ class DenoiseSetup:
                     dtype=self.dtype,
                     progress=report.progress,
                     skeleton=self.skeleton,
-                    places=places,
+                    places=reader.destinations(modulations, places),
                     adapt=self.adapters.fused,
                 )
 
@@ -208,7 +234,7 @@ class DenoiseSetup:
                 dtype=self.dtype,
                 world=world,
             )
-        return Denoiser(model, blocks, {self.settings.branches: layout})
+        return Denoiser(model, modulations, blocks, {self.settings.branches: layout})
 
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:
@@ -232,6 +258,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     channels = config.get("out_channels", geometry.LATENT_CHANNELS)
     shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
     skeleton = folder.transformer_skeleton(version.name, weights_dtype=options.weights_dtype)
+    linears = remove_linears(skeleton)
     lengths = [
         conditioning_of(job.embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
         for prefix in settings.prefixes
@@ -251,6 +278,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
         dtype=dtype,
         attention=attention,
         skeleton=skeleton,
+        linears=linears,
         shape=shape,
         text_tokens=max(lengths),
         caching=caching,
@@ -269,9 +297,11 @@ class Denoised:
 
 @dataclass
 class Denoiser:
-    """A loaded transformer. layouts: by the number of guidance branches; their process groups serve every run."""
+    """A loaded transformer. modulations: of the last schedule. layouts: by the number of guidance branches; their process
+    groups serve every run."""
 
     model: Any
+    modulations: Modulations
     blocks: StreamedBlocks | None = None
     layouts: dict[int, Layout] = field(default_factory=dict)
 
@@ -289,8 +319,16 @@ class Denoiser:
             self.layouts[branches] = make_layout(setup.world, branches, setup.options.cfg_parallel)
         layout = self.layouts[branches]
         started = time.perf_counter()
+        if not self.modulations.cover(step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)):
+            self.modulations = setup.modulations.read(setup.sigmas)
         forward = transformer.Transformer(
-            self.model, setup.attention, setup.shape[2:], layout, self.blocks, compile=setup.compiled
+            self.model,
+            setup.attention,
+            setup.shape[2:],
+            layout,
+            self.blocks,
+            modulations=self.modulations,
+            compile=setup.compiled,
         )
         rows = [conditioning_of(setup.job.embeddings, p, device=device, dtype=dtype) for p in settings.prefixes]
         noise = schedule.initial_noise(setup.shape, setup.options.seed, dtype).to(device)
@@ -310,7 +348,7 @@ class Denoiser:
                 noise if start.latents is None else start.latents.to(device),
                 conditions.condition_channels(noise, setup.job.embeddings.get("image_latents")),
                 rows,
-                schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift),
+                setup.sigmas,
                 loop.Sampling(settings.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
                 progress=report.progress,
                 on_step=on_step,

@@ -201,6 +201,8 @@ def _magcache(
     Source: MagCache, arXiv 2506.09045. There the rate of each step was measured beforehand, per model; there are no such
     numbers for this one, so it is measured in the run itself.
     """
+    import torch
+
     settings = cache.settings
     assert settings.threshold is not None
     if row.kept and settings.may_reuse(step) and step - row.numbers["step"] <= row.numbers["allowed"]:
@@ -209,7 +211,8 @@ def _magcache(
     if cache.keeps(step):
         residual, allowed = out - video, 0
         if row.kept:
-            sizes, before = (x.float().norm(dim=-1) for x in (residual, row.kept["order0"]))
+            pair = residual, row.kept["order0"]
+            sizes, before = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in pair)
             ratio = cache.mean_ratio(sizes / before, before.new_ones(before.shape))
             rate, drift, error = ratio ** (1 / (step - row.numbers["step"])), 1.0, 0.0
             while allowed < settings.interval - 1:

@@ -24,6 +24,10 @@ CACHE_TYPES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_CACHE_TYPE = "deepcache"
 TAYLOR_ORDER = 1
+# Activations (a rank's tokens x channels) that a type keeps from step to step for each guidance branch, and those that it
+# holds besides while the blocks run: their input, and firstblock also what the first block gave and added.
+_KEPT = {"deepcache": 1, "teacache": 1, "taylorcache": TAYLOR_ORDER + 1, "firstblock": 2, "magcache": 1}
+_HELD = {"firstblock": 3}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ class CacheSettings:
         """The first step from which something is kept: before `start` where a rate of change is needed."""
         before = {"taylorcache": TAYLOR_ORDER, "magcache": 1}.get(self.type, 0)
         return max(0, self.start - before)
+
+    def kept(self, branches: int) -> int:
+        """Activations that it takes on a rank that computes so many guidance branches."""
+        return branches * _KEPT[self.type] + _HELD.get(self.type, 1)
+
+    @property
+    def reused(self) -> int | None:
+        """How many steps are reused; None where what was computed decides."""
+        return None if self.adapts else sum(map(self.may_reuse, range(self.steps)))
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON, for metadata and for telling runs apart."""

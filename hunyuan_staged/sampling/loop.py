@@ -63,7 +63,7 @@ def denoise(
     latents = noise.float()
     # On the host, too, so that no step waits for the device.
     levels, times = sigmas.tolist(), timesteps_of(sigmas).tolist()
-    timesteps = timesteps_of(sigmas).to(noise.device)
+    timesteps = timesteps_of(sigmas).cpu()
     steps = len(levels) - 1
     for i in progress(range(start, steps), desc="denoising", unit="step", initial=start, total=steps):
         channels = (condition(times[i]) if callable(condition) else condition).to(noise.device)

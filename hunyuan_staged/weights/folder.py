@@ -263,22 +263,49 @@ class ModelFolder:
         that another process fills are not read. adapt: what the tensors, under diffusers' names and in the file's dtype,
         go through on their way.
         """
-        folder = self._transformer_folder(version)
         model = self.transformer_skeleton(version) if skeleton is None else skeleton
-        files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
         state = model.state_dict()
 
         def has_place(name: str) -> bool:
-            found = diffusers_names(name, TRANSFORMER_MAP) if self.official else None
-            return all(fp8_rows.stored_name(own, state) in places.tensors for own in (found[1] if found else [name]))
+            return fp8_rows.stored_name(name, state) in places.tensors
 
         def at_home(name: str) -> bool:
             return has_place(name) and not float8_blocks  # which the device quantises, far faster
 
         float8_blocks = any(tensor.dtype == fp8_rows.STORED for tensor in state.values())
-        tensors = read_tensors(files, lambda name: places.fill or not has_place(name), device, at_home)
-        renamed = adapt(self._renamed(tensors, TRANSFORMER_MAP, folder))
-        return assign_weights(model, fp8_rows.quantised(renamed, state, dtype), dtype, device, folder, places)
+        tensors = self.transformer_tensors(
+            version,
+            device=device,
+            wanted=lambda name: places.fill or not has_place(name),
+            at_home=at_home,
+            progress=progress,
+        )
+        quantised = fp8_rows.quantised(adapt(tensors), state, dtype)
+        return assign_weights(model, quantised, dtype, device, self._transformer_folder(version), places)
+
+    def transformer_tensors(
+        self,
+        version: str,
+        *,
+        device: torch.device,
+        wanted: Callable[[str], bool],
+        at_home: Callable[[str], bool] = lambda _: False,
+        progress: Progress = quiet,
+    ) -> Iterator[Named]:
+        """A version's tensors under diffusers' names, in the file's dtype; wanted and at_home as in read_tensors, of these
+        names. A tensor that holds several others comes whole if one of them is wanted.
+        """
+        folder = self._transformer_folder(version)
+
+        def names(name: str) -> list[str]:
+            found = diffusers_names(name, TRANSFORMER_MAP) if self.official else None
+            return found[1] if found else [name]
+
+        files = progress(self._transformer_files(version), desc="loading transformer", unit="shard")
+        tensors = read_tensors(
+            files, lambda name: any(map(wanted, names(name))), device, lambda name: all(map(at_home, names(name)))
+        )
+        return self._renamed(tensors, TRANSFORMER_MAP, folder)
 
     def _renamed(self, tensors: Iterable[Named], rules: Sequence[Rule], origin: Path) -> Iterator[Named]:
         if not self.official:

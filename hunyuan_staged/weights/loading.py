@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,20 @@ def read_tensors(
 
 @dataclass(frozen=True)
 class Destinations:
-    """Memory that some tensors of a module are to lie in, by name; fill: by this process, or by another one."""
+    """Where some tensors go instead of the module's own place on the device.
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: memory that tensors of the module are to lie in, by name; fill: by this process, or by another one. consumed:
+    the shapes, by name, of tensors that the module does not have: take(name, tensor) gets each, on the device and in the
+    run's dtype, as soon as it is there, and nothing else keeps it.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fill: bool = True
+    consumed: Mapping[str, torch.Size] = field(default_factory=dict)
+    take: Callable[[str, torch.Tensor], None] = lambda name, tensor: None
 
 
-NO_DESTINATIONS = Destinations({})
+NO_DESTINATIONS = Destinations()
 
 
 def assign_weights(
@@ -116,11 +123,12 @@ def assign_weights(
     """Put named tensors in the place of a meta module's parameters, one by one, each in `dtype`, without gradients.
 
     Tensors of the module that are in float8 stay so; those that have a place of their own go there, the others to the
-    device. Returns the module, in eval mode. InputError names what `origin` holds too much, what it lacks, and the first
-    tensor of another shape.
+    device, and those that are consumed to their consumer. Returns the module, in eval mode. InputError names what `origin`
+    holds too much, what it lacks, and the first tensor of another shape.
     """
     state = module.state_dict()
-    missing = dict.fromkeys(state)
+    shapes = {name: tensor.shape for name, tensor in state.items()} | dict(places.consumed)
+    missing = dict.fromkeys(shapes)
     leftover = []
 
     def put(name: str, value: torch.Tensor) -> None:
@@ -132,18 +140,20 @@ def assign_weights(
         for name, place in places.tensors.items():
             put(name, place)
     for name, tensor in tensors:
-        if name not in state:
+        if name not in shapes:
             leftover.append(name)
             continue
-        if tensor.shape != state[name].shape:
-            raise InputError(
-                f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(state[name].shape)}"
-            )
+        if tensor.shape != shapes[name]:
+            raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(shapes[name])}")
         if name in places.tensors:
             put(name, places.tensors[name].copy_(tensor))
             continue
         # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
         copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
+        if name in places.consumed:
+            places.take(name, tensor.to(device, dtype, copy=copy))
+            missing.pop(name, None)
+            continue
         stored = tensor.dtype if state[name].dtype == fp8_rows.STORED else dtype
         put(name, tensor.to(device, stored, copy=copy))
     refuse_names(f"{origin} holds tensors that the model does not have", leftover)

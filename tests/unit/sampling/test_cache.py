@@ -313,14 +313,18 @@ def uncached(golden_folder) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", CACHE_TYPES)
 def test_a_cached_loop_is_near_the_plain_one_and_goes_on_to_the_same_bits(golden_folder, uncached, kind):
-    """From the state after every step: as a stopped run does."""
-    chosen, states = settings(kind), {}
+    """From the state after every step: as a stopped run does. The state is as large as the plan has it."""
+    chosen, states, sizes = settings(kind), {}, {0}
 
     def watch(cache, step, latents):
+        sizes.add(sum(x.nbytes for row in cache.rows.values() for name, x in row.kept.items() if name != "text"))
         states[step + 1] = latents.clone(), {n: x.clone() for n, x in cache.tensors(ALONE).items()}
 
     latents, cache = run_loop(golden_folder, chosen, watch=watch)
     assert cache.counts == (5, 3) and cache.state_bytes == 0
+    config = golden_model(golden_folder).config
+    activation = cache.total * config.num_attention_heads * config.attention_head_dim * 4
+    assert max(sizes) == (chosen.kept(2) - (3 if kind == "firstblock" else 1)) * activation
     assert 1e-6 < distance(latents, uncached) < 0.5
     assert {done for done, (_, state) in states.items() if state} == set(range(chosen.first_kept + 1, 7))
     for done in (3, 4, 6):
