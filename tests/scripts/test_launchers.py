@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from folders import embed
+
+from hunyuan_staged.files import contract
 
 # Writes down each call of a stage, and lets the launcher itself run; fails with the status in FAIL_AT's stage.
 STAND_IN = """\
@@ -77,7 +80,7 @@ def test_a_bad_count_is_refused(launch, count):
         assert calls == []
 
 
-def test_a_whole_run_hands_out_the_flags(launch):
+def test_a_whole_run_hands_out_the_flags(launch, tmp_path):
     args = ["--prompt", 'it\'s "a" cat', "--seed", "7", "--fps", "12", "--output_dir", "my runs/a"]
     result, calls = launch("run_staged.sh", *args, "--gpus", "2")
     assert result.returncode == 0, result.stderr
@@ -86,6 +89,7 @@ def test_a_whole_run_hands_out_the_flags(launch):
         *ranks(2, "stage2_transformer.py --seed=7 --input_dir=my runs/a"),
         *ranks(2, "stage3_vae_decoder.py --fps=12 --input_dir=my runs/a"),
     ]
+    assert result.stdout == f"{tmp_path}/my runs/a/output_video.mp4\n", "and nothing else"
 
 
 @pytest.mark.parametrize(("stage", "made"), [("stage1", 1), ("stage2", 2), ("stage3", 3)])
@@ -288,3 +292,20 @@ with Supervisor() as supervisor:
     assert result.returncode == 1
     assert "ZeroDivisionError: ours" in result.stderr
     assert "error: broken.py: process " in result.stderr
+
+
+def test_torchrun_by_hand_gives_what_the_launcher_gives(tmp_path, tiny_official):
+    inputs = embed(tmp_path / "in", tiny_official)
+    flags = ["--input_dir", inputs, "--video_length", 5, "--num_inference_steps", 1, "--output_dir"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    for command in (
+        [*torchrun, ROOT / "stage2_transformer.py", *flags, tmp_path / "by hand"],
+        ["bash", ROOT / "run_stage2.sh", "--gpus", 2, *flags, tmp_path / "launched"],
+    ):
+        environment = os.environ | {"PYTHON": sys.executable}
+        words = [str(word) for word in command]
+        result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "2 guidance" in result.stderr
+    name = contract.LATENTS_FILE
+    assert (tmp_path / "by hand" / name).read_bytes() == (tmp_path / "launched" / name).read_bytes()

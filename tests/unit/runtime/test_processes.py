@@ -1,0 +1,95 @@
+"""Processes of a launcher: what each is started in, and what becomes of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.parallel.world import check_devices
+from hunyuan_staged.runtime import processes
+from hunyuan_staged.runtime.processes import Supervisor, child_environment
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "cores", lambda: 12)
+    return monkeypatch
+
+
+def test_each_process_gets_its_share_of_the_cores(clean):
+    """torchrun gives each process one thread."""
+    one, four = child_environment(1), child_environment(4)
+    assert "OMP_NUM_THREADS" not in one and four["OMP_NUM_THREADS"] == "3"
+    assert (one["TORCHINDUCTOR_COMPILE_THREADS"], four["TORCHINDUCTOR_COMPILE_THREADS"]) == ("12", "3")
+    assert child_environment(100)["OMP_NUM_THREADS"] == "1"
+    assert four["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_what_the_user_set_stays_and_what_a_launcher_left_goes(clean):
+    for name, value in {"OMP_NUM_THREADS": "7", "PYTORCH_CUDA_ALLOC_CONF": "x", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        clean.setenv(name, value)
+    own = child_environment(4)
+    assert own["OMP_NUM_THREADS"] == "7"
+    assert not {"PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK"} & own.keys()
+
+
+def test_the_first_failure_ends_the_others_and_its_status_is_kept(capfd):
+    program = "import os, sys, time; sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(600)"
+    # The signal is held back in the child, as the launcher starts it, until it listens.
+    program = f"import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); {program}"
+    with Supervisor() as supervisor:
+        status = supervisor.run([sys.executable, "-c", program], 3, name="x.py")
+    assert status == 5
+    assert capfd.readouterr().err == "error: x.py: process 1 of 3 ended with status 5\n"
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    with Supervisor() as supervisor, pytest.raises(InputError, match="cannot start nobody: No such file or directory"):
+        supervisor.run([str(tmp_path / "nobody")], 2, name="x.py")
+
+
+def test_a_launcher_that_is_killed_takes_its_processes_with_it(tmp_path):
+    """Both ranks and the lock stayed for more than 30 s."""
+    child = "import os, signal, time; signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); "
+    child += f"open(f'{tmp_path}/' + str(os.getpid()), 'w').close(); time.sleep(600)"
+    program = f"""import sys
+from hunyuan_staged.runtime.processes import Supervisor
+with Supervisor() as supervisor:
+    supervisor.run([sys.executable, "-c", {child!r}], 2, name="x.py")
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while len(list(tmp_path.iterdir())) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(int(file.name)) for file in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_more_processes_than_gpus_are_refused():
+    """NCCL ended every process in a traceback."""
+    check_devices(["a GPU-1", "a GPU-2", "b GPU-1"])
+    with pytest.raises(InputError, match=r"^3 processes share 2 GPUs on a; start one a GPU$"):
+        check_devices(["a GPU-1", "a GPU-2", "a GPU-1", "b GPU-1"])
+
+
+def test_cores_are_those_that_may_be_used():
+    assert processes.cores() == len(os.sched_getaffinity(0))
