@@ -25,20 +25,20 @@ def build_parser() -> Parser:
 
 def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     """Read the embeddings, plan, load the transformer, denoise, write the latents."""
-    from hunyuan_staged.pipeline import denoising, denoising_records
+    from hunyuan_staged.pipeline import denoising, denoising_records, jobs
     from hunyuan_staged.pipeline.common import free_memory
     from hunyuan_staged.sampling import callbacks
     from hunyuan_staged.sampling.state import StateSaver
 
-    run.lock_all(denoising.locks(options), unless=options.dry_run)
-    job = denoising.read_job(options)
+    run.lock_all(jobs.locks(options), unless=options.dry_run)
+    job = jobs.read(options)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = denoising.resolve(options, job, run.world, run)
     if options.dry_run:
         free = free_memory(run.world)
         run.show_plan(setup.rows(setup.plan(free), free))
         return
-    folder, steps = denoising.output_dir(options), setup.settings.num_inference_steps
+    folder, steps = jobs.output_dir(options), setup.settings.num_inference_steps
     identity = denoising_records.identity(setup)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)

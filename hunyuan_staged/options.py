@@ -6,7 +6,7 @@ A user's default exists here alone. Parsers (parsing.py), the launcher and docs/
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
@@ -14,64 +14,32 @@ from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
+from hunyuan_staged.run_options import (
+    CACHE,
+    CFG_PARALLEL,
+    DEFAULT_ASPECT_RATIO,
+    DEFAULT_CFG_PARALLEL,
+    DEFAULT_DTYPE,
+    DEFAULT_FPS,
+    DEFAULT_OUTPUT_DIR,
+    DEFAULT_SAGE_BLOCKS,
+    DISABLE_OFFLOADING,
+    DTYPES,
+    FILES,
+    MAX_NAME_BYTES,
+    MAX_STEPS,
+    SAMPLING,
+    SPEED,
+    STOPPING,
+    STRICT,
+    TILES,
+    VIDEO,
+    WEIGHTS_DTYPES,
+    EncodeOptions,
+    RunOptions,
+    offload_help,
+)
 from hunyuan_staged.sampling import cache_settings
-
-DEMO_CHECKPOINT = Path(__file__).with_name("demo") / "checkpoint"  # that ships, and is used where none is named
-DEFAULT_OUTPUT_DIR = "./stage_outputs"
-DEFAULT_DTYPE = "auto"  # bf16 on a GPU, fp32 on a CPU
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-DEFAULT_ASPECT_RATIO = "16:9"
-CFG_PARALLEL = ("auto", "on", "off")
-DEFAULT_CFG_PARALLEL = "auto"
-WEIGHTS_DTYPES = ("fp8",)  # of the blocks, where it is not that of the run
-DEFAULT_SAGE_BLOCKS = f"0-{versions.LAYERS - 1}"  # all, as in the official code
-DEFAULT_FPS = 24
-DEFAULT_COMPARISON_DIR = "./comparison"
-DEFAULT_AMPLIFY = 8.0
-
-# What an option may ask for at most: far beyond what the models were made for, and short of what no memory holds.
-MAX_STEPS = 1000
-MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
-
-FILES, WHAT, WEIGHTS, MEMORY = "files", "what to show", "weights", "memory"
-STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
-CACHE = f"feature cache: steps are those of {cache_settings.CACHE_STEPS}, others in scale"
-TILES = "tiles"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every stage has."""
-
-    dry_run: bool = flag(
-        "print what the run would take, and stop: nothing is loaded or written", group="other", default=False
-    )
-    debug: bool = flag("show the traceback of an error", group="other", default=False)
-
-    # Options that name a file or a folder.
-    paths: ClassVar[tuple[str, ...]] = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
-
-    def check(self) -> None:
-        """Refuse what can be judged without reading a file; InputError names the option."""
-        for name in self.paths:
-            value = getattr(self, name, None)
-            if value is None:
-                continue
-            if not value.strip():
-                raise InputError("is empty", option=name)
-            try:
-                Path(value).exists()
-            except OSError as error:
-                raise InputError(f"{value}: {error.strerror}", option=name) from error
-
-
-def offload_help(blocks: str) -> str:
-    """What --enable_offloading does; blocks: what the model's are called."""
-    return f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)"
-
-
-DISABLE_OFFLOADING = "keep all weights on the device, or refuse"
-STRICT = "refuse files that do not belong together, rather than warn of them"
 
 
 def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int | None:
@@ -79,53 +47,6 @@ def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int 
     if options.enable_offloading:
         return count
     return 0 if options.disable_offloading else getattr(options, "offload_blocks", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeOptions(RunOptions):
-    """Stage 1: a prompt, and maybe an image, → embeddings for the transformer."""
-
-    model_path: str | None = flag(
-        "model folder in the official or the diffusers layout, or a hub id (default: the demo weights)", group=FILES
-    )
-    output_dir: str = flag("folder of the run (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
-    prompt: str = flag(
-        "the video in words; texts in quotation marks are spelt out (default: %(default)r)",
-        group=WHAT,
-        default="a red circle moves left over a dark blue background",
-    )
-    negative_prompt: str = flag("what guidance leads away from (default: empty)", group=WHAT, default="")
-    image_path: str | None = flag("first frame: image to video (default: none, text to video)", group=WHAT)
-    resolution: str | None = flag(
-        f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
-        group=WEIGHTS,
-    )
-    dtype: str = flag(
-        "of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
-        group=WEIGHTS,
-        default=DEFAULT_DTYPE,
-        choices=(*DTYPES, DEFAULT_DTYPE),
-    )
-    cfg_distilled: bool = flag("the weights with guidance distilled into them", group=WEIGHTS, default=False)
-    step_distilled: bool = flag("the weights for 8 or 12 steps", group=WEIGHTS, default=False)
-    sparse_attn: bool = flag("the sparse weights (distilled, too)", group=WEIGHTS, default=False)
-    enable_offloading: bool = flag(
-        offload_help("layers of the language model"), group=MEMORY, default=False, either="offloading"
-    )
-    disable_offloading: bool = flag(DISABLE_OFFLOADING, group=MEMORY, default=False, either="offloading")
-
-    def check(self) -> None:
-        super().check()
-        if self.resolution is not None and self.resolution not in geometry.BUCKET_BASE:
-            known = ", ".join(geometry.BUCKET_BASE)
-            raise InputError(f"{self.resolution!r} is unknown; known: {known}", option="resolution")
-        if self.step_distilled and (self.cfg_distilled or self.sparse_attn):
-            raise InputError(
-                "excludes --cfg_distilled and --sparse_attn: no such weights are published", option="step_distilled"
-            )
-        if self.image_path and not Path(self.image_path).is_file():
-            raise InputError(f"{self.image_path} does not exist", option="image_path")
-        check_output_dir("--output_dir", self.output_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from hunyuan_staged.compare.runs import PLOT_FILE, SIDE_BY_SIDE_FILE, compare
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
 from hunyuan_staged.files.atomic import replacing
-from hunyuan_staged.options import DEFAULT_AMPLIFY, DEFAULT_COMPARISON_DIR
+from hunyuan_staged.run_options import DEFAULT_AMPLIFY, DEFAULT_COMPARISON_DIR
 from hunyuan_staged.runtime.signals import SIGNALLED
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hunyuan_staged.options import DEMO_CHECKPOINT
+from hunyuan_staged.run_options import DEMO_CHECKPOINT
 
 CHECKPOINT = DEMO_CHECKPOINT
 ADAPTER = Path(__file__).parent / "adapters" / "bounce.safetensors"

@@ -1,6 +1,6 @@
 """What stage 2 does: text embeddings → video latents, by the denoising transformer.
 
-    job = denoising.read_job(options)
+    job = jobs.read(options)
     setup = denoising.resolve(options, job, world)
     denoiser = setup.load(setup.plan(free_memory(world)))
     result = denoiser.run(setup)
@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ import torch
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
-from hunyuan_staged.files import contract, provenance, tensors
-from hunyuan_staged.files.config import read_config
 from hunyuan_staged.memory import budget, estimates, timings
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory, gib
 from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
@@ -33,7 +30,8 @@ from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name, torch_dtype
+from hunyuan_staged.pipeline.common import chosen_model, gpu_name, torch_dtype
+from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import cache, conditions, loop, schedule
@@ -45,37 +43,6 @@ from hunyuan_staged.weights import loading, lora
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 
 BEGINNING = Start()
-
-
-def output_dir(options: DenoiseOptions) -> Path:
-    """Where the latents go."""
-    return Path(options.output_dir or options.input_dir)
-
-
-def locks(options: DenoiseOptions) -> list[Lock]:
-    """What a run must lock before it reads; InputError where stage 1 has not been run."""
-    contract.require_file(Path(options.input_dir) / contract.CONFIG_FILE)
-    return [(output_dir(options) / contract.LOCK_FILE, contract.STAGE_FILES[2])]
-
-
-@dataclass(frozen=True)
-class DenoiseJob:
-    """What a folder holds for stage 2: embeddings, their hash, the config; mismatch: why embeddings and config do not
-    belong together, else None."""
-
-    embeddings: dict[str, torch.Tensor]
-    embeddings_hash: str
-    config: dict[str, Any]
-    mismatch: str | None
-
-
-def read_job(options: DenoiseOptions) -> DenoiseJob:
-    """Read what stage 1 wrote; InputError where it is absent or broken."""
-    folder = Path(options.input_dir)
-    config = read_config(folder)
-    embeddings, metadata = tensors.load_embeddings(folder)
-    hashed = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
-    return DenoiseJob(embeddings, hashed, config, provenance.embeddings_mismatch(folder, config, metadata, hashed))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import update_config
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS
 from hunyuan_staged.pipeline.common import gpu_name
-from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup, output_dir
+from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup
+from hunyuan_staged.pipeline.jobs import output_dir
 from hunyuan_staged.sampling import schedule
 from hunyuan_staged.sampling.state import RunIdentity
 

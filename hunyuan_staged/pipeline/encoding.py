@@ -20,9 +20,10 @@ from hunyuan_staged.files.config import update_config
 from hunyuan_staged.files.tensors import save_embeddings
 from hunyuan_staged.memory import budget, estimates, offloading
 from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
-from hunyuan_staged.options import DEMO_CHECKPOINT, EncodeOptions, offload_asked
+from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, torch_dtype
+from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import loading

@@ -101,8 +101,8 @@ FACTS = RunIdentity({"seed": 1}, {"processes": 1}, {})
 GOOD_STATE = {
     "format": "1",
     "step": "2",
-    "settings": json.dumps(FACTS.settings),
-    "circumstances": json.dumps(FACTS.circumstances),
+    "settings": json.dumps(FACTS.inputs),
+    "circumstances": json.dumps(FACTS.environment),
     "origins": "{}",
     contract.MADE_FROM: FACTS.digest(),
 }
@@ -135,8 +135,8 @@ def test_metadata(folder, notes, dropped):
         provenance.embeddings_mismatch(folder, {"prompt": "a"}, loaded[1], "0")
     kept = attempt(lambda: state_keeper(folder).load(LATENTS.shape, resume=True), contract.STATE_FILE)
     if kept is not None:
-        assert 1 <= kept[0] <= 4
-        assert torch.equal(kept[1], LATENTS)
+        assert 1 <= kept.done <= 4
+        assert torch.equal(kept.latents, LATENTS)
 
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "U16", "C64", "F4", "E8M0", "X"]
