@@ -12,7 +12,8 @@ from hunyuan_staged.parsing import Parser, make_parser, parse
 EXAMPLE = """\
 examples:
   python stage3_vae_decoder.py --input_dir stage_outputs
-  torchrun --nproc-per-node 8 stage3_vae_decoder.py --output_video cat.mp4 --tile_overlap 0.125
+  torchrun --nproc-per-node 8 stage3_vae_decoder.py --output_video cat.mp4
+  python stage3_vae_decoder.py --tile_size 256 --tile_overlap 0.125
 """
 
 OPTIONS = DecodeOptions

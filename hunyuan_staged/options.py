@@ -238,8 +238,8 @@ class DecodeOptions(RunOptions):
     strict: bool = flag(STRICT, group=FILES, default=False)
     fps: float = flag("frames per second (default: %(default)s)", group=VIDEO, default=DEFAULT_FPS)
     tile_size: int | None = flag(
-        f"side of a tile in px (default: {tiling.DEFAULT_TILE_SIZE}; {tiling.SMALL_TILE_SIZE} where less "
-        "memory is free)",
+        "decode in tiles with sides of so many px (default: whole frames; "
+        f"{tiling.DEFAULT_TILE_SIZE} or {tiling.SMALL_TILE_SIZE} where they do not fit)",
         group=TILES,
     )
     tile_overlap: float = flag(
@@ -247,7 +247,9 @@ class DecodeOptions(RunOptions):
         group=TILES,
         default=tiling.DEFAULT_TILE_OVERLAP,
     )
-    disable_tiling: bool = flag("decode whole frames: no seams, and far more memory", group=TILES, default=False)
+    disable_tiling: bool = flag(
+        "refuse what does not fit in whole frames, rather than decode it in tiles", group=TILES, default=False
+    )
     disable_tile_parallelism: bool = flag(
         "the first process decodes alone, the others wait", group=TILES, default=False
     )

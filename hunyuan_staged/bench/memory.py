@@ -294,8 +294,8 @@ def table() -> list[tuple[str, ...]]:
             _cell(in_bf16, working("480p"), free, "blocks"),
         ]
         try:
-            decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free, asked=None)
-            cells.append(f"{decoding.tile_size} px: {budget.gib(decoding.total)}")
+            decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free)
+            cells.append(f"{decoding.describe()}: {budget.gib(decoding.total)}")
         except InputError:
             cells.append("does not fit")
         rows.append((f"{size} GB", *cells))

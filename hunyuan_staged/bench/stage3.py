@@ -4,12 +4,122 @@ import argparse
 import collections
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged import geometry, options
 from hunyuan_staged.bench.flops import PEAK_TFLOPS, decoder_flops
+from hunyuan_staged.decoding import planning
+from hunyuan_staged.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hunyuan_staged.decoding.frames import FrameBatch
+    from hunyuan_staged.decoding.whole import Transfers
+    from hunyuan_staged.parallel.world import World
+
+
+def random_decoder(channels: list[int] | None, device: "torch.device", dtype: "torch.dtype") -> tuple[Any, dict]:
+    """(the VAE's decoder with random weights, its config), of full size or of so many channels a level."""
+    import torch
+
+    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+
+    config = VaeConfig(block_out_channels=tuple(channels)) if channels else VaeConfig()
+    with torch.device("meta"):
+        module: Any = VaeDecoder(config)
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for tensor in module.parameters():
+        # Convolutions keep the size of what goes through them; gammas and biases are about one and nothing.
+        spread = (tensor[0].numel() if tensor.ndim == 5 else 2500) ** -0.5
+        tensor.normal_(0, spread, generator=generator).add_(1.0 if tensor.ndim == 4 else 0.0)
+    return module, asdict(config)
+
+
+def copies(outgoing: "Transfers", incoming: "Transfers") -> None:
+    """whole.exchange of a rank that is alone: what it would receive is copied from what it would send."""
+    for number, (into, _) in enumerate(incoming):
+        source = outgoing[min(number, len(outgoing) - 1)][0].flatten()
+        count = min(source.numel(), into.numel())
+        into.view(-1)[:count].copy_(source[:count])
+        into.view(-1)[count:].zero_()
+
+
+def decode(
+    args: argparse.Namespace,
+    module: Any,
+    config: dict[str, Any],
+    latents: "torch.Tensor",
+    decoding: planning.Decoding,
+    world: "World",
+) -> "Iterator[FrameBatch]":
+    """The frames of one decoding as args ask for it; with --share_of none, but all that one rank does."""
+    from hunyuan_staged.decoding import tiled, whole
+    from hunyuan_staged.decoding.frames import chunk_spans
+    from hunyuan_staged.models.vae_decoder import Decoder
+    from hunyuan_staged.parallel.layout import split_evenly
+
+    if decoding.tile_size is not None:
+        tiling = {"tile_size": decoding.tile_size, "tile_overlap": args.tile_overlap}
+        yield from tiled.decode_frames(module, latents, config, **tiling, at_once=decoding.at_once, world=world)
+    elif args.share_of is None:
+        yield from whole.decode_whole(module, latents, config, decoding, world=world)
+    else:
+        forward = Decoder(module)
+        scaled = (latents / config["scaling_factor"]).to(forward.device, forward.dtype)
+        spans = chunk_spans(latents.shape[2], decoding.at_once, config["temporal_compression_ratio"])
+        # The second rank: it has as many rows as any, and from three ranks on two neighbours.
+        shard = whole.RowShard(1, split_evenly(latents.shape[3], args.share_of), copies)
+        chunks = whole.over_ranks(forward, scaled, spans, decoding.at_once, shard, as_float=False)
+        collections.deque(chunks, maxlen=0)
+
+
+def tile_result(
+    args: argparse.Namespace, module: Any, latents: "torch.Tensor", decoding: planning.Decoding, config: dict[str, Any]
+) -> tuple[float, dict[str, Any]]:
+    """(how many times the positions of one full tile all tiles have, what the result says of one alone)."""
+    from hunyuan_staged.decoding import tiled
+    from hunyuan_staged.models.vae_decoder import Decoder
+
+    plan = tiled.plan_decode(latents, config, tile_size=decoding.tile_size, tile_overlap=args.tile_overlap)
+    tile, forward = plan.tiles[0], Decoder(module)
+    part = latents[..., : tile.y.size, : tile.x.size]
+    seconds = statistics.median(
+        timed(lambda: collections.deque(forward(part, decoding.at_once), maxlen=0)) for _ in range(args.steps + 1)
+    )
+    flops = decoder_flops(config, latents.shape[2], tile.y.size, tile.x.size)
+    return sum(one.cost for one in plan.tiles) / tile.cost * flops, {
+        "tiles": len(plan.tiles),
+        "tile_seconds": round(seconds, 4),
+        "tile_share_of_peak": round(flops / seconds / 1e12 / PEAK_TFLOPS, 3),
+    }
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of work(), to the end of what it started on a GPU."""
+    import torch
+
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def plan_decoding(
+    args: argparse.Namespace, config: dict[str, Any], weights: int, itemsize: int, device: "torch.device", ranks: int
+) -> planning.Decoding:
+    """What stage 3 would choose, but for what the flags say."""
+    from hunyuan_staged.memory import available
+
+    height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
+    whole = args.disable_tiling or args.bands is not None or args.share_of is not None
+    asked = planning.Request(args.tile_size, whole, args.tile_overlap, ranks, args.bands, args.at_once)
+    size = (args.video_length, height, width)
+    return planning.fit_decoding(config, weights, itemsize, size, available.free_memory(device), asked)
 
 
 def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
@@ -18,73 +128,39 @@ def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from hunyuan_staged.decoding import planning, tiled
     from hunyuan_staged.files import video
-    from hunyuan_staged.memory import available
-    from hunyuan_staged.models.vae_decoder import Decoder
-    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
     from hunyuan_staged.parallel.world import start_world, stop_world
 
     world = start_world()
-    device = world.device
-    cuda = device.type == "cuda"
+    if args.share_of is not None and (args.share_of < 2 or world.size > 1 or args.tile_size or args.output_video):
+        raise InputError("--share_of takes 2 or more ranks, and neither --gpus, --tile_size nor --output_video")
+    device, cuda = world.device, world.device.type == "cuda"
     dtype = torch.float16 if cuda else torch.float32
-    vae = VaeConfig(block_out_channels=args.channels) if args.channels else VaeConfig()
-    config = asdict(vae)
-    with torch.device("meta"):
-        module: Any = VaeDecoder(vae)
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for tensor in module.parameters():
-        # Convolutions keep the size of what goes through them; gammas and biases are about one and nothing.
-        spread = (tensor[0].numel() if tensor.ndim == 5 else 2500) ** -0.5
-        tensor.normal_(0, spread, generator=generator).add_(1.0 if tensor.ndim == 4 else 0.0)
+    module, config = random_decoder(args.channels, device, dtype)
     height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
     shape = geometry.latent_shape(args.video_length, height, width, config["latent_channels"])
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * config["scaling_factor"]
     weights = sum(tensor.nbytes for tensor in module.parameters())
-    size = (args.video_length, height, width)
-    decoding = planning.fit_decoding(
-        config,
-        weights,
-        dtype.itemsize,
-        size,
-        available.free_memory(device),
-        asked=args.tile_size,
-        whole=args.disable_tiling,
-        overlap=args.tile_overlap,
-    )
-    at_once = args.at_once or decoding.at_once
-    tiling = {"tile_size": decoding.tile_size, "tile_overlap": args.tile_overlap}
-    tiles = tiled.plan_decode(latents, config, **tiling)
+    ranks = args.share_of or world.size
+    decoding = plan_decoding(args, config, weights, dtype.itemsize, device, ranks)
 
-    def timed(work: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    def decode() -> None:
-        blocks = tiled.decode_frames(module, latents, config, **tiling, at_once=at_once, world=world)
+    def work() -> None:
+        batches = decode(args, module, config, latents, decoding, world)
         if args.output_video and world.is_main:
-            frames = (frame for block in blocks for frame in block.frames.numpy())
+            frames = (frame for batch in batches for frame in batch.frames.numpy())
             video.write_video(args.output_video, frames, options.DEFAULT_FPS, height, width)
         else:
-            collections.deque(blocks, maxlen=0)
+            collections.deque(batches, maxlen=0)
 
-    first = timed(decode)
+    first = timed(work)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(timed(decode) for _ in range(args.steps))
+    seconds = statistics.median(timed(work) for _ in range(args.steps))
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    tile, forward = tiles.tiles[0], Decoder(module)
-    part = latents[..., : tile.y.size, : tile.x.size]
-    tile_seconds = statistics.median(
-        timed(lambda: collections.deque(forward(part, at_once), maxlen=0)) for _ in range(args.steps + 1)
-    )
-    flops = decoder_flops(config, shape[2], tile.y.size, tile.x.size)
-    area = sum(one.cost for one in tiles.tiles) / tile.cost
+    flops = decoder_flops(config, *shape[2:])
+    about_tiles: dict[str, Any] = {}
+    if decoding.tile_size is not None:
+        flops, about_tiles = tile_result(args, module, latents, decoding, config)
     result = {
         "bench": "stage3",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -92,18 +168,19 @@ def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
         "ranks": world.size,
         "resolution": f"{width}x{height}",
         "video_length": args.video_length,
+        "decoding": decoding.describe(ranks),
+        "share_of": args.share_of,
         "tile_size": decoding.tile_size,
-        "tiles": len(tiles.tiles),
-        "latent_frames_at_once": at_once,
+        "bands": decoding.bands,
+        "latent_frames_at_once": decoding.at_once,
         "with_video": bool(args.output_video),
         "seconds": round(seconds, 3),
         "first_extra_seconds": round(first - seconds, 2),
-        "tflops_per_gpu": round(flops * area / seconds / 1e12 / world.size, 1),
-        "tile_seconds": round(tile_seconds, 4),
-        "tile_share_of_peak": round(flops / tile_seconds / 1e12 / PEAK_TFLOPS, 3),
+        "tflops_per_gpu": round(flops / seconds / 1e12 / ranks, 1),
+        **about_tiles,
         "weights_gib": round(weights / 2**30, 2),
         "peak_gib": round(peak / 2**30, 2),
-        "planned_gib": round((decoding.total if at_once == decoding.at_once else 0) / 2**30, 2),
+        "planned_gib": round(decoding.total / 2**30, 2),
         "host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     stop_world(world)

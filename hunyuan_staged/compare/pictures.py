@@ -20,7 +20,7 @@ def write_side_by_side(path: Path, a: Clip, b: Clip, amplify: float, progress: A
     """An mp4 of A | B | abs(A - B) times amplify, at A's frames per second. InputError as video.write_video."""
     import torch
 
-    from hunyuan_staged.decoding.blending import to_8bit
+    from hunyuan_staged.decoding.frames import to_8bit
     from hunyuan_staged.files import video
 
     def frames() -> Iterable[np.ndarray]:

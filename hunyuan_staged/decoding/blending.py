@@ -1,22 +1,9 @@
-"""Decoded tiles → frames: blending, 8-bit conversion, in the order of time."""
-
-import itertools
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+"""Decoded tiles → frames: which comes when, and how neighbours blend."""
 
 import torch
 
+from hunyuan_staged.decoding.frames import FrameBuffer, to_8bit
 from hunyuan_staged.decoding.tiling import Tile, TilePlan
-
-BLOCK_FRAMES = 8  # that leave the device together: of 720p 22 MB
-
-
-def chunk_spans(latent_frames: int, at_once: int, temporal_ratio: int) -> list[slice]:
-    """The frames of each chunk: the first latent frame is one frame, any other temporal_ratio of them."""
-    stops = [*range(at_once, latent_frames, at_once), latent_frames]
-    edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def piece_order(plan: TilePlan, chunks: int) -> list[tuple[Tile, int]]:
@@ -38,11 +25,6 @@ def blend(before: torch.Tensor, tile: torch.Tensor, dim: int) -> None:
     ramp = (torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent).view(shape)
     head = tile.narrow(dim, 0, extent)
     head.mul_(ramp).add_(before.narrow(dim, before.shape[dim] - extent, extent) * (1 - ramp))
-
-
-def to_8bit(pixels: torch.Tensor) -> torch.Tensor:
-    """[0, 1] → uint8, rounded to the nearest of 256 levels, a half upwards."""
-    return (pixels * 255 + 0.5).to(torch.uint8)
 
 
 class Blender:
@@ -79,52 +61,17 @@ class Blender:
         return tuple(slice(span.start * ratio, (span.start + span.kept) * ratio) for span in (tile.y, tile.x))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class FrameBatch:
-    """Successive frames of a video in host memory: uint8 [n, H, W, 3], and where asked for, floats of it in [0, 1].
-
-    floats have the decoder's dtype: half precision is still eight times finer than 8 bits.
-    """
-
-    frames: torch.Tensor
-    floats: torch.Tensor | None = None
-
-
-class Canvas:
-    """The video while its tiles come in, as 8-bit frames on the device, and where asked for as floats on the host."""
+class Canvas(FrameBuffer):
+    """The video while its tiles come in."""
 
     def __init__(self, blender: Blender, num_frames: int, device: torch.device, floats: torch.dtype | None) -> None:
         height, width = (
             spans[-1].stop * blender.plan.spatial_ratio for spans in (blender.plan.rows, blender.plan.columns)
         )
-        size = (num_frames, height, width, 3)
+        super().__init__((num_frames, height, width), device, floats)
         self.blender = blender
-        self.frames = torch.empty(size, dtype=torch.uint8, device=device)
-        self.floats = None if floats is None else torch.empty(size, dtype=floats)
-        self._leaving: deque[tuple[FrameBatch, torch.cuda.Event | None]] = deque()
 
     def draw(self, tile: Tile, chunk: int, now: slice, piece: torch.Tensor) -> None:
-        rows, columns = self.blender.place(tile)
+        """Blend a tile's piece of frames `now` and take what it shows."""
         pixels = (self.blender(tile, chunk, piece) / 2 + 0.5).clamp_(0, 1)
-        self.frames[now, rows, columns] = to_8bit(pixels)
-        if self.floats is not None:
-            self.floats[now, rows, columns] = pixels.to(self.floats.dtype).cpu()
-
-    def leave(self, now: slice) -> None:
-        """These frames are complete: they start for the host, and nothing waits for them."""
-        for start in range(now.start, now.stop, BLOCK_FRAMES):
-            some = slice(start, min(start + BLOCK_FRAMES, now.stop))
-            frames, event = self.frames[some], None
-            if frames.is_cuda:
-                host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-                frames, event = host.copy_(frames, non_blocking=True), torch.cuda.Event()
-                event.record()
-            self._leaving.append((FrameBatch(frames, None if self.floats is None else self.floats[some]), event))
-
-    def arrived(self) -> Iterator[FrameBatch]:
-        """The blocks that are under way, each once it is there."""
-        while self._leaving:
-            block, event = self._leaving.popleft()
-            if event is not None:
-                event.synchronize()
-            yield block
+        self.put((now, *self.blender.place(tile)), to_8bit(pixels), None if self.floats is None else pixels)

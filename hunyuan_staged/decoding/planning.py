@@ -1,10 +1,11 @@
-"""Tiles and chunks that fit the memory, and the time a decoding was measured to take. In bytes."""
+"""Whole frames or tiles, and chunks, that fit the memory; the time a decoding was measured to take. In bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_staged.decoding import tiling
+from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import RESERVE, FreeMemory, gib, refusal
@@ -15,11 +16,13 @@ from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VA
 # (what goes on, the padded input of a convolution, its product), and in it, for each position. Counted, see
 # `bench memory stage3` for the peak.
 DECODER_TENSORS = 3
+# Of whole frames the peak on an H100 grows by 4 tensors a frame: 11.8, 15.4, 22.5 GiB in chunks of 1, 2, 4 latent frames.
+WHOLE_TENSORS = 4
 MID_BLOCK_TENSORS = 8
 SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
-
-
-# -- stage 3 --
+GATHERED_TENSORS = 4  # of all ranks' keys and values: as they come, and joined
+# A chunk of whole frames gains nothing beyond so many latents: two frames of 1280x720 (README, "Measured").
+USEFUL_CHUNK = 2 * 45 * 80
 
 
 def _remembered(channels: Sequence[int], layers: int, ratio: int) -> float:
@@ -52,19 +55,72 @@ def decoder_working(
     return max(behind * itemsize, inside) + channels[0] * latent_frames * open_px // ratio**2 * itemsize
 
 
+def whole_working(
+    at_once: int, bands: int, ranks: int, size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int
+) -> int:
+    """Bytes beside the weights while whole frames of a video (T, H, W) are decoded: at most, of all ranks or bands."""
+    frames, height, width = size
+    ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
+    channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
+    convolutions = 2 * (int(config.get("layers_per_block") or VAE_LAYERS) + 1) + 1
+    latent_frames, chunk = (frames - 1) // temporal + 1, min(frames, at_once * temporal)
+    rows, columns = height // ratio, width // ratio
+    if ranks > 1:
+        rows = -(-rows // ranks)  # a rank is sent what it needs beyond its own, row by row
+    scales = [min(2**level, ratio) for level in range(len(channels))]
+    cut = -(-rows // bands)
+    behind = 0
+    for start in range(0, rows, cut):
+        own = slice(start, min(start + cut, rows))
+        needed = needed_rows(own, rows, [*scales, scales[-1]], [convolutions] * len(channels))
+        areas = [(of.stop - of.start) * columns * scale for of, scale in zip(needed, scales, strict=False)]
+        values = (WHOLE_TENSORS * chunk + 2) * channels[-1] * areas[-1]
+        if chunk < frames:
+            values += sum(2 * convolutions * width * area for width, area in zip(channels, areas, strict=True))
+        behind = max(behind, values)
+    positions, everywhere = rows * columns, height * width // ratio**2
+    scores = min(SCORES_AT_ONCE, positions * everywhere * latent_frames) * SCORE_BYTES
+    mid = channels[0] * latent_frames * itemsize
+    inside = mid * (MID_BLOCK_TENSORS * positions + (GATHERED_TENSORS * everywhere if ranks > 1 else 0)) + scores
+    return max(behind * itemsize, inside) + mid * positions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: the side of tiles in px, or whole frames and nothing else; tiles' overlap; how many ranks; for a
+    benchmark the bands and the latent frames at once."""
+
+    tile_size: int | None = None
+    whole: bool = False
+    overlap: float = DEFAULT_TILE_OVERLAP
+    ranks: int = 1
+    bands: int | None = None
+    at_once: int | None = None
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How a video is decoded: the side of its tiles in px (None: whole frames), latent frames at once, why, and what
-    that takes, by part."""
+    that takes, by part; whole frames on one process in how many bands of rows."""
 
     tile_size: int | None
     at_once: int
     reason: str
     parts: Mapping[str, int]
+    bands: int = 1
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def describe(self, ranks: int = 1) -> str:
+        """One phrase, e.g. "whole frames in 3 bands of rows" or "tiles of 256 px over 4 processes"."""
+        what = "whole frames" if self.tile_size is None else f"tiles of {self.tile_size} px"
+        if self.bands > 1:
+            what += f" in {self.bands} bands of rows"
+        if ranks > 1:
+            what += f", {'rows' if self.tile_size is None else 'tiles'} over {ranks} processes"
+        return what
 
 
 def fit_decoding(
@@ -73,46 +129,57 @@ def fit_decoding(
     itemsize: int,
     size: tuple[int, int, int],
     free: FreeMemory,
-    *,
-    asked: int | None,
-    whole: bool = False,
-    overlap: float = DEFAULT_TILE_OVERLAP,
+    asked: Request = Request(),
 ) -> Decoding:
-    """Tiles and chunks for a video of size (T, H, W). asked: --tile_size; whole: --disable_tiling; else the default
-    size, or the small one where less is free. Before tiles get smaller, chunks get shorter: that costs little.
+    """How a video of size (T, H, W) is decoded where nothing, or this, is asked for.
 
-    Raises InputError where the tiles do not fit, with the flags that would help.
+    Whole frames, in the longest chunk that fits and is of use; on one process else in bands of their rows, as few as
+    will do; else in tiles of the default size, else in small ones. Before tiles get smaller, chunks get shorter: that
+    costs little. Raises InputError where nothing fits, with the flags that would help.
     """
     frames, height, width = size
     ratio = int(config["spatial_compression_ratio"])
     room = free.host if free.device is None else free.device
+    around = {"weights": weights, "frames": 3 * frames * height * width}
+    ranks = row_ranks(height // ratio, asked.ranks)
 
-    def decoding(tile: int | None, at_once: int, reason: str) -> Decoding:
-        if tile is None:
-            sides, open_px = (height, width), height * width
-        else:
-            cut = tiling.tile_plan(
-                height // ratio, width // ratio, tile_size=tile, tile_overlap=overlap, spatial_ratio=ratio
-            )
-            sides = (cut.rows[0].size * ratio, cut.columns[0].size * ratio)
-            last_row = cut.rows[-1].size * sum(span.size for span in cut.columns) * ratio**2
-            open_px = max(sides[0] * sides[1], last_row)
+    def whole(bands: int, at_once: int, reason: str) -> Decoding:
+        working = whole_working(at_once, bands, ranks, size, config, itemsize)
+        return Decoding(None, at_once, reason, around | {"working memory": working}, bands)
+
+    def tiled(tile: int, at_once: int, reason: str) -> Decoding:
+        cut = tiling.tile_plan(
+            height // ratio, width // ratio, tile_size=tile, tile_overlap=asked.overlap, spatial_ratio=ratio
+        )
+        sides = (cut.rows[0].size * ratio, cut.columns[0].size * ratio)
+        last_row = cut.rows[-1].size * sum(span.size for span in cut.columns) * ratio**2
+        open_px = max(sides[0] * sides[1], last_row)
         working = decoder_working(at_once, (frames, *sides), open_px, config, itemsize)
-        parts = {"weights": weights, "frames": 3 * frames * height * width, "working memory": working}
-        return Decoding(tile, at_once, reason, parts)
+        return Decoding(tile, at_once, reason, around | {"working memory": working})
 
-    # Of each size the longest chunk that fits with the reserve, or else the shortest.
-    wanted: list[tuple[int | None, str]] = [(None if whole else asked, "as asked")]
-    if not whole and asked is None:
-        first = decoding(DEFAULT_TILE_SIZE, 1, "")
-        small = f"{DEFAULT_TILE_SIZE} px would need {gib(first.total)}, {gib(room)} are free"
-        wanted = [(DEFAULT_TILE_SIZE, "the default"), (SMALL_TILE_SIZE, small)]
-    tried = [decoding(tile, at_once, reason) for tile, reason in wanted for at_once in CHUNK_SIZES]
+    # In the order of preference; of each size the longest chunk that fits with the reserve, or else the shortest.
+    tried: list[Decoding] = []
+    if asked.tile_size is None:
+        latents = height * width // ratio**2 // ranks
+        useful = [n for n in CHUNK_SIZES if n * latents <= USEFUL_CHUNK or n == 1]
+        allowed = [n for n in BAND_COUNTS if n <= height // ratio and (n == 1 or ranks == 1)]
+        for bands in [asked.bands] if asked.bands else allowed:
+            reason = "as asked" if asked.whole else "the default"
+            if bands > 1:
+                reason = f"in one piece they would need {gib(whole(1, 1, '').total)}, {gib(room)} are free"
+            tried += [whole(bands, at_once, reason) for at_once in ([asked.at_once] if asked.at_once else useful)]
+    if not asked.whole:
+        wanted = [(asked.tile_size, "as asked")]
+        if asked.tile_size is None:
+            reason = f"{tried[-1].describe(ranks)} would need {gib(tried[-1].total)}, {gib(room)} are free"
+            wanted = [(tile, reason) for tile in (DEFAULT_TILE_SIZE, SMALL_TILE_SIZE)]
+        sizes = [asked.at_once] if asked.at_once else CHUNK_SIZES
+        tried += [tiled(tile, at_once, reason) for tile, reason in wanted if tile for at_once in sizes]
     chosen = next((one for one in tried if one.total + RESERVE <= room), tried[-1])
     if chosen.total > room:
-        what = "whole frames" if chosen.tile_size is None else f"a tile of {chosen.tile_size} px"
-        fits = decoding(SMALL_TILE_SIZE, 1, "").total <= room
+        fits = tiled(SMALL_TILE_SIZE, 1, "").total <= room
         remedies = [f"--tile_size {SMALL_TILE_SIZE}" if fits else "fewer frames"]
+        what = chosen.describe(ranks if chosen.tile_size is None else 1)
         raise InputError(refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies))
     return chosen
 
@@ -127,6 +194,8 @@ def decoding_seconds(
 ) -> float | None:
     """Seconds of a decoding where one just like it has been measured, else None: nothing is guessed."""
     published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
-    if gpu is None or not published or overlap != DEFAULT_TILE_OVERLAP or ranks != 1:
+    if gpu is None or not published or ranks != 1 or decoding.bands != 1:
+        return None
+    if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
         return None
     return measured_decoding(gpu, size, decoding.tile_size, decoding.at_once)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hunyuan_staged.decoding.blending import Blender, Canvas, FrameBatch, chunk_spans, piece_order
+from hunyuan_staged.decoding.blending import Blender, Canvas, piece_order
+from hunyuan_staged.decoding.frames import FiniteChecks, FrameBatch, chunk_spans
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tile, TilePlan, assign_by_cost, tile_plan, whole_plan
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import Decoder
@@ -25,6 +26,13 @@ from hunyuan_staged.runtime.progress import quiet
 SENDS_AHEAD = 8
 
 
+def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
+    """InputError where latents are not [1, C, t, h, w] with this decoder's C, the config's latent_channels."""
+    channels = config["latent_channels"]
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
+        raise InputError(f"latents {list(latents.shape)} do not fit this VAE, which takes [1, {channels}, t, h, w]")
+
+
 def plan_decode(
     latents: torch.Tensor, config: Mapping[str, Any], *, tile_size: int | None, tile_overlap: float
 ) -> TilePlan:
@@ -33,9 +41,7 @@ def plan_decode(
     Needs no weights, so a caller can ask before it loads any. Raises InputError for latents that this decoder does not
     take and for a tiling that makes no sense.
     """
-    channels = config["latent_channels"]
-    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
-        raise InputError(f"latents {list(latents.shape)} do not fit this VAE, which takes [1, {channels}, t, h, w]")
+    check_latents(latents, config)
     height, width = latents.shape[-2:]
     ratio = config["spatial_compression_ratio"]
     if tile_size is None:
@@ -131,7 +137,7 @@ def decode_frames(
     warn: Callable[[str], object] = str,
     as_float: bool = False,
 ) -> Iterator[FrameBatch]:
-    """Decode latents [1, C, t, h, w] to Blocks of frames, in order, on rank 0; the other ranks yield nothing.
+    """Decode latents [1, C, t, h, w] to batches of frames, in order, on rank 0; the other ranks yield nothing.
 
     Every rank of `world` calls this with the same arguments and goes through to the end. decoder: a
     VaeDecoder on the rank's device; None where tile_owners gives the rank no tile. config: scaling_factor,
@@ -177,7 +183,7 @@ def decode_frames(
 
     floats = forward.dtype if as_float else None
     canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, floats)
-    doubts: deque[tuple[Tile, torch.Tensor]] = deque()
+    checks = FiniteChecks(forward.dtype)
     # Its own next piece is under way before rank 0 waits for others' that come earlier: it never idles with work left.
     own = mine()
     ahead = next(own, None)
@@ -187,20 +193,13 @@ def decode_frames(
             piece, ahead = ahead, next(own, None)
         else:
             piece = receive(tile, chunk)
-        doubts.append((tile, torch.isfinite(piece).all()))
+        checks.add(f"tile {tile.row},{tile.column}", torch.isfinite(piece).all())
         canvas.draw(tile, chunk, spans[chunk], piece)
         # Read one piece late, so that the device has the next one to work on meanwhile.
-        _settle(doubts, 1, forward.dtype)
+        checks.settle(keep=1)
         if (tile.row, tile.column) == (len(plan.rows) - 1, len(plan.columns) - 1):
             # The chunk before this one: the device works on the next meanwhile.
             yield from canvas.arrived()
             canvas.leave(spans[chunk])
-    _settle(doubts, 0, forward.dtype)
+    checks.settle()
     yield from canvas.arrived()
-
-
-def _settle(doubts: deque[tuple[Tile, torch.Tensor]], keep: int, dtype: torch.dtype) -> None:
-    while len(doubts) > keep:
-        tile, finite = doubts.popleft()
-        if not finite:
-            raise FloatingPointError(f"tile {tile.row},{tile.column} decoded to NaN or Inf in {dtype}")

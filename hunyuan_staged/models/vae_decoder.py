@@ -24,11 +24,14 @@ from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE
 # -- attention --
 
 
-def frame_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def frame_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at_once: int | None = None
+) -> torch.Tensor:
     """Attention in which each position sees its own frame and all earlier ones.
 
-    query, key, value [B, t, N, C] → [B, t, N, C]. Frame by frame, so that no mask exists: frame i's queries against the
-    keys of frames 0..i. The same sums as diffusers' masked call, without the t*N x t*N mask.
+    query [B, t, M, C], of some or all of a frame's positions; key, value [B, t, N, C] → [B, t, M, C]. Frame by frame, so
+    that no mask exists: frame i's queries against the keys of frames 0..i. The same sums as diffusers' masked call,
+    without the t*N x t*N mask. at_once: queries of a call where torch's own kernel computes; its rounding depends on it.
     """
     batch, frames, _, channels = query.shape
     # The products are for decoding alone: one clip, no gradients. Training has batches and goes through here, too.
@@ -38,7 +41,9 @@ def frame_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.
     outputs = []
     for i in range(frames):
         keys, values = (x[:, : i + 1].reshape(batch, 1, -1, channels) for x in (key, value))
-        outputs.append(attend(query[:, i : i + 1], keys, values))
+        queries = query[:, i : i + 1]
+        parts = [queries] if products or at_once is None else queries.split(at_once, dim=2)
+        outputs.append(torch.cat([attend(part, keys, values) for part in parts], dim=2))
     return torch.cat(outputs, dim=1)
 
 
@@ -142,10 +147,32 @@ def _convolve(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # -- the forward --
 
 
+class FrameLayout:
+    """Which rows of its frames a decoder computes. Here: all, so that nothing is exchanged and nothing cut off."""
+
+    def fill_halo(self, inputs: torch.Tensor, *, first: bool) -> None:
+        """Write a convolution's inputs [2 + T, 1 + H + 1, W + 2, C] beyond the own rows, where other rows follow there.
+
+        They hold the outermost own rows. The two frames in front are complete, but for those of a video's first chunk.
+        """
+
+    def gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows of the mid block's [t, H, W, C], given the own ones."""
+        return x
+
+    def crop(self, x: torch.Tensor, level: int) -> torch.Tensor:
+        """[T, H, W, C], input of an up block (0 the first; their number: the pixels), without rows of no more use."""
+        return x
+
+
+ALL_ROWS = FrameLayout()
+
+
 @dataclass
 class Memory:
     """What the causal convolutions of one video remember between two chunks: the last two frames of their input."""
 
+    layout: FrameLayout = ALL_ROWS
     frames: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
     first: bool = True
     last: bool = False
@@ -169,7 +196,9 @@ class CausalCoder:
         self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
     ) -> tuple[torch.Tensor, Any]:
         """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
-        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), memory.frames.get(layer), keep=keep)
+        before = memory.frames.get(layer)
+        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), before, keep=keep)
+        memory.layout.fill_halo(inputs, first=before is None)
         if memory.last:
             memory.frames.pop(layer, None)
         else:
@@ -185,12 +214,17 @@ class CausalCoder:
             added = F.linear(added, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
         return Sum(product, block.conv2.conv.bias, added)
 
-    def _attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        normed = normalise(x, block.norm.gamma.flatten()).flatten(1, 2)[None]  # [1, t, N, C]
+    def _attention(self, block: Any, x: torch.Tensor, layout: FrameLayout = ALL_ROWS) -> torch.Tensor:
+        normed = normalise(x, block.norm.gamma.flatten())
         query, key, value = (
             F.linear(normed, layer.weight.flatten(1), layer.bias) for layer in (block.to_q, block.to_k, block.to_v)
         )
-        attended = frame_causal_attention(query, key, value)
+        attended = frame_causal_attention(
+            # [t, h, w, C] → [1, t, N, C]
+            *(rows.flatten(1, 2)[None] for rows in (query, layout.gather_rows(key), layout.gather_rows(value))),
+            # A row at a time: the bits must not depend on how many rows there are.
+            at_once=x.shape[2],
+        )
         return x + F.linear(attended.view(x.shape), block.proj_out.weight.flatten(1), block.proj_out.bias)
 
 
@@ -204,33 +238,41 @@ class Decoder(CausalCoder):
         A chunk comes from so many latent frames, all of them by default. The first latent frame gives one frame, any
         other as many as the decoder's temporal factor. Chunks change nothing but the rounding.
         """
-        values = self._before_chunks(latents.to(self.device, self.dtype)[0].permute(1, 2, 3, 0).contiguous())
-        size = frames_at_once or len(values)
-        memory = Memory()
-        for start in range(0, len(values), size):
-            memory.first, memory.last = start == 0, start + size >= len(values)
-            yield self._chunk(values[start : start + size], memory)
+        values = self.before_chunks(latents)
+        yield from self.chunks(values, frames_at_once or len(values))
 
-    def _before_chunks(self, latents: torch.Tensor) -> torch.Tensor:
-        """conv_in and the mid block, over all frames: [t, h, w, C] → [t, h, w, C']."""
-        module, memory = self.module, Memory(last=True)
+    @torch.no_grad()
+    def before_chunks(self, latents: torch.Tensor, layout: FrameLayout = ALL_ROWS) -> torch.Tensor:
+        """conv_in and the mid block, over all frames: [1, C, t, h, w] → [t, h, w, C']."""
+        module, memory = self.module, Memory(layout, last=True)
+        latents = latents.to(self.device, self.dtype)[0].permute(1, 2, 3, 0).contiguous()
         product, _ = self._convolve(module.conv_in, latents, None, memory)
         x: Sum | torch.Tensor = Sum(product, module.conv_in.conv.bias, latents.repeat_interleave(module.repeat, dim=-1))
         x = self._resnet(module.mid_block.resnets[0], x, memory)
         for attention, resnet in zip(module.mid_block.attentions, module.mid_block.resnets[1:], strict=True):
             if attention is not None:
-                x = self._attention(attention, x.add())
+                x = self._attention(attention, x.add(), layout)
             x = self._resnet(resnet, x, memory)
         return x.add()
 
-    def _chunk(self, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
-        for block in self.module.up_blocks:
+    @torch.no_grad()
+    def chunks(self, values: torch.Tensor, size: int, layout: FrameLayout = ALL_ROWS) -> Iterator[torch.Tensor]:
+        """Frames as __call__ gives them, of `size` latent frames at a time, from what before_chunks gave of all."""
+        memory = Memory(layout)
+        for start in range(0, len(values), size):
+            memory.first, memory.last = start == 0, start + size >= len(values)
+            yield self._chunk(values[start : start + size], memory)
+
+    def _chunk(self, values: torch.Tensor, memory: Memory) -> torch.Tensor:
+        crop = memory.layout.crop
+        x: Sum | torch.Tensor = crop(values, 0)
+        for level, block in enumerate(self.module.up_blocks, start=1):
             for resnet in block.resnets:
                 x = self._resnet(resnet, x, memory)
             for upsampler in block.upsamplers or ():
-                x = self._upsample(upsampler, x, memory)
+                x = crop(self._upsample(upsampler, x, memory), level)
         product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)
-        return product + self.module.conv_out.conv.bias
+        return crop(product + self.module.conv_out.conv.bias, len(self.module.up_blocks))
 
     def _upsample(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
         """Twice as high and wide, and with add_temporal_upsample twice as long but for a video's first frame."""

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hunyuan_staged.decoding import planning, tiled
-from hunyuan_staged.decoding.blending import FrameBatch
-from hunyuan_staged.decoding.tiling import DEFAULT_TILE_SIZE
+from hunyuan_staged.decoding import planning, tiled, whole
+from hunyuan_staged.decoding.frames import FrameBatch
+from hunyuan_staged.decoding.rows import row_ranks
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.video import ffmpeg_path, write_video
@@ -84,28 +84,28 @@ class DecodeSetup:
         return (frames - 1) * temporal + 1, height * ratio, width * ratio
 
     def plan(self, free: FreeMemory) -> planning.Decoding:
-        """Tiles and chunks that fit; InputError where none do."""
+        """Whole frames or tiles, and chunks, that fit; InputError where nothing does."""
         skeleton = self.model.vae_skeleton("decoder")
         weights = sum(tensor.numel() for tensor in skeleton.parameters()) * self.dtype.itemsize
-        return planning.fit_decoding(
-            self.config,
-            weights,
-            self.dtype.itemsize,
-            self.size,
-            free,
-            asked=self.options.tile_size,
-            whole=self.options.disable_tiling,
-            overlap=self.options.tile_overlap,
-        )
+        options = self.options
+        tile_size = None if options.disable_tiling else options.tile_size
+        asked = planning.Request(tile_size, options.disable_tiling, options.tile_overlap, self.world.size)
+        return planning.fit_decoding(self.config, weights, self.dtype.itemsize, self.size, free, asked)
 
     def tiling(self, plan: planning.Decoding) -> dict[str, Any]:
         """The arguments about tiles of decode_frames and plan_decode."""
         return {"tile_size": plan.tile_size, "tile_overlap": self.options.tile_overlap}
 
     def owners(self, plan: planning.Decoding) -> list[int]:
-        """Which rank decodes each tile."""
+        """Which rank decodes each tile; of whole frames, the ranks that decode rows."""
+        if plan.tile_size is None:
+            return list(range(row_ranks(self.job.latents.shape[3], self.world.size)))
         tiles = tiled.plan_decode(self.job.latents, self.config, **self.tiling(plan))
         return tiled.tile_owners(tiles, self.world.size)
+
+    def method(self, plan: planning.Decoding) -> str:
+        """One phrase on how the frames are decoded, and why."""
+        return f"{plan.describe(len(set(self.owners(plan))))} ({plan.reason})"
 
     def rows(self, plan: planning.Decoding, free: FreeMemory, ranks: int) -> dict[str, object]:
         """The rows that --dry_run prints."""
@@ -115,12 +115,12 @@ class DecodeSetup:
         frames, height, width = self.size
         return {
             "video": f"{width}x{height}, {frames} frames",
-            "tile size": f"{plan.tile_size or 'whole frames'} ({plan.reason})",
+            "decoding": self.method(plan),
             "latent frames at once": min(plan.at_once, self.job.latents.shape[2]),
             "memory": f"{gib(plan.total)}: {held}",
             "free": free.describe(),
             "expected time": "unknown: not measured" if seconds is None else f"{seconds:.1f} s",
-            "tiles": len(self.owners(plan)),
+            **({} if plan.tile_size is None else {"tiles": len(self.owners(plan))}),
             "ranks": ranks,
         }
 
@@ -131,7 +131,7 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     ffmpeg_path()  # now, rather than after the decoding
     model = open_model(path, ("vae",), report.progress)
     config = model.vae_config()
-    tiled.plan_decode(job.latents, config, tile_size=None, tile_overlap=0)  # latents of another model
+    tiled.check_latents(job.latents, config)
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
     # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
     own = World(world.rank, 1, world.device) if options.disable_tile_parallelism else world
@@ -152,25 +152,16 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
     owners = setup.owners(plan)
     if world.rank not in owners:
         return Written()
-    if options.tile_size is None and plan.tile_size not in (None, DEFAULT_TILE_SIZE):
-        report.info(f"tiles of {plan.tile_size} px: {plan.reason}")
     with report.timed("load"):
         decoder, config = setup.model.load_vae_decoder(device=world.device, dtype=setup.dtype, progress=report.progress)
-    report.info(
-        f"latents {list(latents.shape)}: {len(owners)} tile{'s' * (len(owners) > 1)} on "
-        f"{world.size} process{'es' * (world.size > 1)}, {setup.dtype}"
-    )
-    batches = tiled.decode_frames(
-        decoder,
-        latents,
-        config,
-        **setup.tiling(plan),
-        world=world,
-        at_once=plan.at_once,
-        progress=report.progress,
-        warn=report.warn,
-        as_float=options.save_frames,
-    )
+    count = "" if plan.tile_size is None else f"{len(owners)} "
+    report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")
+    common: dict[str, Any] = {"world": world, "progress": report.progress, "warn": report.warn}
+    common["as_float"] = options.save_frames
+    if plan.tile_size is None:
+        batches = whole.decode_whole(decoder, latents, config, plan, **common)
+    else:
+        batches = tiled.decode_frames(decoder, latents, config, **setup.tiling(plan), at_once=plan.at_once, **common)
     with report.timed("compute"):
         if not world.is_main:
             collections.deque(batches, maxlen=0)  # which goes through to their end

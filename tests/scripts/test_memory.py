@@ -11,7 +11,7 @@ from forked import Moment, run_ranks, run_stage
 import stage2_transformer
 import stage3_vae_decoder
 from hunyuan_staged.decoding import planning
-from hunyuan_staged.files.tensors import load_embeddings, load_latents
+from hunyuan_staged.files.tensors import load_embeddings, load_frames, load_latents
 from hunyuan_staged.memory import available, budget
 from hunyuan_staged.weights.folder import open_model
 
@@ -101,7 +101,12 @@ def test_stage_3_prints_its_plan_and_writes_nothing(tmp_path, tiny_official):
     assert contents(folder) == before and sorted(path.name for path in tmp_path.iterdir()) == ["run", "said"]
     assert "loading" not in said and "done" not in said
     shown = rows(said)
-    assert (shown["video"], shown["tile size"], shown["tiles"]) == ("160x96, 9 frames", "64 (as asked)", "8")
+    assert (shown["video"], shown["decoding"], shown["tiles"]) == ("160x96, 9 frames", "tiles of 64 px (as asked)", "8")
+    status, said = run_stage(3, "--input_dir", folder, "--dry_run", said=tmp_path / "said")
+    assert status == 0, said
+    shown = rows(said)
+    assert shown["decoding"] == "whole frames (the default)"
+    assert shown["latent frames at once"] == "3" and "tiles" not in shown
 
 
 # Offloading and float8
@@ -217,17 +222,34 @@ def test_stage_2_offloads_what_does_not_fit(inputs, tmp_path, monkeypatch, capsy
     assert torch.equal(load_latents(tmp_path)[0], resident)
 
 
-def test_stage_3_takes_smaller_tiles_and_says_so(tmp_path, tiny_official, monkeypatch, capsys):
+def with_room_for(monkeypatch, model_path: Path, **asked) -> None:
+    """As much free memory as 192x320 px of a single frame take if decoded so."""
+    model = open_model(model_path, ["vae"])
+    weights = 4 * sum(tensor.numel() for tensor in model.vae_skeleton("decoder").parameters())
+    memory, request = budget.FreeMemory(None, 2**40), planning.Request(**asked)
+    needed = planning.fit_decoding(model.vae_config(), weights, 4, (1, 192, 320), memory, request).total
+    with_free(monkeypatch, None, budget.RESERVE + needed)
+
+
+def test_stage_3_takes_bands_of_whole_frames_and_then_smaller_tiles(tmp_path, tiny_official, monkeypatch, capsys):
     latents = torch.randn(1, 32, 1, 12, 20, generator=torch.Generator().manual_seed(5))
     folder = denoised(tmp_path, tiny_official, latents)
-    model = open_model(tiny_official, ["vae"])
-    weights = 4 * sum(tensor.numel() for tensor in model.vae_skeleton("decoder").parameters())
-    least = planning.fit_decoding(
-        model.vae_config(), weights, 4, (1, 192, 320), budget.FreeMemory(None, 2**40), asked=256
-    )
-    with_free(monkeypatch, None, budget.RESERVE + least.total - 1)
-    assert stage3_vae_decoder.main(["--input_dir", str(folder)]) == 0
+    arguments = ["--input_dir", str(folder), "--save_frames"]
+    assert stage3_vae_decoder.main(arguments) == 0
+    assert "whole frames (the default)" in capsys.readouterr().err
+    whole = load_frames(folder)[0]
+    need = r"would need \d+ MiB, \d+ MiB are free\)"
+
+    with_room_for(monkeypatch, tiny_official, whole=True, bands=2)
+    assert stage3_vae_decoder.main(arguments) == 0
     said = capsys.readouterr().err
-    assert len(re.findall(r"tiles of 128 px: 256 px would need \d+ MiB, \d+ MiB are free", said)) == 1, said
-    assert stage3_vae_decoder.main(["--input_dir", str(folder), "--tile_size", "256"]) == 0
-    assert "px would need" not in capsys.readouterr().err, "what is asked for wins"
+    assert len(re.findall(rf"whole frames in 2 bands of rows \(in one piece they {need}", said)) == 1, said
+    assert torch.equal(load_frames(folder)[0], whole)
+
+    with_room_for(monkeypatch, tiny_official, tile_size=128)
+    monkeypatch.setattr(planning, "BAND_COUNTS", (1,))
+    assert stage3_vae_decoder.main(arguments) == 0
+    said = capsys.readouterr().err
+    assert len(re.findall(rf"8 tiles of 128 px \(whole frames {need}", said)) == 1, said
+    assert stage3_vae_decoder.main([*arguments, "--tile_size", "256"]) == 2
+    assert "tiles of 256 px, 1 frames, needs" in capsys.readouterr().err, "what is asked for is not replaced"

@@ -55,7 +55,7 @@ def test_video_frames_config_and_report(done):
     assert config["stage3_decode_time"] > 0
     assert config["output_video"] == str(folder / contract.VIDEO_FILE)
     said = result.stdout + result.stderr
-    assert "8 tiles on 1 process" in said
+    assert "8 tiles of 64 px (as asked)" in said
     assert "9 frames of 160x96 at 24 frames per second" in said
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [contract.CONFIG_FILE, contract.FRAMES_FILE, contract.LATENTS_FILE, contract.VIDEO_FILE]
@@ -78,8 +78,35 @@ def test_processes_give_the_bits_of_one(done, tmp_path, processes, flags):
     result = call("--input_dir", folder, *TILES, "--save_frames", *flags, processes=processes)
     assert result.returncode == 0, result.stderr
     assert torch.equal(frames_of(folder), frames_of(done[0]))
-    ranks = 1 if flags else processes
-    assert f"8 tiles on {ranks} process" in result.stdout + result.stderr
+    how = "8 tiles of 64 px (as asked)" if flags else f"8 tiles of 64 px, tiles over {processes} processes (as asked)"
+    assert how in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, done):
+    """One run as it is by default: in whole frames."""
+    folder = copy_of(done, tmp_path_factory.mktemp("whole"))
+    result = call("--input_dir", folder, "--save_frames")
+    assert result.returncode == 0, result.stderr
+    assert "whole frames (the default)" in result.stdout + result.stderr
+    return folder, result
+
+
+def test_whole_frames_are_the_default(done, whole):
+    tiles, exact = (frames_of(folder).float() for folder in (done[0], whole[0]))
+    assert exact.shape == tiles.shape
+    # The same video, but for what a tile of a random decoder does not see.
+    assert 0.8 < torch.corrcoef(torch.stack([exact.flatten(), tiles.flatten()]))[0, 1] < 0.9999
+
+
+@pytest.mark.parametrize(("processes", "flags"), [(3, []), (2, ["--disable_tile_parallelism"])])
+def test_rows_over_processes_give_the_bits_of_one(done, whole, tmp_path, processes, flags):
+    folder = copy_of(done, tmp_path)
+    result = call("--input_dir", folder, "--save_frames", *flags, processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(frames_of(folder), frames_of(whole[0]))
+    how = "whole frames (the default)" if flags else "whole frames, rows over 3 processes (the default)"
+    assert how in result.stdout + result.stderr
 
 
 def test_whole_frames_under_another_name_and_rate(done, tmp_path):
@@ -94,7 +121,7 @@ def test_whole_frames_under_another_name_and_rate(done, tmp_path):
     assert not (folder / contract.VIDEO_FILE).exists()
     assert not (folder / contract.FRAMES_FILE).exists()
     assert read_config(folder)["output_video"] == str(target)
-    assert "1 tile" in result.stdout + result.stderr
+    assert "whole frames (as asked)" in result.stdout + result.stderr
 
 
 def test_model_path_overrides_the_config(done, tmp_path, tiny_diffusers):
@@ -158,7 +185,7 @@ def test_the_real_models_latents(tmp_path, tpu_folder):
     assert config["prompt"] == before["prompt"]
     assert config["model_path"] == before["model_id"]
     assert config["stage3_decode_time"] > 0
-    assert "28 tiles" in result.stdout + result.stderr
+    assert "whole frames (the default)" in result.stdout + result.stderr
 
 
 # Refusals
@@ -222,6 +249,6 @@ def test_help_and_refusals_load_no_torch():
         result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         if code == 0:
-            assert "default: 256" in result.stdout
+            assert "default: whole frames" in " ".join(result.stdout.split())
             assert "examples:" in result.stdout
             assert "tiles" in result.stdout

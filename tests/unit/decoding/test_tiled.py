@@ -10,7 +10,7 @@ from conftest import golden_weights
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from hunyuan_staged.decoding import blending, tiled, tiling
+from hunyuan_staged.decoding import frames, tiled, tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models import vae_decoder
 from hunyuan_staged.models.vae_decoder import Decoder
@@ -77,11 +77,11 @@ def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
     torch.testing.assert_close(decoded_by(decoder, latents, at_once), wanted, rtol=1e-4, atol=1e-5)
 
 
-def decoded(*args, **options) -> blending.FrameBatch:
+def decoded(*args, **options) -> frames.FrameBatch:
     """All blocks of vae.decode_frames as one, its floats [1, 3, T, H, W]."""
     blocks = list(tiled.decode_frames(*args, **options))
     floats = [block.floats for block in blocks if block.floats is not None]
-    return blending.FrameBatch(
+    return frames.FrameBatch(
         torch.cat([block.frames for block in blocks]),
         torch.cat(floats).permute(3, 0, 1, 2)[None] if floats else None,
     )
@@ -229,8 +229,8 @@ def test_nan_is_not_a_black_video():
 
 def test_8_bits_round_to_the_nearest():
     levels = torch.arange(256) / 255
-    assert torch.equal(blending.to_8bit(levels), torch.arange(256, dtype=torch.uint8))
-    assert blending.to_8bit(torch.tensor([0.49 / 255, 0.5 / 255, 1.0])).tolist() == [0, 1, 255]
+    assert torch.equal(frames.to_8bit(levels), torch.arange(256, dtype=torch.uint8))
+    assert frames.to_8bit(torch.tensor([0.49 / 255, 0.5 / 255, 1.0])).tolist() == [0, 1, 255]
 
 
 # Streaming

@@ -258,9 +258,9 @@ DECODER_WEIGHTS = int(1.62 * GIB)
 VIDEO = (121, 720, 1280)
 
 
-def decoding(free: float, **given) -> planning.Decoding:
-    options = {"asked": None, "whole": False} | given
-    return planning.fit_decoding(DECODER, DECODER_WEIGHTS, 2, VIDEO, FreeMemory(int(free * GIB), 64 * GIB), **options)
+def decoding(free: float, size: tuple[int, int, int] = VIDEO, **asked) -> planning.Decoding:
+    memory = FreeMemory(int(free * GIB), 64 * GIB)
+    return planning.fit_decoding(DECODER, DECODER_WEIGHTS, 2, size, memory, planning.Request(**asked))
 
 
 def test_what_a_chunk_of_a_tile_takes():
@@ -277,26 +277,84 @@ def test_what_a_chunk_of_a_tile_takes():
     )
 
 
-def test_chunks_are_shorter_where_less_is_free_and_then_tiles_smaller():
-    chosen = [(decoding(free).tile_size, decoding(free).at_once) for free in (80, 6, 5, 4, 3.5)]
-    assert chosen == [(256, 8), (256, 8), (256, 2), (128, 8), (128, 4)]
+def test_what_a_chunk_of_whole_frames_takes():
+    """Counted by hand: 4 tensors of 128 channels for 8 frames and 2 more, two frames of each convolution's input."""
+    remembered = 2 * 7 * (1024 / 256 + 1024 / 64 + 512 / 16 + 256 / 4 + 128)
+    behind = ((4 * 8 + 2) * 128 + remembered) * 720 * 1280 * 2
+    values = 1024 * 31 * 3600 * 2
+    assert planning.whole_working(2, 1, 1, VIDEO, DECODER, 2) == behind + values
+    # Measured on an H100 in chunks of 1, 2 and 4 latent frames: 11.8, 15.4 and 22.5 GiB.
+    for at_once, peak in ((1, 11.8), (2, 15.4), (4, 22.5)):
+        whole = decoding(80, whole=True, at_once=at_once)
+        assert peak <= whole.total / GIB < peak + 0.2
+
+
+def test_what_a_band_takes():
+    """The upper of two bands, by hand: behind its 23 rows it needs 7 rows of the last level, and so on downwards."""
+    rows = (23 + 14, 2 * 23 + 14, 4 * 23 + 13, 8 * 23 + 11, 16 * 23 + 7)
+    widths = (1024, 1024, 512, 256, 128)
+    remembered = sum(
+        2 * 7 * width * row * 80 * 2**level for level, (width, row) in enumerate(zip(widths, rows, strict=True))
+    )
+    behind = ((4 * 4 + 2) * 128 * rows[-1] * 1280 + remembered) * 2
+    values = 1024 * 31 * 3600 * 2
+    assert planning.whole_working(1, 2, 1, VIDEO, DECODER, 2) == behind + values
+
+
+def test_a_rank_takes_what_its_rows_take():
+    """8 ranks, 6 rows each, in chunks of 8 latent frames."""
+    remembered = 2 * 7 * (1024 / 256 + 1024 / 64 + 512 / 16 + 256 / 4 + 128)
+    behind = ((4 * 32 + 2) * 128 + remembered) * 96 * 1280 * 2
+    assert planning.whole_working(8, 1, 8, VIDEO, DECODER, 2) == behind + 1024 * 31 * 480 * 2
+    assert decoding(80, ranks=8).at_once == 8
+
+
+def chosen(free: float, **given) -> tuple[int | None, int, int]:
+    found = decoding(free, **given)
+    return found.tile_size, found.bands, found.at_once
+
+
+def test_whole_frames_then_bands_then_tiles():
+    """The longest chunk of use, shorter ones, as few bands as fit, tiles of 256 px and of 128."""
+    assert [chosen(free) for free in (80, 16, 12.8)] == [(None, 1, 2), (None, 1, 1), (None, 1, 1)]
+    assert [chosen(free) for free in (12, 9, 7.25, 6)] == [(None, 2, 2), (None, 2, 1), (None, 3, 1), (None, 6, 2)]
+    assert [chosen(free) for free in (5.5, 5, 4, 3.5)] == [(256, 1, 4), (256, 1, 2), (128, 1, 8), (128, 1, 4)]
+    # The size of super resolution, on a card of 24 GB.
+    assert chosen(23.25, size=(121, 1072, 1904)) == (None, 2, 1)
     assert decoding(80).reason == "the default"
-    assert decoding(4).reason == "256 px would need 3.8 GiB, 4.0 GiB are free"
+    assert decoding(9).reason == "in one piece they would need 12.0 GiB, 9.0 GiB are free"
+    assert decoding(4).reason == "whole frames in 8 bands of rows would need 5.1 GiB, 4.0 GiB are free"
     assert decoding(80).parts["frames"] == 121 * 720 * 1280 * 3
     with pytest.raises(
-        InputError, match=r"a tile of 128 px, 121 frames, needs 2\.5 GiB .*What would help: fewer frames"
+        InputError, match=r"tiles of 128 px, 121 frames, needs 2\.5 GiB .*What would help: fewer frames"
     ):
         decoding(2)
 
 
-def test_tiles_that_were_asked_for_are_honoured_or_refused():
-    assert decoding(80, asked=128).tile_size == 128
-    assert decoding(3.8, asked=256).at_once == 1, "without the reserve it fits"
-    with pytest.raises(InputError, match=r"a tile of 256 px, 121 frames, needs 3\.8 GiB .* --tile_size 128"):
-        decoding(3.5, asked=256)
-    assert decoding(24, whole=True).tile_size is None
-    with pytest.raises(InputError, match=r"whole frames, 121 frames, needs 12\.0 GiB .* --tile_size 128"):
-        decoding(11, whole=True)
+def test_several_ranks_decode_rows_or_tiles():
+    assert chosen(79, ranks=2) == (None, 1, 4)
+    assert chosen(8, ranks=2) == (None, 1, 1), "half of the rows, and no bands of them"
+    assert chosen(5, ranks=2) == (256, 1, 2)
+    assert decoding(5, ranks=2).reason == ("whole frames, rows over 2 processes would need 7.1 GiB, 5.0 GiB are free")
+    assert decoding(79, ranks=2).describe(2) == "whole frames, rows over 2 processes"
+    assert decoding(79, ranks=2, tile_size=256).describe(2) == "tiles of 256 px, tiles over 2 processes"
+    assert decoding(6).describe() == "whole frames in 6 bands of rows"
+
+
+def test_small_frames_go_in_longer_chunks():
+    assert [chosen(80, size=(121, *sides))[2] for sides in ((480, 848), (192, 320), (1072, 1904))] == [4, 8, 1]
+
+
+def test_what_was_asked_for_is_honoured_or_refused():
+    assert decoding(80, tile_size=128).tile_size == 128
+    assert decoding(80, tile_size=256).reason == "as asked"
+    assert decoding(3.8, tile_size=256).at_once == 1, "without the reserve it fits"
+    with pytest.raises(InputError, match=r"tiles of 256 px, 121 frames, needs 3\.8 GiB .* --tile_size 128"):
+        decoding(3.5, tile_size=256)
+    assert chosen(24, whole=True) == (None, 1, 2)
+    assert chosen(11, whole=True) == (None, 2, 2), "bands are whole frames, too"
+    with pytest.raises(InputError, match=r"whole frames in 8 bands .*, 121 frames, needs 5\.1 GiB .* --tile_size 128"):
+        decoding(5, whole=True)
 
 
 def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
@@ -304,16 +362,22 @@ def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
         options = {"gpu": GPU, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
         return planning.decoding_seconds(decoding=decoding, **options)
 
-    assert seconds(decoding(80)) == 8.61
-    assert seconds(decoding(80, whole=True)) == 5.04
+    tiles = decoding(80, tile_size=256)
+    assert seconds(tiles) == 8.61
+    assert seconds(decoding(80)) == seconds(decoding(80), overlap=0) == 4.936
+    assert seconds(decoding(15)) == 5.133
+    assert seconds(decoding(80, at_once=4)) == 4.858
+    assert seconds(decoding(80, size=(49, 720, 1280)), size=(49, 720, 1280)) == 1.997
     assert seconds(decoding(5)) is None, "shorter chunks were not measured"
+    assert seconds(decoding(9)) is None, "bands were not measured"
     narrow = DECODER | {"block_out_channels": [16, 32, 32, 64, 64]}
     for other in ({"gpu": None}, {"gpu": "NVIDIA A100"}, {"config": narrow}, {"overlap": 0}, {"ranks": 2}):
-        assert seconds(decoding(80), **other) is None
+        assert seconds(tiles, **other) is None
 
 
 def test_a_tile_is_no_larger_than_the_frame():
-    parts = planning.fit_decoding(DECODER, 1, 2, (9, 96, 160), FreeMemory(GIB, GIB), asked=256).parts
+    asked = planning.Request(tile_size=256)
+    parts = planning.fit_decoding(DECODER, 1, 2, (9, 96, 160), FreeMemory(GIB, GIB), asked).parts
     values = 1024 * 3 * 60 * 2
     assert parts["working memory"] == 3 * 128 * 11 * 96 * 160 * 2 + values
 

@@ -1,0 +1,98 @@
+"""Decoded pixels on their way out: 8-bit conversion, frames in order of time, and whether they are finite."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+BATCH_FRAMES = 8  # that leave the device together: of 720p 22 MB
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Successive frames of a video in host memory: uint8 [n, H, W, 3], and where asked for, floats of it in [0, 1].
+
+    floats have the decoder's dtype: half precision is still eight times finer than 8 bits.
+    """
+
+    frames: torch.Tensor
+    floats: torch.Tensor | None = None
+
+
+def chunk_spans(latent_frames: int, at_once: int, temporal_ratio: int) -> list[slice]:
+    """The frames of each chunk: the first latent frame is one frame, any other temporal_ratio of them."""
+    stops = [*range(at_once, latent_frames, at_once), latent_frames]
+    edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def to_8bit(pixels: torch.Tensor) -> torch.Tensor:
+    """[0, 1] → uint8, rounded to the nearest of 256 levels, a half upwards."""
+    return (pixels * 255 + 0.5).to(torch.uint8)
+
+
+def _to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """The tensor in host memory, and what to wait for before it is read: nothing waits for the copy here."""
+    if not tensor.is_cuda:
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+class FrameBuffer:
+    """A video while its parts come in, as 8-bit frames on the device, and where asked for as floats on the host."""
+
+    def __init__(self, size: tuple[int, int, int], device: torch.device, floats: torch.dtype | None) -> None:
+        self.frames = torch.empty(*size, 3, dtype=torch.uint8, device=device)
+        self.floats = None if floats is None else torch.empty(*size, 3, dtype=floats)
+        self.left = 0  # frames that have left
+        self._leaving: deque[tuple[FrameBatch, torch.cuda.Event | None]] = deque()
+
+    def put(self, place: tuple[slice, ...], frames: torch.Tensor, floats: torch.Tensor | None) -> None:
+        """A part of the video, place being its frames, rows and columns: uint8 [n, y, x, 3], and floats where kept."""
+        self.frames[place] = frames
+        if self.floats is not None:
+            assert floats is not None
+            self.floats[place] = floats.to(self.floats.dtype).cpu()
+
+    def leave(self, now: slice) -> None:
+        """These frames are complete: they start for the host, and nothing waits for them."""
+        for start in range(now.start, now.stop, BATCH_FRAMES):
+            some = slice(start, min(start + BATCH_FRAMES, now.stop))
+            frames, event = _to_host(self.frames[some])
+            self._leaving.append((FrameBatch(frames, None if self.floats is None else self.floats[some]), event))
+        self.left = now.stop
+
+    def arrived(self) -> Iterator[FrameBatch]:
+        """The batches that are under way, each once it is there."""
+        while self._leaving:
+            batch, event = self._leaving.popleft()
+            if event is not None:
+                event.synchronize()
+            yield batch
+
+
+class FiniteChecks:
+    """Whether what was decoded is finite, read late, so that the device has work to do meanwhile."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._pending: deque[tuple[str, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, what: str, finite: torch.Tensor) -> None:
+        """finite [] is true, or not nought, where all of `what` is."""
+        self._pending.append((what, *_to_host(finite)))
+
+    def settle(self, keep: int = 0) -> None:
+        """Read all but the `keep` latest. Raises FloatingPointError where one of them is not finite."""
+        while len(self._pending) > keep:
+            what, finite, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if not finite:
+                raise FloatingPointError(f"{what} decoded to NaN or Inf in {self.dtype}")

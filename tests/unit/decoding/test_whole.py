@@ -1,0 +1,190 @@
+"""Whole frames: the same bits by rows over ranks, in bands, and in one piece; what is sent, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from test_tiled import CONFIG, draw_latents, tiny_decoder
+
+from hunyuan_staged.decoding import whole
+from hunyuan_staged.decoding.frames import FrameBatch
+from hunyuan_staged.decoding.planning import Decoding
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.parallel.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def rough_decoder(layers: int = 1) -> torch.nn.Module:
+    """A small decoder of the real structure, whose gammas and biases are no ones and noughts."""
+    decoder = tiny_decoder(layers=layers)
+    for parameter in decoder.parameters():
+        if parameter.ndim != 5:
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    return decoder
+
+
+def decode(latents, *, at_once=2, bands=1, world=ALONE, decoder=None, **options) -> FrameBatch | None:
+    """All batches as one; None on the other ranks."""
+    how = Decoding(None, at_once, "", {}, bands)
+    batches = list(
+        whole.decode_whole(decoder or rough_decoder(), latents, CONFIG, how, world=world, as_float=True, **options)
+    )
+    if not batches:
+        return None
+    return FrameBatch(torch.cat([b.frames for b in batches]), torch.cat([b.floats for b in batches]))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_one_piece_is_the_decoder(at_once):
+    latents = draw_latents(3, 5, 7)
+    video = decode(latents, at_once=at_once)
+    wanted = torch.cat(list(Decoder(rough_decoder())(latents / CONFIG["scaling_factor"], at_once)))
+    assert torch.equal(video.floats, (wanted / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(video.frames, (video.floats * 255 + 0.5).to(torch.uint8))
+    assert video.frames.float().std() > 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("bands", [2, 3, 7])
+def test_bands_give_the_bits_of_one_piece(bands, at_once):
+    """High enough that the middle bands of three see neither border, and see them crop."""
+    latents = draw_latents(3, 41, 2)
+    one, cut = (decode(latents, at_once=at_once, bands=n, decoder=rough_decoder(layers=0)) for n in (1, bands))
+    assert torch.equal(cut.floats, one.floats)
+    assert torch.equal(cut.frames, one.frames)
+
+
+def decode_as(world: World, sizes: tuple[int, ...], height: int, at_once: int) -> dict[str, np.ndarray]:
+    """Decode as the first n of these processes would, for each n; rank 0 returns what it got."""
+    results = {}
+    for size in sizes:
+        if world.rank < size:
+            part = World(world.rank, size, world.device)
+            video = decode(draw_latents(3, height, 7), world=part, at_once=at_once)
+            assert (video is None) == (world.rank > 0)
+            if video is not None:
+                results[json.dumps([size, "frames"])] = video.frames.numpy()
+                results[json.dumps([size, "floats"])] = video.floats.numpy()
+    return results
+
+
+@pytest.mark.parametrize(("height", "at_once"), [(11, 2), (5, 1)])
+def test_any_number_of_ranks_gives_the_same_bits(height, at_once):
+    """Rows that do not divide, one row each, and more ranks than rows."""
+    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, at_once)[0]
+    assert len(results) == 5 * 2
+    for name, array in results.items():
+        size, what = json.loads(name)
+        assert np.array_equal(array, results[json.dumps([1, what])]), f"{size} ranks, {what}"
+    assert results[json.dumps([1, "frames"])].std() > 1
+
+
+def counted(world: World) -> list[tuple[int, int]]:
+    """(messages sent, received) of each exchange of a rank."""
+    batches = []
+
+    def exchange(outgoing, incoming):
+        batches.append((len(outgoing), len(incoming)))
+        whole_exchange(outgoing, incoming)
+
+    whole_exchange = whole.exchange
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "exchange", exchange)
+        list(whole.decode_whole(tiny_decoder(), draw_latents(2, 6, 3), CONFIG, Decoding(None, 1, "", {}), world=world))
+    return batches
+
+
+def test_halos_go_in_one_batch_a_layer():
+    first, middle, last = run_ranks(3, counted)
+    # Convolutions: before the chunks conv_in and 4 of the mid block; then 2 a level, 4 upsamplers, conv_out.
+    before, chunk = 5, 5 * 2 + 4 + 1
+    halos = before + 2 * chunk
+    for batches, neighbours in ((first, 1), (middle, 2), (last, 1)):
+        assert batches.count((neighbours, neighbours)) == halos + 2 * (neighbours == 2), "and keys and values, once"
+    # Pixels and whether they are finite, of each chunk.
+    assert first.count((0, 2)) == middle.count((1, 0)) == last.count((1, 0)) == 4
+
+
+def test_frames_leave_while_the_next_are_decoded(monkeypatch):
+    made, chunk = [], Decoder._chunk
+    monkeypatch.setattr(Decoder, "_chunk", lambda *args: made.append(0) or chunk(*args))
+    how = Decoding(None, 1, "", {}, 2)
+    seen = [
+        (len(batch.frames), len(made))
+        for batch in whole.decode_whole(tiny_decoder(), draw_latents(3, 6, 3), CONFIG, how, world=ALONE)
+    ]
+    # The last band, one chunk behind the decoder.
+    assert seen == [(1, 3 + 2), (4, 3 + 3), (4, 3 + 3)]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_nan_is_not_a_black_video(bands):
+    latents = draw_latents(3, 5, 4)
+    latents[0, 0, 1, 4, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^frames 1 to 4 decoded to NaN or Inf in torch\.float32$"):
+        decode(latents, at_once=1, bands=bands)
+
+
+def refused(world: World) -> str:
+    latents = draw_latents(2, 5, 4)
+    latents[0, 0, 0, 4, 3] = float("nan")  # the last rank's; its NaN stays away from rank 0's pixels by attention alone
+    try:
+        decode(latents, world=world, at_once=2)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_rank_0_hears_of_another_ranks_nan(monkeypatch):
+    assert run_ranks(2, refused) == ["frames 0 to 4 decoded to NaN or Inf in torch.float32", ""]
+
+
+def test_latents_of_another_vae():
+    with pytest.raises(InputError, match=r"latents \[1, 16, 2, 4, 4\] do not fit this VAE"):
+        decode(torch.zeros(1, 16, 2, 4, 4))
+
+
+# Out of memory
+
+
+def failing_at(monkeypatch, rows: int, after: int) -> None:
+    """A device that holds pictures of more than `rows` rows of px only for the first `after` chunks."""
+    made, chunk = [], Decoder._chunk
+
+    def call(self, values, memory):
+        frames = chunk(self, values, memory)
+        made.append(frames.shape[1] > rows)
+        if sum(made) > after and made[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return frames
+
+    monkeypatch.setattr(Decoder, "_chunk", call)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_frames_that_do_not_fit_are_decoded_in_bands(monkeypatch, after):
+    latents, said = draw_latents(4, 8, 2), []
+    wanted = decode(latents, at_once=1)
+    failing_at(monkeypatch, 32, after)
+    video = decode(latents, at_once=1, warn=said.append)
+    lines = [f"out of memory: decoded again in {n} bands of rows" for n in (2, 4)]
+    assert said == [f"{line} (CUDA out of memory. Tried to allocate 2.00 GiB.)" for line in lines]
+    assert torch.equal(video.floats, wanted.floats), "nothing is lost, and nothing comes twice"
+    assert torch.equal(video.frames, wanted.frames)
+
+
+def test_memory_that_runs_out_for_good_is_one_line(monkeypatch):
+    failing_at(monkeypatch, 0, 0)
+    with pytest.raises(
+        InputError,
+        match=r"^out of memory with whole frames in 4 bands of rows \(CUDA out of memory\. Tried to allocate 2\.00 GiB"
+        r"\.\); the latents are on disk: run this stage again with --tile_size 128, or where more memory is free$",
+    ):
+        decode(draw_latents(2, 4, 2), at_once=1)
