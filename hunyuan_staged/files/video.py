@@ -1,4 +1,4 @@
-"""Frames → mp4, streamed through ffmpeg; and back, for comparisons."""
+"""Frames → mp4 or gif, streamed through ffmpeg; and back, for comparisons."""
 
 import contextlib
 import queue
@@ -18,6 +18,38 @@ from hunyuan_staged.files import atomic
 
 FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
 CRF = 17  # visually lossless for x264, about a fifth of the size of truly lossless
+MAX_CRF = 51
+SUFFIXES = (".mp4", ".gif")
+# What an encoder calls its presets, the slowest first, of x264 with the frames of 1280x720 that one core encodes in a
+# second (x264 of imageio-ffmpeg 0.6, CRF 17, a moving test picture with grain, 2026-11-28).
+X264_SPEEDS = {
+    "veryslow": 1.5,
+    "slower": 2.5,
+    "slow": 6.0,
+    "medium": 9.3,
+    "fast": 13.4,
+    "faster": 19.0,
+    "veryfast": 28.0,
+}
+X264_SPEEDS |= {"superfast": 36.0, "ultrafast": 100.0}
+PRESETS = {"libx264": tuple(X264_SPEEDS), "h264_nvenc": ("p7", "p6", "p5", "p4", "p3", "p2", "p1")}
+ENCODERS = tuple(PRESETS)
+DECODED_A_SECOND = 25.0  # frames of 1280x720 on an H100
+X264_CORES = 16  # more make x264 hardly faster
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How frames become a file.
+
+    encoder: one of ENCODERS; preset: one of PRESETS[encoder], None for the encoder's own default; crf: 0 is lossless;
+    comment: what an mp4's comment tag says. A gif has none of them.
+    """
+
+    encoder: str = ENCODERS[0]
+    preset: str | None = None
+    crf: int = CRF
+    comment: str = ""
 
 
 def ffmpeg_path() -> str:
@@ -32,15 +64,64 @@ def ffmpeg_path() -> str:
         ) from error
 
 
-def _command(fps: float, height: int, width: int, target: Path) -> list[str]:
-    """Raw RGB on stdin → H.264 that a browser plays. Players assume BT.709, so convert to it and say so in the file."""
+def default_preset(cores: int, gpus: int) -> str:
+    """x264's slowest preset from medium on that keeps up with decoding on so many GPUs; each of them keeps a core busy.
+
+    A CPU (gpus 0) decodes so slowly that medium always does.
+    """
+    usable = min(max(1, cores - gpus), X264_CORES)
+    names = PRESETS["libx264"][PRESETS["libx264"].index("medium") : -1]  # ultrafast has no use: twice the size
+    return next((name for name in names if usable * X264_SPEEDS[name] >= gpus * DECODED_A_SECOND), names[-1])
+
+
+def check_encoding(encoding: Encoding) -> None:
+    """Refuse, with the allowed values, what no encoder takes."""
+    if encoding.encoder not in ENCODERS:
+        raise InputError(f"--encoder {encoding.encoder} is none of {', '.join(ENCODERS)}")
+    presets = PRESETS[encoding.encoder]
+    if encoding.preset is not None and encoding.preset not in presets:
+        raise InputError(
+            f"--encoder_preset {encoding.preset} is none of {encoding.encoder}'s: {', '.join(reversed(presets))}"
+        )
+    if not 0 <= encoding.crf <= MAX_CRF:
+        raise InputError(f"--crf {encoding.crf} is outside 0 to {MAX_CRF}")
+
+
+def require_encoder(encoder: str) -> None:
+    """InputError with ffmpeg's reason where it cannot encode so on this machine: tried on one frame."""
+    source = ["-f", "lavfi", "-i", "color=size=256x256:rate=24", "-frames:v", "1"]
+    command = [ffmpeg_path(), "-v", "error", *source, "-c:v", encoder, "-f", "null", "-"]
+    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if tried.returncode:
+        # The first line is the cause, those after it are what followed from it.
+        reason = next((line.strip() for line in tried.stderr.splitlines() if line.strip()), "it gave no reason")
+        raise InputError(f"--encoder {encoder} does not work here: {reason}; use --encoder {ENCODERS[0]}")
+
+
+def _encoder_options(encoding: Encoding) -> list[str]:
+    quality = ["-crf", str(encoding.crf)]
+    if encoding.encoder == "h264_nvenc":
+        lossless = ["-tune", "lossless"]
+        quality = ["-rc", "vbr", "-cq", str(encoding.crf), "-b:v", "0"] if encoding.crf else lossless
+    preset = ["-preset", encoding.preset] if encoding.preset else []
+    return ["-c:v", encoding.encoder, *preset, *quality]
+
+
+def _command(fps: float, height: int, width: int, target: Path, encoding: Encoding) -> list[str]:
+    """Raw RGB on stdin → H.264 that a browser plays. Players assume BT.709, so convert to it and say so in the file.
+
+    Into a gif: 256 colours that suit the whole clip, for which ffmpeg keeps its frames.
+    """
     rate = Fraction(fps).limit_denominator(1001)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-"]
+    if target.suffix == ".gif":
+        palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"
+        return [ffmpeg_path(), "-y", "-v", "error", *source, "-vf", palette, str(target)]
     colors = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     return [
-        *(ffmpeg_path(), "-y", "-v", "error"),
-        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-"),
-        *("-an", "-c:v", "libx264", "-crf", str(CRF)),
+        *(ffmpeg_path(), "-y", "-v", "error", *source, "-an", *_encoder_options(encoding)),
         *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-pix_fmt", "yuv420p", *colors),
+        *(("-metadata", f"comment={encoding.comment}") if encoding.comment else ()),
         # The index at the front: a browser plays before it has the whole file.
         *("-movflags", "+faststart", str(target)),
     ]
@@ -85,8 +166,15 @@ class _Pump:
                 self.broken = True  # ffmpeg has ended; its status and its last line say why
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, height: int, width: int) -> int:
-    """Write frames, uint8 [H, W, 3] RGB each, as H.264 yuv420p mp4, and return how many there were.
+def write_video(
+    path: str | Path,
+    frames: Iterable[np.ndarray],
+    fps: float,
+    height: int,
+    width: int,
+    encoding: Encoding = Encoding(),
+) -> int:
+    """Write frames, uint8 [H, W, 3] RGB each, as H.264 yuv420p mp4 or as gif, and return how many there were.
 
     Frames go to the encoder one by one as the iterable yields them, while it makes the next ones. The file appears
     whole or not at all. Raises InputError with ffmpeg's own last line if it fails, or if it is missing; needs even height
@@ -98,7 +186,10 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, heig
     # stderr goes to a file: a pipe that nobody reads would fill up and stop ffmpeg.
     with atomic.replacing(path) as target, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            _command(fps, height, width, Path(target)), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
+            _command(fps, height, width, Path(target), encoding),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
         )
         assert process.stdin is not None
         pump = _Pump(process.stdin)

@@ -1,5 +1,6 @@
 """mp4: what goes in comes out, and nothing is left behind when it fails."""
 
+import re
 import subprocess
 
 import numpy as np
@@ -111,3 +112,79 @@ def test_reading_what_is_no_video(tmp_path):
     (tmp_path / "text.mp4").write_text("hello")
     with pytest.raises(InputError, match=r"text\.mp4 is no video"):
         video.read_video(tmp_path / "text.mp4")
+
+
+# Encoders
+
+
+def test_lossless_is_lossless_where_the_colours_are(tmp_path):
+    """Grey frames: nothing is lost by halving the colours' sides."""
+    grey = np.repeat(np.random.default_rng(0).integers(16, 235, (5, 96, 160, 1), np.uint8), 3, axis=-1)
+    sizes = {}
+    for crf in (0, 17, 40):
+        path = tmp_path / f"{crf}.mp4"
+        video.write_video(path, grey, 24, 96, 160, video.Encoding(preset="ultrafast", crf=crf))
+        sizes[crf] = path.stat().st_size
+        worst = np.abs(video.read_video(path)[0].astype(int) - grey).max()
+        assert worst <= 1 if crf == 0 else worst > 1, (crf, worst)
+    assert sizes[0] > sizes[17] > sizes[40]
+
+
+def test_a_gif_plays_at_the_same_rate(tmp_path):
+    path, clip = tmp_path / "clip.gif", moving_square()
+    assert video.write_video(path, clip, 20, 96, 160) == 9
+    assert path.read_bytes()[:6] == b"GIF89a"
+    frames, fps = video.read_video(path)
+    assert frames.shape == clip.shape
+    assert fps == 20
+    assert np.abs(frames.astype(int) - clip).mean() < 3
+
+
+def test_the_comment_survives(tmp_path):
+    path, comment = tmp_path / "clip.mp4", '{"prompt": "a cat = \\"Mei\\"; 猫", "seed": 42}'
+    video.write_video(path, moving_square(), 24, 96, 160, video.Encoding(comment=comment))
+    command = [video.ffmpeg_path(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
+    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    unescaped = re.sub(r"\\(.)", r"\1", next(line for line in written.splitlines() if line.startswith("comment=")))
+    assert unescaped == f"comment={comment}"
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "preset"),
+    [
+        (2, 0, "medium"),
+        (2, 1, "veryfast"),
+        (4, 1, "medium"),
+        (16, 8, "veryfast"),
+        (128, 8, "fast"),
+        (4, 4, "superfast"),
+    ],
+)
+def test_the_default_preset_keeps_up_with_decoding(cores, gpus, preset):
+    assert video.default_preset(cores, gpus) == preset
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ({"encoder": "hevc"}, r"^--encoder hevc is none of libx264, h264_nvenc$"),
+        ({"preset": "p4"}, r"^--encoder_preset p4 is none of libx264's: ultrafast, superfast, .*, veryslow$"),
+        ({"encoder": "h264_nvenc", "preset": "fast"}, r"^--encoder_preset fast is none of h264_nvenc's: p1, .*, p7$"),
+        ({"crf": 52}, r"^--crf 52 is outside 0 to 51$"),
+        ({"crf": -1}, r"^--crf -1 is outside 0 to 51$"),
+    ],
+)
+def test_encodings_that_no_encoder_takes(encoding, message):
+    with pytest.raises(InputError, match=message):
+        video.check_encoding(video.Encoding(**encoding))
+
+
+def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
+    video.require_encoder("libx264")
+    script = "case \"$*\" in *h264_nvenc*) echo 'Cannot load libcuda.so.1' >&2; echo 'more' >&2; exit 1;; esac"
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake_ffmpeg(tmp_path, script))
+    with pytest.raises(
+        InputError,
+        match=r"^--encoder h264_nvenc does not work here: Cannot load libcuda\.so\.1; use --encoder libx264$",
+    ):
+        video.require_encoder("h264_nvenc")
