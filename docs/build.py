@@ -260,7 +260,7 @@ def all_cards() -> str:
 
 def memory_table() -> str:
     columns = ("card", "stage 1", "stage 2, 720p", "stage 2, 720p, `--weights_dtype fp8`", "stage 2, 480p")
-    return table((*columns, "stage 3, 720p: tile"), memory_rows())
+    return table((*columns, "stage 3, 720p"), memory_rows())
 
 
 def headline(chinese: bool = False) -> str:
