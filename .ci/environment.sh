@@ -49,7 +49,7 @@ make_environment() {
     if has_gpu; then
         echo "making $1, once: torch with CUDA and what else the suite needs, some 3 GB to download, 7 GB on disk" >&2
     else
-        echo "making $1, once: torch for CPUs and what else the suite needs, some 350 MB to download, 1.1 GB on disk" >&2
+        echo "making $1, once: torch for CPUs and what else the suite needs, some 350 MB to download, up to 1.8 GB on disk" >&2
         # Where it can be reached: elsewhere the CUDA build, which is larger, does as well.
         if python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
             "$CPU_INDEX/torch/" 2>/dev/null; then
