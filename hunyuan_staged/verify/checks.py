@@ -19,10 +19,8 @@ class Bound:
 
 _SUMS = "the same sums in another order"
 FLOAT32 = Bound(1e-4, f"float32: {_SUMS}")
-# Rounding of 2^-9 a value, which tens of layers carry on; the demo's transformer is 0.9 % from float32 in bf16.
-HALF = {torch.bfloat16: Bound(3e-2, f"bf16: {_SUMS}, each value rounded to 2^-9")}
-HALF[torch.float16] = Bound(1e-2, f"float16: {_SUMS}, each value rounded to 2^-12")
-BOUNDS = {torch.float32: FLOAT32, **HALF}
+# Rounding of 2^-9 a value, which tens of layers carry on; the demo's transformers are 1.1 to 1.4 % off in bf16.
+BOUNDS = {torch.float32: FLOAT32, torch.bfloat16: Bound(3e-2, f"bf16: {_SUMS}, each value rounded to 2^-9")}
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,14 @@ def compared(part: str, what: str, ours: torch.Tensor, reference: torch.Tensor, 
     """A check of two results; NaN is never within a bound."""
     error = relative_error(ours, reference)
     return Check(part, what, error <= bound.value, bound.why, error, bound.value)
+
+
+def within_rounding(part: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, precise: torch.Tensor) -> Check:
+    """A check against the published class in float32 on the same weights, where that fits into memory: ours may be twice
+    as far from it as the published class is in the run's dtype, and never needs to be nearer than float32's bound."""
+    limit = max(FLOAT32.value, 2 * relative_error(theirs, precise))
+    why = FLOAT32.why if ours.dtype == torch.float32 else "twice what the published class is off in this dtype"
+    return compared(part, what, ours, precise, Bound(limit, why))
 
 
 def finite(part: str, module: nn.Module) -> Check:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from hunyuan_staged.encoders import image, text
-from hunyuan_staged.verify.checks import BOUNDS, Check, compared, finite, place_for, weight_bytes
+from hunyuan_staged.verify.checks import BOUNDS, Check, compared, finite, place_for, weight_bytes, within_rounding
 from hunyuan_staged.versions import MAX_GLYPH_BYTES, MAX_TEXT_TOKENS, SKIPPED_LAYERS
 from hunyuan_staged.weights.components import GLYPH_SHARED, language_key
 from hunyuan_staged.weights.configs import glyph_config
@@ -98,10 +98,12 @@ def check_glyphs(folder: ModelFolder, device: torch.device, dtype: torch.dtype, 
     reference = reference.to(device, dtype).eval()
     padding = {"padding": "max_length", "max_length": MAX_GLYPH_BYTES, "return_tensors": "pt"}
     tokens = tokenizer(text.glyph_text(PROMPT), truncation=True, **padding).to(device)
-    theirs = reference(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"].float())
     valid = ours["prompt_embeds_mask_2"][0].bool()
-    pair = ours["prompt_embeds_2"][:, valid], theirs.last_hidden_state.cpu()[:, valid]
-    checks.append(compared("glyph", "embeddings", *pair, BOUNDS[dtype]))
+    given = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].float()}
+    theirs = reference(**given).last_hidden_state.cpu()
+    precise = reference.float()(**given).last_hidden_state.cpu()
+    mine, theirs, precise = (x[:, valid] for x in (ours["prompt_embeds_2"], theirs, precise))
+    checks.append(within_rounding("glyph", "embeddings", mine, theirs, precise))
     return checks, ours
 
 
@@ -117,5 +119,6 @@ def check_image(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
         folder.folders("image")[0], dtype=dtype, attn_implementation="eager", local_files_only=True
     )
     theirs = image.encode_image(processor, reference.eval().to(device), picture())
-    checks.append(compared("image", "features", ours, theirs, BOUNDS[dtype]))
+    precise = image.encode_image(processor, reference.float(), picture())
+    checks.append(within_rounding("image", "features", ours, theirs, precise))
     return checks, {"image_embeds": ours}
