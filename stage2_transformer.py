@@ -36,14 +36,14 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     setup = denoising.resolve(options, job, run.world, run)
     if options.dry_run:
         free = free_memory(run.world)
-        run.show_plan(setup.rows(setup.plan(free), free))
+        run.show_plan(denoising_records.rows(setup, setup.plan(free), free))
         return
     folder, steps = jobs.output_dir(options), setup.settings.num_inference_steps
     identity = denoising_records.identity(setup)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)
     denoiser = setup.load(setup.plan(free_memory(run.world)), run)
-    run.info(setup.describe())
+    run.info(denoising_records.describe(setup))
     with run.timed("compute"):
         denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts), run)
     if run.world.is_main:

@@ -44,7 +44,9 @@ class Run(Reporter):
         logger.configure(patcher=_tidy)
         if world.is_main:
             # Through tqdm, so that a line does not tear a bar apart.
-            logger.add(_write_line, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO", backtrace=False)
+            logger.add(
+                _write_line, format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}", level="INFO", backtrace=False
+            )
 
     def __enter__(self) -> Run:
         return self

@@ -20,8 +20,8 @@ import torch
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
-from hunyuan_staged.memory import budget, estimates, timings
-from hunyuan_staged.memory.budget import BlockWeights, FreeMemory, gib
+from hunyuan_staged.memory import budget, estimates
+from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import conditioning_of
@@ -30,7 +30,7 @@ from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import chosen_model, gpu_name, torch_dtype
+from hunyuan_staged.pipeline.common import chosen_model, torch_dtype
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -130,45 +130,6 @@ class DenoiseSetup:
                 float8=bool(self.options.weights_dtype),
                 resolution=self.settings.version.resolution,
             ),
-        )
-
-    def rows(self, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
-        """The rows that --dry_run prints."""
-        settings, options, world, gpu = self.settings, self.options, self.world, gpu_name(self.world.device)
-        caching = self.caching
-        seconds = timings.expected_seconds(
-            gpu,
-            self.size,
-            plan.offloaded,
-            layers=self.weights.count,
-            rows=settings.branches,
-            ranks=world.size,
-            steps=timings.steps_worth(
-                settings.num_inference_steps, caching.type if caching else None, caching.reused if caching else None
-            ),
-            float8=bool(options.weights_dtype),
-        )
-        layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
-        unknown = "unknown: no such step has been measured"
-        return {
-            "version": settings.version.name,
-            "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
-            "tokens": f"{self.size.video_tokens} of the video, {self.text_tokens} of the text",
-            "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
-            "weights": f"{gib(self.weights.total)}, {options.weights_dtype or self.dtype}; computed in {self.dtype}",
-            "attention": f"{self.attention.name} ({self.attention.reason})",
-            "ranks": f"{world.size}: {layout.describe()}",
-            **plan.rows(self.weights.count, free),
-            "expected time": unknown if seconds is None else f"{seconds:.0f} s ({gpu})",
-        }
-
-    def describe(self) -> str:
-        """One line for the log: all that shapes the video."""
-        settings, options = self.settings, self.options
-        return (
-            f"{settings.version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
-            f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
-            f"shift {settings.flow_shift:g}, seed {options.seed}, {self.dtype}"
         )
 
     def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> "Denoiser":

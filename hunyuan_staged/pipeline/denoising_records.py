@@ -1,4 +1,4 @@
-"""What a denoising is known by, and what its files say of it."""
+"""What a denoising is known by, and what its plan, the log and its files say of it."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,10 @@ import torch
 
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import update_config
+from hunyuan_staged.memory import budget, timings
+from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS
+from hunyuan_staged.parallel.layout import Layout, plan_layout
 from hunyuan_staged.pipeline.common import gpu_name
 from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup
 from hunyuan_staged.pipeline.jobs import output_dir
@@ -44,6 +47,51 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
             "torch": torch.__version__,
         },
         {"sigmas": "the schedule", "weights": setup.model_path, contract.EMBEDDINGS_HASH: options.input_dir},
+    )
+
+
+def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
+    """The rows that --dry_run prints."""
+    settings, options, world, gpu = setup.settings, setup.options, setup.world, gpu_name(setup.world.device)
+    caching = setup.caching
+    seconds = timings.expected_seconds(
+        gpu,
+        setup.size,
+        plan.offloaded,
+        layers=setup.weights.count,
+        rows=settings.branches,
+        ranks=world.size,
+        steps=timings.steps_worth(
+            settings.num_inference_steps, caching.type if caching else None, caching.reused if caching else None
+        ),
+        float8=bool(options.weights_dtype),
+    )
+    layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
+    unknown = "unknown: no such step has been measured"
+    return {
+        "version": settings.version.name,
+        "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
+        "tokens": f"{setup.size.video_tokens} of the video, {setup.text_tokens} of the text",
+        "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
+        "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {setup.dtype}",
+        "attention": f"{setup.attention.name} ({setup.attention.reason})",
+        "ranks": f"{world.size}: {layout.describe()}",
+        **plan.rows(setup.weights.count, free),
+        "expected time": unknown if seconds is None else f"{seconds:.0f} s ({gpu})",
+    }
+
+
+def describe(setup: DenoiseSetup) -> str:
+    """One line for the log: all that shapes the video."""
+    settings, options = setup.settings, setup.options
+    files = [f"{Path(file).name}:{weight:g}" for file, weight in options.adapter_files()]
+    more = [options.weights_dtype and f"weights in {options.weights_dtype}", setup.caching and setup.caching.type]
+    extra = "".join(f", {word}" for word in (*more, files and f"lora {' '.join(files)}") if word)
+    return (
+        f"{settings.version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
+        f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
+        f"shift {settings.flow_shift:g}, seed {options.seed}, {setup.dtype}, attention {setup.attention.name}{extra}; "
+        f"prompt {setup.job.config.get('prompt')!r}"
     )
 
 
@@ -82,6 +130,8 @@ def write(setup: DenoiseSetup, denoised: Denoised, made_from: str) -> Path:
     additions = {
         "aspect_ratio": options.aspect_ratio or DEFAULT_ASPECT_RATIO,
         "video_length": settings.video_length,
+        "attn_mode": setup.attention.name,
+        **optional_settings(setup),
         "stage2_elapsed_time": round(denoised.seconds, 3),
     }
     update_config(folder, chosen | additions, source=options.input_dir)
