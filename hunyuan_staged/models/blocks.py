@@ -3,6 +3,7 @@
 `modulation` [2, 6, C] is the video's and the text's: shift, scale, gate for attention, then for the feed-forward.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_staged.models.embeddings import apply_rope
+from hunyuan_staged.parallel.layout import pack_heads
 
 
 def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -79,10 +81,10 @@ def joint_qkv(*args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat(pair, dim=1) for pair in zip(*before_attention(*args), strict=True))
 
 
-def packed_qkv(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """before_attention for an exchange: [3, s, H, D] of the video and [3, L, H, D] of the text."""
+def packed_qkv(shares: Sequence[int], *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """before_attention for an exchange: the video's packed for it (pack_heads), and the text's [L, 3, H, D]."""
     video, text = before_attention(*args)
-    return torch.cat(video), torch.cat(text)
+    return pack_heads([x[0] for x in video], shares), torch.stack([x[0] for x in text], dim=1)
 
 
 def attention_residual(

@@ -164,5 +164,6 @@ class Transformer:
         """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
         if self.layout.shards == 1:
             return self.before(block, video, text, modulation, self.rope)
-        qkv, text_qkv = self.before(block, video, text, modulation, self.rope)
-        return self.layout.tokens_to_heads(qkv, text_qkv, self.total)[:, None]
+        shares = self.layout.head_shares(block.attn.heads)
+        packed, text_qkv = self.before(shares, block, video, text, modulation, self.rope)
+        return self.layout.tokens_to_heads(packed, text_qkv, self.total)[None].unbind(2)

@@ -60,67 +60,88 @@ class Layout:
         # all_gather wants equal shapes, and shards differ by one token at most: pad, gather, cut.
         padded = tokens.new_zeros(1, max(sizes), tokens.shape[2])
         padded[:, : tokens.shape[1]] = tokens
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.group)
+        parts = self._all_gather(padded, self.shards, self.group)
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum of a row's ranks' numbers [n], to the same bits on each of them: all add up in one order."""
         if self.shards == 1:
             return numbers
-        parts = [torch.empty_like(numbers) for _ in range(self.shards)]
-        dist.all_gather(parts, numbers, group=self.group)
-        return torch.stack(parts).sum(dim=0)
+        return torch.stack(self._all_gather(numbers, self.shards, self.group)).sum(dim=0)
 
     def gather_rows(self, velocity: torch.Tensor) -> list[torch.Tensor]:
         """The velocity of every guidance row, where each row was computed by other ranks: X → [X of row 0, X of row 1]."""
         assert self.rows > 1
-        parts = [torch.empty_like(velocity) for _ in range(self.rows)]
-        dist.all_gather(parts, velocity.contiguous(), group=self.row_group)
-        return parts
+        return self._all_gather(velocity.contiguous(), self.rows, self.row_group)
 
-    def tokens_to_heads(self, qkv: torch.Tensor, text_qkv: torch.Tensor, total: int) -> torch.Tensor:
+    def head_shares(self, heads: int) -> tuple[int, ...]:
+        """How many heads each shard attends with."""
+        return tuple(split_evenly(heads, self.shards))
+
+    def tokens_to_heads(self, packed: torch.Tensor, text_qkv: torch.Tensor, total: int) -> torch.Tensor:
         """Before attention: token shards with all heads become whole sequences with a share of the heads.
 
-        qkv [3, s, H, D] of the video and text_qkv [3, L, H, D], the same on every rank → [3, S + L, h, D]. Text needs
-        no communication here: each rank has it all and takes its own heads. For more than one shard.
+        packed: what pack_heads gave of q, k, v of the video. text_qkv [L, 3, H, D], the same on every rank → [S + L, 3, h,
+        D]. Text needs no communication here: each rank has it all and takes its own heads. For more than one shard.
         """
-        three, mine, heads, width = qkv.shape
-        tokens, head_shares = split_evenly(total, self.shards), split_evenly(heads, self.shards)
-        own = head_shares[self.shard]
-        outgoing = torch.cat([part.permute(1, 0, 2, 3).reshape(-1) for part in qkv.split(head_shares, dim=2)])
-        unit = three * width
-        incoming = self._all_to_all(outgoing, [mine * h * unit for h in head_shares], [t * own * unit for t in tokens])
-        video = incoming.view(total, three, own, width).permute(1, 0, 2, 3)
-        return torch.cat([video, text_qkv.split(head_shares, dim=2)[self.shard]], dim=1)
+        length, three, heads, width = text_qkv.shape
+        tokens, shares = split_evenly(total, self.shards), self.head_shares(heads)
+        mine, own, unit = tokens[self.shard], shares[self.shard], three * width
+        joint = packed.new_empty(total + length, three, own, width)
+        self._all_to_all(
+            joint[:total].view(-1), packed, [t * own * unit for t in tokens], [mine * h * unit for h in shares]
+        )
+        joint[total:] = text_qkv.split(shares, dim=2)[self.shard]
+        return joint
 
     def heads_to_tokens(self, out: torch.Tensor, heads: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """After attention, the way back: [S + L, h, D] → video [s, H, D] and text [L, H, D].
-
-        The text rows ride in the same exchange: every rank sends its heads of them beside the tokens of each shard.
-        """
+        """After attention, the way back: [S + L, h, D] → video [s, H, D] and text [L, H, D]."""
         if self.shards == 1:
             return out[:total], out[total:]
-        own, width = out.shape[1:]
-        tokens, head_shares = split_evenly(total, self.shards), split_evenly(heads, self.shards)
+        out, shares = out.contiguous(), self.head_shares(heads)
+        tokens = split_evenly(total, self.shards)
+        video = self._merge_heads(out[:total], tokens, shares)
+        # Apart from the video, whose tokens leave from where they lie.
         length = out.shape[0] - total
-        text = out[total:].reshape(-1)
-        outgoing = torch.cat([piece for part in out[:total].split(tokens) for piece in (part.reshape(-1), text)])
-        rows = tokens[self.shard] + length
-        incoming = self._all_to_all(
-            outgoing, [(t + length) * own * width for t in tokens], [rows * h * width for h in head_shares]
-        )
-        parts = [
-            flat.view(rows, h, width)
-            for flat, h in zip(incoming.split([rows * h * width for h in head_shares]), head_shares, strict=True)
-        ]
-        merged = torch.cat(parts, dim=1)
-        return merged[: tokens[self.shard]], merged[tokens[self.shard] :]
+        text = out[total:].repeat(self.shards, 1, 1)
+        return video, self._merge_heads(text, [length] * self.shards, shares)
 
-    def _all_to_all(self, outgoing: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        incoming = outgoing.new_empty(sum(received))
+    def _merge_heads(self, out: torch.Tensor, tokens: Sequence[int], shares: Sequence[int]) -> torch.Tensor:
+        """This rank's tokens with all heads, [sum(tokens), h, D] → [s, H, D]; tokens: how many go to each rank."""
+        own, width = out.shape[1:]
+        mine = tokens[self.shard]
+        received = [mine * h * width for h in shares]
+        incoming = out.new_empty(sum(received))
+        self._all_to_all(incoming, out.view(-1), received, [t * own * width for t in tokens])
+        parts = zip(incoming.split(received), shares, strict=True)
+        return torch.cat([flat.view(mine, h, width) for flat, h in parts], dim=1)
+
+    def _all_to_all(
+        self, incoming: torch.Tensor, outgoing: torch.Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> None:
         dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self.group)
-        return incoming
+
+    def _all_gather(self, tensor: torch.Tensor, count: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(count)]
+        dist.all_gather(parts, tensor, group=group)
+        return parts
+
+
+def pack_heads(parts: Sequence[torch.Tensor], shares: Sequence[int]) -> torch.Tensor:
+    """What an exchange of tokens for heads sends, flat: to each rank in turn [s, len(parts), h, D], its heads of all parts.
+
+    parts: [s, H, D] each. shares: the heads of each rank, as even as can be. Where they are even it is one copy, which a
+    compiler writes in the place of the parts themselves.
+    """
+    pieces, first = [], 0
+    larger = list(shares).count(shares[0])
+    for share, ranks in ((shares[0], larger), (shares[-1], len(shares) - larger)):
+        if ranks:
+            heads = slice(first, first + ranks * share)
+            first = heads.stop
+            by_rank = [part[:, heads].unflatten(1, (ranks, share)).transpose(0, 1)[:, :, None] for part in parts]
+            pieces.append(torch.cat(by_rank, dim=2).flatten())
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def plan_layout(world_size: int, guidance_rows: int, cfg_parallel: str = "auto") -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout, split_evenly
+from hunyuan_staged.parallel.layout import Layout, make_layout, pack_heads, plan_layout, split_evenly
 from hunyuan_staged.parallel.world import World
 
 
@@ -50,13 +50,43 @@ def test_cfg_parallel_on_is_refused_where_it_cannot_be(world, rows, reason):
         plan_layout(world, rows, "on")
 
 
+@pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (4, 3), (2, 3)])
+def test_what_is_sent_lies_rank_after_rank(heads, ranks):
+    q, k, v = torch.arange(3 * 2 * heads * 5.0).view(3, 2, heads, 5)
+    shares = split_evenly(heads, ranks)
+    packed = pack_heads([q, k, v], shares)
+    parts = zip(*(x.split(shares, dim=1) for x in (q, k, v)), strict=True)
+    assert torch.equal(packed, torch.cat([torch.stack(part, dim=1).flatten() for part in parts]))
+
+
+class Alone(Layout):
+    """One of several ranks, that gets back what it sends."""
+
+    def _all_to_all(self, incoming, outgoing, received, sent):
+        incoming.copy_(outgoing)
+
+
+def test_even_heads_are_packed_by_one_copy():
+    """And received without any: q, k and v are views of what came, the text behind the video."""
+    parts = [torch.randn(6, 4, 5) for _ in range(3)]
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        packed = pack_heads(parts, (2, 2))
+    allocated = sum(e.self_cpu_memory_usage for e in profiled.key_averages() if e.self_cpu_memory_usage > 0)
+    assert allocated <= packed.nbytes + 256
+    text = torch.randn(3, 3, 4, 5)
+    joint = Alone(shards=2).tokens_to_heads(packed, text, 12)
+    assert joint.shape == (15, 3, 2, 5)
+    assert torch.equal(joint[:12].flatten(), packed) and torch.equal(joint[12:], text[:, :, :2])
+
+
 def exchange(world: World, total: int, heads: int, length: int) -> dict:
     """What one rank sees of a scatter, both all-to-alls and a gather, on tensors that every rank draws alike."""
     draw = torch.Generator().manual_seed(3)
     layout = make_layout(world, 1)
     tokens = torch.randn(1, total, 6, generator=draw)
     qkv, text = torch.randn(3, total, heads, 5, generator=draw), torch.randn(3, length, heads, 5, generator=draw)
-    joint = layout.tokens_to_heads(layout.scatter(qkv), text, total)
+    packed = pack_heads(layout.scatter(qkv).unbind(0), layout.head_shares(heads))
+    joint = layout.tokens_to_heads(packed, text.transpose(0, 1), total).transpose(0, 1)
     video, back = layout.heads_to_tokens(joint[0], heads, total)
     sizes = split_evenly(heads, world.size)
     first = sum(sizes[: world.rank])
@@ -69,7 +99,9 @@ def exchange(world: World, total: int, heads: int, length: int) -> dict:
     }
 
 
-@pytest.mark.parametrize(("size", "total", "heads", "length"), [(2, 7, 3, 4), (3, 8, 4, 1), (4, 10, 3, 5)])
+@pytest.mark.parametrize(
+    ("size", "total", "heads", "length"), [(2, 7, 3, 4), (3, 8, 4, 1), (4, 10, 3, 5), (5, 11, 16, 2), (8, 17, 16, 3)]
+)
 def test_exchanges_lose_nothing_when_nothing_divides(size, total, heads, length):
     for rank, seen in enumerate(run_ranks(size, exchange, total, heads, length)):
         assert all(seen.values()), (rank, seen)
