@@ -46,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="also how far a step's velocity is from this mode's: ||difference|| / ||velocity||",
     )
     stage2.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
+    stage2.add_argument(
+        "--share_of",
+        type=int,
+        help="also time one rank's share of a step on so many GPUs, on this one; exchanges are copies on the device",
+    )
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
     stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")

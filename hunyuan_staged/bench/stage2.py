@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -155,6 +156,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from hunyuan_staged.attention.choose import choose_attention
+    from hunyuan_staged.bench.share import describe_share, lone_share
     from hunyuan_staged.memory import budget, estimates, offloading
     from hunyuan_staged.models import embeddings, modulations, transformer
     from hunyuan_staged.parallel.layout import make_layout
@@ -163,6 +165,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     from hunyuan_staged.weights.quantization import fp8_rows
 
     world = start_world()
+    if args.share_of and world.size > 1:
+        sys.exit(f"error: --share_of {args.share_of} takes one process, and there are {world.size}")
     device, dtype = world.device, torch.bfloat16
     cuda = device.type == "cuda"
     height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
@@ -192,7 +196,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     noise = schedule.initial_noise(shape, 0, dtype).to(device)
     condition = conditions.condition_channels(noise, None)
 
-    def latents_after(through: Any = None) -> Any:
+    def latents_after(through: Any = None, forward: Any = forward, layout: Any = layout) -> Any:
         # One step of a one-step schedule is the whole work of any step: every guidance row, guidance, Euler.
         return loop.denoise(
             forward,
@@ -203,9 +207,9 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
             loop.Sampling(args.guidance_scale, layout=layout, cache=through),
         )
 
-    def step(through: Any = None) -> float:
+    def step(*which: Any) -> float:
         started = time.perf_counter()
-        latents_after(through)
+        latents_after(*which)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -260,6 +264,16 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "planned_gib": round(planned_bytes / 2**30, 2),
     }
+    if args.share_of:
+        share = lone_share(args.share_of, rows, args.cfg_parallel)
+        part = transformer.Transformer(
+            model, attention, shape[2:], share, blocks, modulations=table, compile=not args.no_compile
+        )
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        shares = [step(None, part, share) for _ in range(args.warmup + args.steps)]
+        result |= describe_share(share, seconds, shares[args.warmup :], len(shares))
+        result["share_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
     if args.cache_type:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
