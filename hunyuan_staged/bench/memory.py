@@ -148,10 +148,10 @@ def stage1(args: argparse.Namespace) -> dict[str, float]:
     model = _language_skeleton()
     weights = offloading.weights_of(model, model.layers, dtype)
 
-    def load(places: Any) -> None:
+    def load(destinations: Any) -> None:
         model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
         for name, tensor in model.state_dict().items():
-            value = places.tensors.get(name)
+            value = destinations.tensors.get(name)
             value = torch.zeros(tensor.shape, dtype=dtype, device=device) if value is None else value
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, torch.nn.Parameter(value, requires_grad=False))
@@ -184,6 +184,7 @@ def load(args: argparse.Namespace) -> dict[str, float]:
 
     from hunyuan_staged.bench.stage2 import random_model
     from hunyuan_staged.parallel.world import lone_world
+    from hunyuan_staged.weights import components
     from hunyuan_staged.weights.folder import open_model
 
     device, folder = lone_world().device, Path(args.folder)
@@ -196,9 +197,9 @@ def load(args: argparse.Namespace) -> dict[str, float]:
     for _ in range(4):  # from the second time on from the page cache
         torch.cuda.empty_cache()
         opened = open_model(folder, ["transformer"])
-        skeleton = opened.transformer_skeleton("720p_t2v")  # which stage 2 has from planning
+        skeleton = components.transformer_skeleton(opened, "720p_t2v")  # which stage 2 has from planning
         started = time.perf_counter()
-        model = opened.load_transformer("720p_t2v", device=device, dtype=torch.bfloat16, skeleton=skeleton)
+        model = components.load_transformer(opened, "720p_t2v", device=device, dtype=torch.bfloat16, skeleton=skeleton)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         size = sum(tensor.nbytes for tensor in model.parameters())

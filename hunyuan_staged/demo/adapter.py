@@ -31,7 +31,7 @@ from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.runtime.progress import quiet
-from hunyuan_staged.weights import lora
+from hunyuan_staged.weights import components, encoder_components, lora
 from hunyuan_staged.weights.folder import open_model
 
 MOTION = "bounce"
@@ -159,11 +159,11 @@ class Lesson:
     def __init__(self, model_path: str | Path, device: torch.device) -> None:
         folder = open_model(model_path, ("transformer", "vae", "text", "glyph", "image"))
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        transformer: Any = folder.load_transformer(train.VERSION, **options)
-        tokenizer, language = folder.load_language_model(**options)
-        glyph_tokenizer, glyph = folder.load_glyph_encoder(**options)
-        image: Any = folder.load_image_encoder(**options)[1]
-        encoder, config = folder.load_vae_encoder(**options)
+        transformer: Any = components.load_transformer(folder, train.VERSION, **options)
+        tokenizer, language = encoder_components.load_language_model(folder, **options)
+        glyph_tokenizer, glyph = encoder_components.load_glyph_encoder(folder, **options)
+        image: Any = encoder_components.load_image_encoder(folder, **options)[1]
+        encoder, config = components.load_vae_encoder(folder, **options)
         size = image.config.image_size
         if size != train.DEMO.image_size:
             raise InputError(
@@ -243,10 +243,10 @@ def with_adapter(
 ) -> evaluate.Generator:
     """The same generator, its transformer with an adapter at a weight."""
     folder, version = open_model(model_path, ("transformer",)), generator.version.name
-    adapters = lora.load([(file, weight)], folder.transformer_shapes(version))
+    adapters = lora.load([(file, weight)], components.transformer_shapes(folder, version))
     taught = copy.copy(generator)
-    taught.transformer = folder.load_transformer(
-        version, device=generator.device, dtype=torch.float32, adapt=adapters.fused
+    taught.transformer = components.load_transformer(
+        folder, version, device=generator.device, dtype=torch.float32, adapt=adapters.fused
     )
     return taught
 

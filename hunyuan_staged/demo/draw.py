@@ -303,7 +303,7 @@ def build_language_model(config: Mapping[str, Any]) -> nn.Module:
 def build_glyph_tokenizer(colors: Mapping[str, int], fonts: Mapping[str, int]) -> Any:
     from transformers import ByT5Tokenizer
 
-    from hunyuan_staged.weights.components import glyph_tokens
+    from hunyuan_staged.weights.encoder_components import glyph_tokens
 
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(glyph_tokens(colors, fonts), special_tokens=True)

@@ -192,18 +192,19 @@ class Generator:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         from hunyuan_staged.attention.choose import choose_attention
+        from hunyuan_staged.weights import components, encoder_components
         from hunyuan_staged.weights.folder import open_model
 
         folder = open_model(model_path, ("transformer", "vae", "text", "glyph"))
         self.device, self.version, self.dtype = device, versions.parse_version(version), dtype
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        self.language = folder.load_language_model(**options)
-        self.glyph = folder.load_glyph_encoder(**options)
-        model: Any = folder.load_transformer(version, device=device, dtype=dtype)
+        self.language = encoder_components.load_language_model(folder, **options)
+        self.glyph = encoder_components.load_glyph_encoder(folder, **options)
+        model: Any = components.load_transformer(folder, version, device=device, dtype=dtype)
         head_width = model.config.attention_head_dim
         self.transformer = model
         self.attention = choose_attention(attn_mode, device, dtype, head_width=head_width)
-        self.decoder, self.vae_config = folder.load_vae_decoder(**options)
+        self.decoder, self.vae_config = components.load_vae_decoder(folder, **options)
 
     def setting(self, ablation: str = "none", steps: int | None = None) -> Setting:
         """The version's own, or of so many steps; with something broken where asked."""

@@ -36,6 +36,7 @@ from hunyuan_staged.models.embeddings import GLYPH, IMAGE, LANGUAGE, apply_rope,
 from hunyuan_staged.models.modulations import modulation
 from hunyuan_staged.models.vae_modules import ChannelNorm
 from hunyuan_staged.versions import SKIPPED_LAYERS
+from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 # All weights together stay under 32 MB in bfloat16. Much of that is the glyph projection, 2048 wide by design.
@@ -774,18 +775,18 @@ def load_trained(path: Path, seed: int = 0) -> draw.Modules:
     options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     folder = open_model(path, ("transformer", "vae", "text", "glyph", "image"))
     modules = build(seed)
-    modules.tokenizer, language = folder.load_language_model(**options)
+    modules.tokenizer, language = encoder_components.load_language_model(folder, **options)
     for option in ("is_local", "local_files_only"):  # how it was read, not what it is
         modules.tokenizer.init_kwargs.pop(option, None)
-    modules.glyph_tokenizer, glyph = folder.load_glyph_encoder(**options)
-    encoder, config = folder.load_vae_encoder(**options)
+    modules.glyph_tokenizer, glyph = encoder_components.load_glyph_encoder(folder, **options)
+    encoder, config = components.load_vae_encoder(folder, **options)
     pairs = (
         (modules.language_model, language),
         (modules.glyph_encoder.encoder, glyph),
-        (modules.image_encoder, folder.load_image_encoder(**options)[1]),
-        (modules.transformers[VERSION], folder.load_transformer(VERSION, **options)),
+        (modules.image_encoder, encoder_components.load_image_encoder(folder, **options)[1]),
+        (modules.transformers[VERSION], components.load_transformer(folder, VERSION, **options)),
         (modules.vae.encoder, encoder),
-        (modules.vae.decoder, folder.load_vae_decoder(**options)[0]),
+        (modules.vae.decoder, components.load_vae_decoder(folder, **options)[0]),
     )
     for module, trained in pairs:
         weights, own = trained.state_dict(), module.state_dict()

@@ -16,6 +16,8 @@ from hunyuan_staged.models.vae_encoder import Encoder
 
 # Covering a bucket (1:4 at the narrowest) with an image still narrower than this would fill the memory.
 MAX_IMAGE_RATIO = 32
+# Whatever its name, a file is opened as one of these: Pillow would start Ghostscript for an EPS.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -29,10 +31,12 @@ def load_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise InputError(f"--image_path {path}: no such file")
     try:
-        with Image.open(path) as image:
+        Image.init()
+        # Not every build of Pillow has all.
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise InputError(f"--image_path {path}: not an image that Pillow can open") from None
+        raise InputError(f"--image_path {path}: not an image that Pillow can open as {', '.join(FORMATS)}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"--image_path {path}: cannot be read: {error}") from error
     if max(rgb.size) > MAX_IMAGE_RATIO * min(rgb.size):

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.versions import MAX_GLYPH_BYTES, MAX_TEXT_TOKENS
 
-# Word for word what the model was trained with, the eight spaces before each number included.
+# Qwen2.5-VL's chat template is written out here: a tokenizer folder's own is a program, and would be run. The system text
+# is word for word what the model was trained with, the eight spaces before each number included.
 SYSTEM_PROMPT = (
     "You are a helpful assistant. Describe the video by detailing the following aspects: "
     "        1. The main content and theme of the video. "
@@ -55,7 +56,7 @@ def tokenise(tokenizer: Any, prompt: str, *, max_tokens: int = MAX_TEXT_TOKENS) 
     """The prompt as the model was trained to see it, at most max_tokens behind the crop.
 
     Where it is longer, its end is cut off (and the template's end with it), as in the official code; `dropped` counts
-    those tokens so that a caller can warn. InputError if the chat template has no user turn of Qwen's form.
+    those tokens so that a caller can warn. InputError as template_crop.
     """
     ids = _chat_ids(tokenizer, prompt or " ")
     crop = template_crop(tokenizer)
@@ -65,14 +66,15 @@ def tokenise(tokenizer: Any, prompt: str, *, max_tokens: int = MAX_TEXT_TOKENS) 
 def template_crop(tokenizer: Any) -> int:
     """How many tokens the template puts before the user's text, USER_TURN included (108 with Qwen2.5-VL's tokenizer).
 
-    It is measured on a plain word: a prompt that begins with a line break would melt into the turn's own one.
+    It is measured on a plain word: a prompt that begins with a line break would melt into the turn's own one. InputError
+    for a tokenizer that melts the turn into what is around it, as Qwen's does not.
     """
     ids = _chat_ids(tokenizer, "word")
     turn = tokenizer(USER_TURN, add_special_tokens=False)["input_ids"]
     for start in range(len(ids) - len(turn) + 1):
         if ids[start : start + len(turn)] == turn:
             return start + len(turn)
-    raise InputError(f"the tokenizer's chat template has no {USER_TURN!r}; the text encoder must be Qwen2.5-VL's")
+    raise InputError(f"the tokenizer does not keep {USER_TURN!r} apart; the text encoder must be Qwen2.5-VL's")
 
 
 def language_embeddings(
@@ -138,10 +140,8 @@ def glyph_embeddings(
 
 
 def _chat_ids(tokenizer: Any, user: str) -> list[int]:
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    text = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n{USER_TURN}{user}<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()

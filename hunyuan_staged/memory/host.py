@@ -89,8 +89,8 @@ class HostBlocks:
     """The host's copy of some of a model's equal blocks, one for all ranks of a machine, pinned where there is a GPU.
 
     blocks: all of them, on any device, also meta. which: those that are offloaded. dtype: of their weights, None as they
-    are. leader: whether this rank is to fill it, by places(); ready() then tells the others. Raises RuntimeError where
-    the memory cannot be pinned.
+    are. leader: whether this rank is to fill it, by destinations(); ready() then tells the others. Raises RuntimeError
+    where the memory cannot be pinned.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class HostBlocks:
         """A block's tensors in this memory, parameters before buffers."""
         return self.cut.views(self.flat[index])
 
-    def places(self, blocks: str) -> Destinations:
+    def destinations(self, blocks: str) -> Destinations:
         """Where the loader is to put each tensor of the offloaded blocks; `blocks`: the name of their list in the model."""
         tensors = {
             f"{blocks}.{index}.{name}": view

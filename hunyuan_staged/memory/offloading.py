@@ -175,7 +175,7 @@ def load_offloaded(
         return load(NO_DESTINATIONS), None
     own: Any = skeleton.get_submodule(blocks)
     home = HostBlocks(own, evenly_spaced(offloaded, len(own)), device, world, dtype)
-    loaded = load(home.places(blocks))
+    loaded = load(home.destinations(blocks))
     home.ready()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the loading left in pieces: memory is short here

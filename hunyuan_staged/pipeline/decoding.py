@@ -26,6 +26,7 @@ from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name
 from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 
 
@@ -85,7 +86,7 @@ class DecodeSetup:
 
     def plan(self, free: FreeMemory) -> planning.Decoding:
         """Whole frames or tiles, and chunks, that fit; InputError where nothing does."""
-        skeleton = self.model.vae_skeleton("decoder")
+        skeleton = components.vae_skeleton(self.model, "decoder")
         weights = sum(tensor.numel() for tensor in skeleton.parameters()) * self.dtype.itemsize
         options = self.options
         tile_size = None if options.disable_tiling else options.tile_size
@@ -130,7 +131,7 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     path = chosen_model(options.model_path, options.input_dir, job.config)
     ffmpeg_path()  # now, rather than after the decoding
     model = open_model(path, ("vae",), report.progress)
-    config = model.vae_config()
+    config = components.vae_config(model)
     tiled.check_latents(job.latents, config)
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
     # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
@@ -153,7 +154,9 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
     if world.rank not in owners:
         return Written()
     with report.timed("load"):
-        decoder, config = setup.model.load_vae_decoder(device=world.device, dtype=setup.dtype, progress=report.progress)
+        decoder, config = components.load_vae_decoder(
+            setup.model, device=world.device, dtype=setup.dtype, progress=report.progress
+        )
     count = "" if plan.tile_size is None else f"{len(owners)} "
     report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")
     common: dict[str, Any] = {"world": world, "progress": report.progress, "warn": report.warn}

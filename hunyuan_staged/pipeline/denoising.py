@@ -39,7 +39,7 @@ from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
 from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.state import Start
-from hunyuan_staged.weights import loading, lora
+from hunyuan_staged.weights import components, loading, lora
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 
 BEGINNING = Start()
@@ -142,14 +142,15 @@ class DenoiseSetup:
             reader = self.modulations
             modulations = reader.begin(self.sigmas)
 
-            def load(places: loading.Destinations) -> Any:
-                return self.folder.load_transformer(
+            def load(destinations: loading.Destinations) -> Any:
+                return components.load_transformer(
+                    self.folder,
                     self.settings.version.name,
                     device=world.device,
                     dtype=self.dtype,
                     progress=report.progress,
                     skeleton=self.skeleton,
-                    places=reader.destinations(modulations, places),
+                    destinations=reader.destinations(modulations, destinations),
                     adapt=self.adapters.fused,
                 )
 
@@ -176,7 +177,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
-    config = folder.transformer_config(version.name)
+    config = components.transformer_config(folder, version.name)
     head_width = config.get("attention_head_dim", 128)
     mode, sage = options.attention_mode(), options.sage_blocks()
     attention = choose_attention(mode, world.device, dtype, sage, head_width=head_width)
@@ -185,7 +186,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     resolving.check_widths(job.embeddings, config, version)
     channels = config.get("out_channels", geometry.LATENT_CHANNELS)
     shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
-    skeleton = folder.transformer_skeleton(version.name, weights_dtype=options.weights_dtype)
+    skeleton = components.transformer_skeleton(folder, version.name, weights_dtype=options.weights_dtype)
     linears = remove_linears(skeleton)
     lengths = [
         conditioning_of(job.embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
@@ -193,7 +194,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     ]
     caching = resolving.resolve_cache(options, settings, config.get("num_layers", versions.LAYERS), report.warn)
     files = options.adapter_files()
-    adapters = lora.load(files, folder.transformer_shapes(version.name)) if files else lora.Adapters()
+    adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
     for line in adapters.found:
         report.info(line)
     return DenoiseSetup(

@@ -26,7 +26,7 @@ from hunyuan_staged.pipeline.common import Lock, torch_dtype
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
-from hunyuan_staged.weights import loading
+from hunyuan_staged.weights import components, encoder_components, loading
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 
 DEMO_USED = (
@@ -51,7 +51,8 @@ def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVers
     default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
     resolution = options.resolution or default
     if resolution is None:
-        raise InputError(f"{folder.path} holds no transformer version")
+        folder.require("transformer")
+        raise InputError(folder.lacks(f"{versions.DEFAULT_RESOLUTION}_t2v"))
     version = versions.make_version(
         resolution,
         "i2v" if options.image_path else "t2v",
@@ -60,7 +61,7 @@ def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVers
         sparse=options.sparse_attn,
     )
     if version.name not in folder.versions():
-        raise InputError(f"{folder.path} has no transformer {version.name}; it holds {', '.join(folder.versions())}")
+        raise InputError(folder.lacks(version.name))
     return version
 
 
@@ -118,7 +119,7 @@ def resolve(
     for part in parts:
         folder.require(part)
     dtype = torch_dtype(options.dtype, world.device)
-    skeleton = folder.language_skeleton()
+    skeleton = encoder_components.language_skeleton(folder)
     return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtype, world, skeleton)
 
 
@@ -134,9 +135,14 @@ def load_language_model(setup: EncodeSetup, plan: BlockPlan, report: Reporter = 
     report.info(plan.describe(len(setup.skeleton.layers), "layers"))
     device, dtype = setup.world.device, setup.dtype
 
-    def load(places: loading.Destinations) -> tuple[Any, Any]:
-        return setup.folder.load_language_model(
-            device=device, dtype=dtype, progress=report.progress, skeleton=setup.skeleton, places=places
+    def load(destinations: loading.Destinations) -> tuple[Any, Any]:
+        return encoder_components.load_language_model(
+            setup.folder,
+            device=device,
+            dtype=dtype,
+            progress=report.progress,
+            skeleton=setup.skeleton,
+            destinations=destinations,
         )
 
     (tokenizer, model), layers = offloading.load_offloaded(
@@ -163,8 +169,10 @@ def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) 
     glyph_tokenizer = glyph_model = None
     if text.glyph_text(options.prompt):
         with report.timed("load"):
-            glyph_tokenizer, glyph_model = folder.load_glyph_encoder(device=setup.world.device, dtype=dtype)
-    width = folder.transformer_config(setup.version.name)["text_embed_2_dim"]
+            glyph_tokenizer, glyph_model = encoder_components.load_glyph_encoder(
+                folder, device=setup.world.device, dtype=dtype
+            )
+    width = components.transformer_config(folder, setup.version.name)["text_embed_2_dim"]
     with report.timed("compute"):
         return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, options.prompt, width=width, dtype=dtype)
 
@@ -178,12 +186,12 @@ def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, tor
     fitted = image.resize_and_center_crop(picture, height, width)
     report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
     with report.timed("load"):
-        processor, model = folder.load_image_encoder(device=device, dtype=dtype)
+        processor, model = encoder_components.load_image_encoder(folder, device=device, dtype=dtype)
     with report.timed("compute"):
         embeds = image.encode_image(processor, model, fitted)
     del processor, model
     with report.timed("load"):
-        encoder, config = folder.load_vae_encoder(device=device, dtype=dtype, progress=report.progress)
+        encoder, config = components.load_vae_encoder(folder, device=device, dtype=dtype, progress=report.progress)
     with report.timed("compute"):
         latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
     return {"image_embeds": embeds, "image_latents": latents}

@@ -40,8 +40,18 @@ def resolve_settings(
 ) -> Settings:
     """Every value from its option, else from stage 1, else from the version. image: its latents [1, 32, 1, h, w] or None.
 
-    InputError for an aspect ratio that is not the image's.
+    InputError for an aspect ratio that is not the image's, and where weights and image disagree.
     """
+    if version.task == "i2v" and image is None:
+        raise InputError(
+            f"{version.name} makes videos from an image, and the embeddings hold none; run stage 1 with --image_path, or "
+            "take t2v weights"
+        )
+    if version.task == "t2v" and image is not None:
+        raise InputError(
+            f"{version.name} takes no image, and the embeddings hold one; run stage 1 without --image_path, or take i2v "
+            "weights"
+        )
     if image is None:
         height, width = geometry.size_for_ratio(version.resolution, options.aspect_ratio or DEFAULT_ASPECT_RATIO)
     else:

@@ -11,6 +11,7 @@ import torch
 
 from hunyuan_staged.models.modulations import Modulations, Times, time_embeddings
 from hunyuan_staged.sampling.schedule import timesteps_of
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.key_maps import Named
 from hunyuan_staged.weights.loading import NO_DESTINATIONS, Destinations, assign_weights
@@ -44,7 +45,7 @@ class ModulationReader:
         self.device, self.dtype, self.adapt = device, dtype, adapt
 
     def _read(self, wanted: Callable[[str], bool]) -> Iterable[Named]:
-        return self.adapt(self.folder.transformer_tensors(self.version, device=self.device, wanted=wanted))
+        return self.adapt(components.transformer_tensors(self.folder, self.version, device=self.device, wanted=wanted))
 
     @torch.no_grad()
     def begin(self, sigmas: torch.Tensor) -> Modulations:

@@ -11,8 +11,9 @@ from torch import nn
 from hunyuan_staged.encoders import image, text
 from hunyuan_staged.verify.checks import BOUNDS, Check, compared, finite, place_for, weight_bytes, within_rounding
 from hunyuan_staged.versions import MAX_GLYPH_BYTES, MAX_TEXT_TOKENS, SKIPPED_LAYERS
-from hunyuan_staged.weights.components import GLYPH_SHARED, language_key
-from hunyuan_staged.weights.configs import glyph_config
+from hunyuan_staged.weights import encoder_components
+from hunyuan_staged.weights.encoder_components import GLYPH_SHARED, language_key
+from hunyuan_staged.weights.encoder_configs import glyph_config
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.loading import assign_weights, read_tensors, weight_files
 
@@ -40,9 +41,9 @@ def _released() -> None:
 @torch.no_grad()
 def check_text(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Found:
     """The language model: embeddings of two prompts; also what the transformer's check needs of them."""
-    skeleton = folder.language_skeleton()
+    skeleton = encoder_components.language_skeleton(folder)
     place = place_for(weight_bytes(skeleton, dtype) + WORKING, device)
-    tokenizer, model = folder.load_language_model(device=place, dtype=dtype)
+    tokenizer, model = encoder_components.load_language_model(folder, device=place, dtype=dtype)
     checks = [finite("text", model)]
     ours = text.language_embeddings(tokenizer, model, PROMPT, NEGATIVE_PROMPT)
     del model, skeleton
@@ -88,7 +89,7 @@ def check_glyphs(folder: ModelFolder, device: torch.device, dtype: torch.dtype, 
     """The glyph encoder: embeddings of the quoted text, against transformers' encoder over all 256 places."""
     from transformers import T5EncoderModel
 
-    tokenizer, model = folder.load_glyph_encoder(device=device, dtype=dtype)
+    tokenizer, model = encoder_components.load_glyph_encoder(folder, device=device, dtype=dtype)
     checks = [finite("glyph", model)]
     ours = text.glyph_embeddings(tokenizer, model, PROMPT, width=width, dtype=dtype)
     config = glyph_config(folder.folders("glyph")[0] / "config.json")
@@ -112,7 +113,7 @@ def check_image(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
     """The image encoder in the run's dtype, against transformers' with its plain attention."""
     from transformers import SiglipVisionModel
 
-    processor, model = folder.load_image_encoder(device=device, dtype=dtype)
+    processor, model = encoder_components.load_image_encoder(folder, device=device, dtype=dtype)
     checks = [finite("image", model)]
     ours = image.encode_image(processor, model, picture())
     reference: Any = SiglipVisionModel.from_pretrained(

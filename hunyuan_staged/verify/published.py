@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.verify.checks import Check
 from hunyuan_staged.versions import LAYERS, parse_version
-from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights import components
+from hunyuan_staged.weights.boundary import read_json
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.loading import weight_files
 
@@ -83,11 +84,11 @@ def files_of(folder: ModelFolder, part: str, version: str) -> list[Check]:
     found = []
     if part == "transformer":
         expected = {**TRANSFORMER, "use_meanflow": parse_version(version).use_meanflow}
-        config = folder.transformer_config(version)
+        config = components.transformer_config(folder, version)
         config.setdefault("use_meanflow", False)
         place = folders[0] / version if folder.official else folders[0]
     elif part == "vae":
-        config, expected, place = folder.vae_config(), VAE, folders[0]
+        config, expected, place = components.vae_config(folder), VAE, folders[0]
     else:
         expected = {"text": LANGUAGE, "glyph": GLYPH, "image": IMAGE}[part]
         inner = {"text": "text_config", "glyph": "", "image": "vision_config"}[part]

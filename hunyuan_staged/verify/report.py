@@ -17,7 +17,7 @@ from hunyuan_staged.memory.available import host_available
 from hunyuan_staged.memory.budget import gib
 from hunyuan_staged.verify.checks import Check
 from hunyuan_staged.verify.run import Verification
-from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights.boundary import read_json
 
 LIBRARIES = ("hunyuan-staged", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow", "triton")
 

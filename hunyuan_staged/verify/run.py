@@ -12,6 +12,7 @@ from hunyuan_staged.errors import InputError, one_line
 from hunyuan_staged.verify import encoders, published, transformer, vae
 from hunyuan_staged.verify.checks import Check
 from hunyuan_staged.versions import TransformerVersion, parse_version
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
 
 
@@ -51,7 +52,7 @@ class Verification:
         return checks
 
     def _transformer_config(self) -> dict[str, Any]:
-        return self.folder.transformer_config(self.versions[0].name)
+        return components.transformer_config(self.folder, self.versions[0].name)
 
     def _transformer(self, version: TransformerVersion) -> list[Check]:
         needed = {"prompt_embeds": "text", "prompt_embeds_2": "glyph"}

@@ -10,6 +10,7 @@ from hunyuan_staged.models.embeddings import conditioning_of
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.verify.checks import BOUNDS, Bound, Check, compared, drawn, finite, place_for, weight_bytes
 from hunyuan_staged.versions import TransformerVersion
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
 
 GRID = (3, 6, 8)  # latent frames, rows, columns
@@ -43,9 +44,9 @@ def check_transformer(
     embeddings: dict[str, torch.Tensor],
 ) -> list[Check]:
     """embeddings: what the encoders' checks gave. Where the GPU does not hold the weights, the CPU computes both."""
-    part, config = f"transformer {version.name}", folder.transformer_config(version.name)
-    place = place_for(weight_bytes(folder.transformer_skeleton(version.name), dtype) + WORKING, device)
-    model = folder.load_transformer(version.name, device=place, dtype=dtype)
+    part, config = f"transformer {version.name}", components.transformer_config(folder, version.name)
+    place = place_for(weight_bytes(components.transformer_skeleton(folder, version.name), dtype) + WORKING, device)
+    model = components.load_transformer(folder, version.name, device=place, dtype=dtype)
     checks = [finite(part, model)]
     reference = diffusers_model(model, config)
     attention = choose_attention("flash", place, dtype, head_width=config["attention_head_dim"])

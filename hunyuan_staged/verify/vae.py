@@ -7,6 +7,7 @@ import torch
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.models.vae_encoder import Encoder
 from hunyuan_staged.verify.checks import Check, drawn, finite, within_rounding
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
 
 LATENTS = (3, 4, 5)  # frames, rows, columns
@@ -33,7 +34,7 @@ def _precise(coder: Any, inputs: torch.Tensor) -> torch.Tensor:
 def check_vae(folder: ModelFolder, device: torch.device) -> list[Check]:
     """Both coders in the dtype that stage 3 decodes in: float16 on a GPU, float32 on a CPU."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    decoder, config = folder.load_vae_decoder(device=device, dtype=dtype)
+    decoder, config = components.load_vae_decoder(folder, device=device, dtype=dtype)
     checks = [finite("vae decoder", decoder)]
     latents = drawn((1, config["latent_channels"], *LATENTS), 5).to(device, dtype)
     reference = _diffusers_coder("decoder", decoder, config)
@@ -41,7 +42,7 @@ def check_vae(folder: ModelFolder, device: torch.device) -> list[Check]:
     frames = torch.cat(list(Decoder(decoder)(latents, CHUNK))).permute(3, 0, 1, 2)[None]
     checks.append(within_rounding("vae decoder", "a clip", frames, theirs, _precise(reference, latents)))
     del decoder, reference
-    encoder, _ = folder.load_vae_encoder(device=device, dtype=dtype)
+    encoder, _ = components.load_vae_encoder(folder, device=device, dtype=dtype)
     checks.append(finite("vae encoder", encoder))
     video = theirs.clamp(-1, 1)
     reference = _diffusers_coder("encoder", encoder, config)

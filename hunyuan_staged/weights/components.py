@@ -1,77 +1,201 @@
-"""Tokenizers and the encoders' weights."""
+"""Loading the transformer and the VAE, from either layout, onto a device without a second copy.
 
-import pickle
-import re
-from collections.abc import Iterator, Mapping
+Modules are our own, with diffusers' names; official weights are renamed on the way.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights.key_maps import Named
+from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
+from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
+from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.weights.boundary import describing, on_meta, read_json
+from hunyuan_staged.weights.configs import (
+    diffusers_transformer_config,
+    diffusers_vae_config,
+    official_transformer_config,
+    official_vae_config,
+)
+from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.hub import remote_shape
+from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, Named, Rule, diffusers_names, diffusers_tensors
+from hunyuan_staged.weights.loading import (
+    NO_DESTINATIONS,
+    Destinations,
+    Progress,
+    assign_weights,
+    has_weights,
+    read_tensors,
+    sharded_file,
+    tensor_shape,
+    weight_files,
+)
+from hunyuan_staged.weights.quantization import fp8_rows
 
-VOCABULARY = ("tokenizer.json", "vocab.json")
-BYTES = "tokenizer_config.json"  # a byte tokenizer has no vocabulary
-
-
-def load_tokenizer(folder: Path, *files: str) -> Any:
-    """The tokenizer of a folder that holds one of these files.
-
-    Without them transformers would make an empty tokenizer and say nothing. Raises InputError where there are none, or
-    where transformers cannot read them.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in files):
-        raise InputError(f"{folder} holds no tokenizer: {' or '.join(files)}")
-    try:
-        # Said outright: left to itself transformers asks the user whether to run code that the folder brings.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} holds no tokenizer that transformers can read ({reason})") from error
-
-
-def language_key(name: str, kept: int) -> str | None:
-    """The language model's own name of a tensor of Qwen2.5-VL, whichever its prefix; None if it is not used."""
-    for prefix in ("model.language_model.", "language_model.model.", "language_model.", "model."):
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
-    if name.startswith(("visual.", "lm_head.")):
-        return None
-    layer = re.match(r"layers\.(\d+)\.", name)
-    if name == "norm.weight" or (layer and int(layer[1]) >= kept):
-        return None
-    return name
-
-
-def glyph_tokens(colors: Mapping[str, Any], fonts: Mapping[str, int]) -> list[str]:
-    """Glyph-SDXL-v2's special tokens: <color-i> for each colour, <xx-font-i> for each font (language and number)."""
-    return [f"<color-{i}>" for i in range(len(colors))] + [f"<{code[:2]}-font-{i}>" for code, i in fonts.items()]
-
-
-_GLYPH_PREFIX = "module.text_tower.encoder."
-GLYPH_SHARED = "embed_tokens.weight"
 GLYPH_IN = "byt5_in.fc1.weight"
 
 
-def glyph_weights(path: Path) -> Iterator[Named]:
-    """The encoder's tensors of Glyph-SDXL-v2's byt5_model.pt; the one pickle that is read, and as bare tensors only."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), "it is cut short")
-        raise InputError(f"{path} is not a whole file of tensors ({reason})") from error
-    if isinstance(content, dict) and "state_dict" in content:
-        content = {
-            name.removeprefix(_GLYPH_PREFIX): tensor
-            for name, tensor in content["state_dict"].items()
-            if name.startswith(_GLYPH_PREFIX)
-        }
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise InputError(f"{path} does not hold named tensors, alone or under state_dict")
-    yield from content.items()
+def transformer_config(folder: ModelFolder, version: str) -> dict[str, Any]:
+    """diffusers' arguments of a version; InputError where the folder lacks it or this suite does not run it."""
+    path = folder.transformer_folder(version) / "config.json"
+    config = read_json(path)
+    if not folder.official:
+        return diffusers_transformer_config(config, path) | {"task_type": folder.task(config)}
+    width = _glyph_width(folder, version)
+    with describing(path):
+        return official_transformer_config(config, width, path)
+
+
+def _glyph_width(folder: ModelFolder, version: str) -> int:
+    """The width of the glyph encoder, which no official config names; of a hub's weights that are not here yet it is read
+    from the header alone."""
+    inside = folder.transformer_folder(version)
+    if folder.repo and not has_weights(inside):
+        name = sharded_file(inside, GLYPH_IN)
+        shape = remote_shape(folder.repo, inside.relative_to(folder.path) / name, folder.path.name, GLYPH_IN)
+    else:
+        shapes = (tensor_shape(path, GLYPH_IN) for path in folder.transformer_files(version))
+        shape = next((shape for shape in shapes if shape), None)
+    if not shape:
+        raise InputError(f"{inside} lacks {GLYPH_IN}, from which the glyph encoder's width is read")
+    return shape[-1]
+
+
+def transformer_skeleton(folder: ModelFolder, version: str, *, weights_dtype: str | None = None) -> Any:
+    """TransformerModules for a version, on the meta device: shapes without memory.
+
+    weights_dtype "fp8": the linear weights of its blocks are to be stored in float8 (fp8_rows).
+    """
+    config = transformer_config(folder, version)
+    origin = folder.transformer_folder(version) / "config.json"
+    model = on_meta(lambda: TransformerModules(TransformerConfig(**config)), origin)
+    if weights_dtype == "fp8":
+        fp8_rows.quantise_linears(model.transformer_blocks)
+    return model
+
+
+def transformer_shapes(folder: ModelFolder, version: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a version's weights by diffusers' names; from its config, no weight is read."""
+    return {name: tuple(x.shape) for name, x in transformer_skeleton(folder, version).state_dict().items()}
+
+
+def load_transformer(
+    folder: ModelFolder,
+    version: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = quiet,
+    skeleton: nn.Module | None = None,
+    destinations: Destinations = NO_DESTINATIONS,
+    adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
+) -> nn.Module:
+    """TransformerModules with a version's weights, in eval mode, without gradients.
+
+    Args:
+        skeleton: what transformer_skeleton gave, by default in `dtype` throughout.
+        destinations: where some tensors go; those that another process fills are not read.
+        adapt: what the tensors, under diffusers' names and in the file's dtype, go through on their way.
+    """
+    model = transformer_skeleton(folder, version) if skeleton is None else skeleton
+    state = model.state_dict()
+
+    def has_destination(name: str) -> bool:
+        return fp8_rows.stored_name(name, state) in destinations.tensors
+
+    def stays_on_host(name: str) -> bool:
+        return has_destination(name) and not float8_blocks  # which the device quantises, far faster
+
+    float8_blocks = any(tensor.dtype == fp8_rows.STORED for tensor in state.values())
+    tensors = transformer_tensors(
+        folder,
+        version,
+        device=device,
+        wanted=lambda name: destinations.fill or not has_destination(name),
+        stays_on_host=stays_on_host,
+        progress=progress,
+    )
+    quantised = fp8_rows.quantised(adapt(tensors), state, dtype)
+    return assign_weights(model, quantised, dtype, device, folder.transformer_folder(version), destinations)
+
+
+def transformer_tensors(
+    folder: ModelFolder,
+    version: str,
+    *,
+    device: torch.device,
+    wanted: Callable[[str], bool],
+    stays_on_host: Callable[[str], bool] = lambda _: False,
+    progress: Progress = quiet,
+) -> Iterator[Named]:
+    """A version's tensors under diffusers' names, in the file's dtype; wanted and stays_on_host as in read_tensors, of
+    these names. A tensor that holds several others comes whole if one of them is wanted.
+    """
+    origin = folder.transformer_folder(version)
+
+    def names(name: str) -> list[str]:
+        found = diffusers_names(name, TRANSFORMER_MAP) if folder.official else None
+        return found[1] if found else [name]
+
+    files = progress(folder.transformer_files(version), desc="loading transformer", unit="shard")
+    tensors = read_tensors(
+        files, lambda name: any(map(wanted, names(name))), device, lambda name: all(map(stays_on_host, names(name)))
+    )
+    return _renamed(tensors, TRANSFORMER_MAP, folder, origin)
+
+
+def _renamed(tensors: Iterable[Named], rules: Sequence[Rule], folder: ModelFolder, origin: Path) -> Iterator[Named]:
+    """The tensors under diffusers' names."""
+    if not folder.official:
+        yield from tensors
+        return
+    for name, tensor in tensors:
+        pairs = diffusers_tensors(name, tensor, rules)
+        if pairs is None:
+            raise InputError(f"{origin} holds {name}, which the official layout does not have")
+        yield from pairs
+
+
+def vae_config(folder: ModelFolder) -> dict[str, Any]:
+    """diffusers' arguments of the VAE: scaling_factor, latent_channels, the compression ratios, and the widths."""
+    path = folder.require("vae")[0] / "config.json"
+    return (official_vae_config if folder.official else diffusers_vae_config)(read_json(path), path)
+
+
+def vae_skeleton(folder: ModelFolder, coder: str) -> nn.Module:
+    """The VAE's "encoder" or "decoder" on the meta device: shapes without memory."""
+    config = vae_config(folder)
+    build = {"encoder": VaeEncoder, "decoder": VaeDecoder}[coder]
+    return on_meta(lambda: build(VaeConfig(**config)), folder.require("vae")[0] / "config.json")
+
+
+def _load_coder(
+    folder: ModelFolder, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> nn.Module:
+    (origin,) = folder.require("vae")
+    model = vae_skeleton(folder, coder)
+    files = progress(weight_files(origin), desc=f"loading VAE {coder}", unit="shard")
+    other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
+    tensors = read_tensors(files, lambda name: not name.startswith(other), device)
+    renamed = _renamed(tensors, VAE_MAP, folder, origin)
+    own = ((name.removeprefix(f"{coder}."), tensor) for name, tensor in renamed)
+    return assign_weights(model, own, dtype, device, origin)
+
+
+def load_vae_decoder(
+    folder: ModelFolder, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(VaeDecoder, the VAE's config); the encoder is not read."""
+    return _load_coder(folder, "decoder", device, dtype, progress), vae_config(folder)
+
+
+def load_vae_encoder(
+    folder: ModelFolder, *, device: torch.device, dtype: torch.dtype, progress: Progress = quiet
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(VaeEncoder, the VAE's config); the decoder is not read."""
+    return _load_coder(folder, "encoder", device, dtype, progress), vae_config(folder)

@@ -1,11 +1,16 @@
 """What each part of a model is called in each layout, and how it is downloaded."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.versions import DEFAULT_RESOLUTION
+
+PUBLISHED_RESOLUTIONS = ("480p", "720p")  # of the transformers in the official repository, super resolution apart
+ANSWER_SECONDS = 5  # how long the hub may take to answer a question
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ def official_fetch(folder: str) -> str:
     return official_source(folder).command()
 
 
+def model_fetch(version: str, path: object) -> str:
+    """The command that downloads what one version needs of the official repository, which in all has 338 GB."""
+    parts = " ".join(f'"{name}/*"' for name in (f"transformer/{version}", "vae", "scheduler"))
+    return f"hf download tencent/HunyuanVideo-1.5 --include {parts} --local-dir {path}"
+
+
 def _tencent(folder: str) -> dict[str, str]:
     return {folder: official_fetch(folder)}
 
@@ -82,7 +93,10 @@ FOUR_STEPS_SOURCE = Source(
 )
 
 PARTS = {
-    "transformer": Part("transformer", _tencent("transformer"), ("transformer",)),
+    # One version of ten, of 33 GB each.
+    "transformer": Part(
+        "transformer", {"transformer": official_fetch(f"transformer/{DEFAULT_RESOLUTION}_t2v")}, ("transformer",)
+    ),
     "upsampler": Part("latent upsampler", _tencent("upsampler"), ()),
     "scheduler": Part("scheduler", _tencent("scheduler"), ("scheduler",)),
     "vae": Part("VAE", _tencent("vae"), ("vae",)),
@@ -106,7 +120,10 @@ DIFFUSERS_FETCH = (
 def download(repo: str, parts: Sequence[str]) -> Path:
     """The snapshot of a hub repository: all configs, and the files of the parts but for the transformers' weights."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise InputError(f"{repo} does not exist, and it is no hub id (owner/name) either")
+        raise InputError(
+            f"{repo} does not exist, and it is no hub id (owner/name) either; to get it: "
+            f"{model_fetch(f'{DEFAULT_RESOLUTION}_t2v', repo)}"
+        )
     folders = {
         name for part in parts if part != "transformer" for name in (*PARTS[part].official, *PARTS[part].diffusers)
     }
@@ -115,11 +132,30 @@ def download(repo: str, parts: Sequence[str]) -> Path:
 
 
 def snapshot(repo: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The files of a repository whose names match, in the hub's cache; InputError where the hub does not give them."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    with _asking(repo):
+        return Path(snapshot_download(repo, allow_patterns=patterns, revision=revision, etag_timeout=ANSWER_SECONDS))
+
+
+def remote_shape(repo: str, file: PurePath, revision: str, tensor: str) -> list[int] | None:
+    """The shape of a tensor in a repository's safetensors file, whose header alone is read; None where it has none."""
+    from huggingface_hub import parse_safetensors_file_metadata
+
+    with _asking(repo):
+        found = parse_safetensors_file_metadata(repo, file.as_posix(), revision=revision).tensors.get(tensor)
+        return None if found is None else list(found.shape)
+
+
+@contextlib.contextmanager
+def _asking(repo: str) -> Iterator[None]:
+    """Whatever a hub that is absent, slow, or something else altogether makes its client raise becomes an InputError."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{repo} is no folder here, and the hub did not give it ({reason})") from error
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+        raise InputError(
+            f"{repo} is no folder here, and the hub did not give it ({reason}); to have it in a folder: "
+            f"{model_fetch(f'{DEFAULT_RESOLUTION}_t2v', 'DIR')}"
+        ) from error

@@ -14,7 +14,7 @@ from torch import nn
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights import stream
-from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights.boundary import read_json, require_regular
 from hunyuan_staged.weights.key_maps import Named, refuse_names
 from hunyuan_staged.weights.quantization import fp8_rows
 
@@ -23,6 +23,8 @@ Progress = Callable[..., Iterable[Any]]
 # The names that weights go by in a part's folder; with .index.json behind them they are sharded.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 MAPPED_BYTES = 2**30
+# The dtypes that weights may have, as a file's header names them; others would be converted without a word.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -33,22 +35,38 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if index.exists():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
                 raise InputError(f"{index} has no weight_map from tensors to files")
             files = [folder / Path(shard).name for shard in sorted(set(listed.values()))]
             refuse_names(
-                f"{folder} lacks shards that its index lists", [path.name for path in files if not path.is_file()]
+                f"{folder} lacks shards that its index lists", [path.name for path in files if not path.exists()]
             )
-            return files
-        if (folder / name).is_file():
-            return [folder / name]
+            return [require_regular(path) for path in files]
+        if (folder / name).exists():
+            return [require_regular(folder / name)]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         expected = " or ".join(WEIGHTS)
         raise InputError(f"{folder} holds {len(files)} safetensors files; expected {expected}, alone or with its index")
-    return files
+    return [require_regular(files[0])]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a part's weights are there; of a hub repository they may be still to come."""
+    try:
+        return bool(weight_files(folder))
+    except InputError:
+        return False
+
+
+def sharded_file(folder: Path, tensor: str) -> str:
+    """The name of the file that holds a tensor: the one that the index names, else the usual one."""
+    index = folder / f"{WEIGHTS[0]}.index.json"
+    if not index.exists():
+        return WEIGHTS[0]
+    return Path(str((read_json(index).get("weight_map") or {}).get(tensor, WEIGHTS[0]))).name
 
 
 def _read_ahead(path: Path, start: int, length: int) -> None:
@@ -61,21 +79,25 @@ def read_tensors(
     files: Iterable[Path],
     wanted: Callable[[str], bool],
     device: torch.device,
-    at_home: Callable[[str], bool] = lambda _: False,
+    stays_on_host: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Named]:
     """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
 
-    Those that are at_home, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What has
-    been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
-    works ahead by as much, on a thread of its own.
+    Those that stay on the host, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What
+    has been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
+    works ahead by as much, on a thread of its own. Raises InputError for a file that is none, and for other dtypes than
+    FLOATS.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as thread:
         for path in files:
             read = 0
+            require_regular(path)
             try:
                 with safe_open(path, "pt") as file:
                     names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
-                mapped = [name for name in names if device.type == "cpu" or at_home(name)]
+                    for name in names:
+                        require_float(f"{path}: {name}", file.get_slice(name).get_dtype())
+                mapped = [name for name in names if device.type == "cpu" or stays_on_host(name)]
                 sent = set(names) - set(mapped)
                 if sent:
                     yield from stream.tensors(path, sent, device)
@@ -90,8 +112,15 @@ def read_tensors(
                             unread -= tensor.nbytes
                             read += tensor.nbytes
                             yield name, tensor
+            except InputError:
+                raise
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def require_float(what: str, dtype: str) -> None:
+    if dtype not in FLOATS:
+        raise InputError(f"{what} is {dtype}; allowed are {', '.join(FLOATS)}")
 
 
 @dataclass(frozen=True)
@@ -118,26 +147,27 @@ def assign_weights(
     dtype: torch.dtype,
     device: torch.device,
     origin: Path,
-    places: Destinations = NO_DESTINATIONS,
+    destinations: Destinations = NO_DESTINATIONS,
 ) -> nn.Module:
     """Put named tensors in the place of a meta module's parameters, one by one, each in `dtype`, without gradients.
 
     Tensors of the module that are in float8 stay so; those that have a place of their own go there, the others to the
     device, and those that are consumed to their consumer. Returns the module, in eval mode. InputError names what `origin`
-    holds too much, what it lacks, and the first tensor of another shape.
+    holds too much, what it lacks, the first tensor of another shape, and those that hold NaN or Inf.
     """
     state = module.state_dict()
-    shapes = {name: tensor.shape for name, tensor in state.items()} | dict(places.consumed)
+    shapes = {name: tensor.shape for name, tensor in state.items()} | dict(destinations.consumed)
     missing = dict.fromkeys(shapes)
     leftover = []
+    finite: dict[str, torch.Tensor] = {}
 
     def put(name: str, value: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
         missing.pop(name, None)
 
-    if not places.fill:
-        for name, place in places.tensors.items():
+    if not destinations.fill:
+        for name, place in destinations.tensors.items():
             put(name, place)
     for name, tensor in tensors:
         if name not in shapes:
@@ -145,25 +175,43 @@ def assign_weights(
             continue
         if tensor.shape != shapes[name]:
             raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(shapes[name])}")
-        if name in places.tensors:
-            put(name, places.tensors[name].copy_(tensor))
+        if name in destinations.tensors:
+            put(name, destinations.tensors[name].copy_(tensor))
+            finite[name] = are_finite(destinations.tensors[name])
             continue
         # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
         copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
-        if name in places.consumed:
-            places.take(name, tensor.to(device, dtype, copy=copy))
+        if name in destinations.consumed:
+            value = tensor.to(device, dtype, copy=copy)
+            finite[name] = are_finite(value)
+            destinations.take(name, value)
             missing.pop(name, None)
             continue
         stored = tensor.dtype if state[name].dtype == fp8_rows.STORED else dtype
-        put(name, tensor.to(device, stored, copy=copy))
+        value = tensor.to(device, stored, copy=copy)
+        put(name, value)
+        finite[name] = are_finite(value)
     refuse_names(f"{origin} holds tensors that the model does not have", leftover)
     refuse_names(f"{origin} lacks tensors of the model", list(missing))
+    # Asked now and not tensor by tensor, so that a GPU need not be waited for.
+    refuse_names(f"{origin} holds NaN or Inf, in {dtype}, in", [name for name, all_ in finite.items() if not all_])
     assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer that no file holds must be made anew"
     return module.eval()
 
 
+def are_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers of a tensor are finite, as a tensor [] on its device; without a mask as large as the tensor."""
+    if not values.numel():
+        return torch.tensor(True)
+    if values.dtype == fp8_rows.STORED:  # which has no Inf, and whose NaN is all ones behind the sign
+        return (values.view(torch.uint8) & 0x7F).max() != 0x7F
+    least, largest = torch.aminmax(values)
+    return torch.isfinite(least) & torch.isfinite(largest)
+
+
 def tensor_shape(path: Path, name: str) -> list[int] | None:
     """The shape of a tensor of a safetensors file, which is not read; None where it is not in it."""
+    require_regular(path)
     try:
         with safe_open(path, "pt") as file:
             return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.provenance import sha256
-from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights.boundary import read_json, require_regular
+from hunyuan_staged.weights.loading import require_float
 from hunyuan_staged.weights.lora_keys import without_prefix
 
 # (module, rank) → what its low-rank product is multiplied by, where the file has no alpha of its own for the module
@@ -40,10 +41,15 @@ def read(given: Path) -> AdapterFile:
     """An adapter's file or folder. InputError where there are no weights in it, where they are no whole safetensors file,
     and where its settings are broken or those of another kind than LoRA."""
     file = _weights(given) if given.is_dir() else given
+    require_regular(file)
     try:
         with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no iterator)
+                require_float(f"--lora {given}: {name}", opened.get_slice(name).get_dtype())
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
             metadata = opened.metadata() or {}
+    except InputError:
+        raise
     except (SafetensorError, OSError) as error:
         raise InputError(f"--lora {given} is not a whole safetensors file ({error})") from error
     if not tensors:

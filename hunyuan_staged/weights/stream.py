@@ -21,6 +21,8 @@ WORKERS = 16  # at most: one core reads 3 to 10 GB/s from the page cache
 PIECE_BYTES = 2**24
 AHEAD = 2  # pieces a worker that are handed out before the first of them is asked for
 
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
 # https://github.com/huggingface/safetensors: the names of dtypes in a file's header
 DTYPES = {
     "BOOL": torch.bool,
@@ -55,6 +57,8 @@ def entries(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("its header is cut off")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     found = {}

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights.configs import read_json
+from hunyuan_staged.weights.boundary import read_json, require_regular
 from hunyuan_staged.weights.key_maps import Named
 from hunyuan_staged.weights.loading import read_tensors, weight_files
 
@@ -85,7 +85,7 @@ def open_upsampler(path: Path) -> UpsamplerFiles:
         raise InputError(f"{path} is no latent upsampler: it holds neither {' nor '.join(MARKS.values())}")
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
-    if path.is_dir() or (config.is_file() and list(folder.glob("*.safetensors")) == files):
+    if path.is_dir() or (config.exists() and list(folder.glob("*.safetensors")) == files):
         return UpsamplerFiles(tuple(files), kind, read_json(config), config)
     try:
         return UpsamplerFiles(tuple(files), kind, upsampler_config(shapes), path)
@@ -95,8 +95,7 @@ def open_upsampler(path: Path) -> UpsamplerFiles:
 
 def _shapes(path: Path) -> dict[str, list[int]]:
     """The shapes of a safetensors file's tensors, which are not read."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    require_regular(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -192,6 +192,7 @@ FILES = [
     (2, config(transformer_version="720p"), "transformer version '720p' is not of the form"),
     (2, config(transformer_version="../../x"), "transformer version '../../x' is not of the form"),
     (2, config(transformer_version=...), "does not say which one to take"),
+    (2, config(transformer_version="demo_i2v"), "demo_i2v makes videos from an image, and the embeddings hold none"),
     (2, config(dtype="int4"), "dtype 'int4' is unknown; known: bf16, fp32, auto"),
     (2, config(seed=True), "seed is True; allowed is a whole number"),
     (2, config(seed=1.5), "seed is 1.5; allowed is a whole number"),
@@ -322,9 +323,9 @@ MODELS = [
     (2, text(f"{DIT}/config.json", "[" * 100_000), f"{DIT}/config.json is not JSON"),
     (2, model_config(f"{DIT}/config.json", lambda c: c.pop("heads_num")), "lacks: heads_num"),
     (2, model_config(f"{DIT}/config.json", lambda c: c.update(guidance_embed=True)), "guidance_embed is True"),
-    (2, model_config(f"{DIT}/config.json", lambda c: c.update(heads_num="four")), "config.json does not describe"),
-    (2, model_config(f"{DIT}/config.json", lambda c: c.update(heads_num=0)), "config.json does not describe"),
-    (2, model_config(f"{DIT}/config.json", lambda c: c.update(patch_size=1)), "config.json does not describe"),
+    (2, model_config(f"{DIT}/config.json", lambda c: c.update(heads_num="four")), "heads_num is 'four'; allowed is"),
+    (2, model_config(f"{DIT}/config.json", lambda c: c.update(heads_num=0)), "heads_num is 0; allowed is a whole"),
+    (2, model_config(f"{DIT}/config.json", lambda c: c.update(patch_size=1)), "patch_size is 1; allowed is [t, n, n]"),
     (2, cut(f"{DIT}/{WEIGHTS}", 0.5), f"{WEIGHTS} is not a whole safetensors file"),
     (2, lambda model: (model / DIT / WEIGHTS).unlink(), "holds 0 safetensors files"),
     (3, text(f"{VAE}/config.json", "null"), "vae/config.json holds a JSON NoneType, not an object"),
@@ -332,10 +333,10 @@ MODELS = [
     (
         3,
         model_config(f"{VAE}/config.json", lambda c: c.update(block_out_channels="x")),
-        "config.json does not describe",
+        "block_out_channels is 'x'; allowed is a list of 5 items",
     ),
     (3, cut(f"{VAE}/{WEIGHTS}", 0.9), f"{WEIGHTS} is not a whole safetensors file"),
-    (1, text("text_encoder/llm/config.json", "{}"), "model_type is None; allowed are qwen2_5_vl"),
+    (1, text("text_encoder/llm/config.json", "{}"), "model_type is null; allowed are qwen2_5_vl"),
     (1, text("text_encoder/llm/tokenizer.json", "{}"), "holds no tokenizer that transformers can read"),
 ]
 

@@ -13,6 +13,7 @@ import stage3_vae_decoder
 from hunyuan_staged.decoding import planning
 from hunyuan_staged.files.tensors import load_embeddings, load_frames, load_latents
 from hunyuan_staged.memory import available, budget
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
 
 SMALL = ["--video_length", 9, "--num_inference_steps", 2]
@@ -225,9 +226,9 @@ def test_stage_2_offloads_what_does_not_fit(inputs, tmp_path, monkeypatch, capsy
 def with_room_for(monkeypatch, model_path: Path, **asked) -> None:
     """As much free memory as 192x320 px of a single frame take if decoded so."""
     model = open_model(model_path, ["vae"])
-    weights = 4 * sum(tensor.numel() for tensor in model.vae_skeleton("decoder").parameters())
+    weights = 4 * sum(tensor.numel() for tensor in components.vae_skeleton(model, "decoder").parameters())
     memory, request = budget.FreeMemory(None, 2**40), planning.Request(**asked)
-    needed = planning.fit_decoding(model.vae_config(), weights, 4, (1, 192, 320), memory, request).total
+    needed = planning.fit_decoding(components.vae_config(model), weights, 4, (1, 192, 320), memory, request).total
     with_free(monkeypatch, None, budget.RESERVE + needed)
 
 

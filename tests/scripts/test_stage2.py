@@ -89,6 +89,15 @@ def test_an_image_sets_the_size_and_a_ratio_against_it_is_refused(tmp_path, tiny
     assert latents(folder).shape == (1, 32, 3, 6, 10)
 
 
+def test_an_image_for_weights_that_take_none_is_refused(tmp_path, tiny_official):
+    folder = embed(tmp_path, tiny_official, {"transformer_version": "demo_t2v"}, image=True)
+    result = call("--input_dir", folder, *SMALL)
+    assert result.returncode == 2
+    assert (
+        "demo_t2v takes no image, and the embeddings hold one; run stage 1 without --image_path, or take i2v weights"
+    ) in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

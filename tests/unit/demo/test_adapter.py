@@ -16,7 +16,7 @@ from hunyuan_staged.demo import ADAPTER, CHECKPOINT, adapter, evaluate, train, w
 from hunyuan_staged.files import video
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
-from hunyuan_staged.weights import lora
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -74,14 +74,14 @@ def test_training_on_a_gpu(tmp_path):
     path = tmp_path / "a.safetensors"
     assert adapter.main(["--model_path", str(CHECKPOINT), "--out", str(path), *SHORT]) == 0
     folder = open_model(CHECKPOINT, ("transformer",))
-    plain = velocity(folder.load_transformer(train.VERSION, device=CPU, dtype=torch.float32))
+    plain = velocity(components.load_transformer(folder, train.VERSION, device=CPU, dtype=torch.float32))
     assert (velocity(fused(path)) - plain).norm() > 1e-3 * plain.norm()
 
 
 def fused(file: Path) -> torch.nn.Module:
     folder = open_model(CHECKPOINT, ("transformer",))
-    adapters = lora.load([(file, 1.0)], folder.transformer_shapes(train.VERSION))
-    return folder.load_transformer(train.VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
+    adapters = lora.load([(file, 1.0)], components.transformer_shapes(folder, train.VERSION))
+    return components.load_transformer(folder, train.VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
 
 
 def velocity(model: torch.nn.Module) -> torch.Tensor:
@@ -121,7 +121,9 @@ def test_the_one_that_ships_is_small_and_fits():
     assert {tensor.dtype for tensor in load_file(ADAPTER).values()} == {torch.bfloat16}
     with safe_open(ADAPTER, "pt") as file:
         assert all(key.startswith("transformer.") for key in file.keys())  # noqa: SIM118 (no iterator)
-    adapters = lora.load([(ADAPTER, 1.0)], open_model(CHECKPOINT, ("transformer",)).transformer_shapes(train.VERSION))
+    adapters = lora.load(
+        [(ADAPTER, 1.0)], components.transformer_shapes(open_model(CHECKPOINT, ("transformer",)), train.VERSION)
+    )
     assert len(adapters.additions) == len(load_file(ADAPTER)) // 2
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from hunyuan_staged.demo import draw
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -96,11 +97,11 @@ def test_glyph_weights_carry_the_published_prefix(tiny_official):
 def test_both_layouts_hold_the_drawn_weights_bit_for_bit(tiny_official, tiny_diffusers):
     modules = draw.build_modules(versions=("demo_t2v",))
     loaders = {
-        "transformer": lambda model: model.load_transformer("demo_t2v", device=CPU, dtype=torch.float32),
-        "decoder": lambda model: model.load_vae_decoder(device=CPU, dtype=torch.float32)[0],
-        "encoder": lambda model: model.load_vae_encoder(device=CPU, dtype=torch.float32)[0],
-        "image": lambda model: model.load_image_encoder(device=CPU, dtype=torch.float32)[1],
-        "language": lambda model: model.load_language_model(device=CPU, dtype=torch.float32)[1],
+        "transformer": lambda model: components.load_transformer(model, "demo_t2v", device=CPU, dtype=torch.float32),
+        "decoder": lambda model: components.load_vae_decoder(model, device=CPU, dtype=torch.float32)[0],
+        "encoder": lambda model: components.load_vae_encoder(model, device=CPU, dtype=torch.float32)[0],
+        "image": lambda model: encoder_components.load_image_encoder(model, device=CPU, dtype=torch.float32)[1],
+        "language": lambda model: encoder_components.load_language_model(model, device=CPU, dtype=torch.float32)[1],
     }
     built = {
         "transformer": modules.transformers["demo_t2v"],
@@ -127,7 +128,9 @@ def test_both_layouts_hold_the_drawn_weights_bit_for_bit(tiny_official, tiny_dif
 def test_glyph_encoders_of_both_layouts_give_the_same_bits(tiny_official, tiny_diffusers):
     outputs = []
     for folder in (tiny_official, tiny_diffusers):
-        tokenizer, model = open_model(folder, ("glyph",)).load_glyph_encoder(device=CPU, dtype=torch.float32)
+        tokenizer, model = encoder_components.load_glyph_encoder(
+            open_model(folder, ("glyph",)), device=CPU, dtype=torch.float32
+        )
         ids = tokenizer('<color-1><en-font-1>Text "AB". ', return_tensors="pt")["input_ids"]
         assert ids[0, :2].tolist() == [385, 389]
         outputs.append(model(input_ids=ids).last_hidden_state)

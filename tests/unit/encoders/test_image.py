@@ -14,6 +14,7 @@ from hunyuan_staged.encoders.image import (
     resize_and_center_crop,
 )
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -139,7 +140,7 @@ def test_pixels_are_channels_first_from_minus_one_to_one():
 
 
 def test_image_embeds_are_siglips_of_the_bicubic_image(model, modules):
-    processor, encoder = model.load_image_encoder(device=CPU, dtype=torch.float32)
+    processor, encoder = encoder_components.load_image_encoder(model, device=CPU, dtype=torch.float32)
     image = Image.fromarray(noise(96, 160))
     side = TINY.image_size
     small = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
@@ -152,12 +153,12 @@ def test_image_embeds_are_siglips_of_the_bicubic_image(model, modules):
 
 
 def test_image_embeds_follow_the_encoder_dtype(model):
-    processor, encoder = model.load_image_encoder(device=CPU, dtype=torch.bfloat16)
+    processor, encoder = encoder_components.load_image_encoder(model, device=CPU, dtype=torch.bfloat16)
     assert encode_image(processor, encoder, Image.fromarray(noise(32, 32))).dtype == torch.bfloat16
 
 
 def test_the_first_latent_is_the_scaled_mode_of_the_posterior(model, modules):
-    encoder, config = model.load_vae_encoder(device=CPU, dtype=torch.float32)
+    encoder, config = components.load_vae_encoder(model, device=CPU, dtype=torch.float32)
     image = Image.fromarray(noise(32, 48))
     with torch.no_grad():
         mode = modules.vae.encoder(pixels_of(image)[None, :, None]).chunk(2, dim=1)[0]

@@ -18,6 +18,7 @@ from hunyuan_staged.encoders.text import (
     tokenise,
 )
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -33,12 +34,12 @@ def modules():
 
 @pytest.fixture(scope="module")
 def language(tiny_official):
-    return open_model(tiny_official, ("text",)).load_language_model(device=CPU, dtype=torch.float32)
+    return encoder_components.load_language_model(open_model(tiny_official, ("text",)), device=CPU, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def glyphs(tiny_official):
-    return open_model(tiny_official, ("glyph",)).load_glyph_encoder(device=CPU, dtype=torch.float32)
+    return encoder_components.load_glyph_encoder(open_model(tiny_official, ("glyph",)), device=CPU, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +76,25 @@ def test_no_prompt_moves_the_crop(language, prompt):
     assert tokenise(tokenizer, prompt).crop == tokenise(tokenizer, PROMPT).crop
 
 
-def test_a_template_without_a_user_turn_is_refused(language):
-    class Plain:
-        def apply_chat_template(self, messages, **_):
-            return {"input_ids": language[0](messages[1]["content"])["input_ids"]}
+def test_a_folders_own_template_is_never_run(language):
+    """It is a program: this one would take for ever, and most of the memory."""
+    tokenizer, _ = language
+    expected, kept = tokenise(tokenizer, PROMPT), tokenizer.chat_template
+    tokenizer.chat_template = "{% for i in range(10 ** 10) %}{{ 'x' * 10 ** 10 }}{% endfor %}"
+    try:
+        assert tokenise(tokenizer, PROMPT) == expected
+    finally:
+        tokenizer.chat_template = kept
 
-        def __call__(self, *args, **options):
-            return language[0](*args, **options)
 
-    with pytest.raises(InputError, match=r"chat template has no '<\|im_start\|>user\\n'; .* must be Qwen2.5-VL's"):
-        template_crop(Plain())
+def test_a_tokenizer_without_the_turns_tokens_is_refused():
+    """One that takes three letters at a time melts the turn into what is before it."""
+
+    def three_letters(text, **_):
+        return {"input_ids": [text[start : start + 3] for start in range(0, len(text), 3)]}
+
+    with pytest.raises(InputError, match=r"does not keep '<\|im_start\|>user\\n' apart; .* must be Qwen2.5-VL's"):
+        template_crop(three_letters)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "", "\n\n two lines", "Ein Käfer 🐞 läuft"])
@@ -130,7 +140,9 @@ def test_a_long_prompt_is_cut_at_its_end_and_says_so(language, modules, pipeline
 
 
 def test_language_embeddings_hold_both_rows_in_the_model_dtype(tiny_official):
-    tokenizer, model = open_model(tiny_official, ("text",)).load_language_model(device=CPU, dtype=torch.bfloat16)
+    tokenizer, model = encoder_components.load_language_model(
+        open_model(tiny_official, ("text",)), device=CPU, dtype=torch.bfloat16
+    )
     tensors = language_embeddings(tokenizer, model, PROMPT, "", max_tokens=40)
     assert list(tensors) == [
         "prompt_embeds",

@@ -13,8 +13,7 @@ from hunyuan_staged.memory import budget
 from hunyuan_staged.memory.host import HostBlocks, packed_layout
 from hunyuan_staged.memory.offloading import StreamedBlocks, evenly_spaced, load_offloaded, stream_blocks, weights_of
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.weights import folder as folder_module
-from hunyuan_staged.weights import key_maps, loading
+from hunyuan_staged.weights import components, key_maps, loading
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -135,10 +134,12 @@ def test_blocks_of_different_shapes_are_not_streamed():
 def loaded(folder: Path, offloaded: int, world: World = ALONE, weights_dtype: str | None = None):
     """The tiny transformer, loaded as stage 2 loads it."""
     source = open_model(folder, ["transformer"])
-    skeleton = source.transformer_skeleton("demo_t2v", weights_dtype=weights_dtype)
+    skeleton = components.transformer_skeleton(source, "demo_t2v", weights_dtype=weights_dtype)
 
-    def load(places: loading.Destinations):
-        return source.load_transformer("demo_t2v", device=CPU, dtype=torch.float32, skeleton=skeleton, places=places)
+    def load(destinations: loading.Destinations):
+        return components.load_transformer(
+            source, "demo_t2v", device=CPU, dtype=torch.float32, skeleton=skeleton, destinations=destinations
+        )
 
     return load_offloaded(skeleton, "transformer_blocks", offloaded, load, device=CPU, dtype=torch.float32, world=world)
 
@@ -163,14 +164,16 @@ def test_weights_are_loaded_straight_into_their_places(layout, weights_dtype, ti
 
 
 def test_the_plan_counts_what_is_loaded(tiny_official):
-    skeleton = open_model(tiny_official, ["transformer"]).transformer_skeleton("demo_t2v")
+    skeleton = components.transformer_skeleton(open_model(tiny_official, ["transformer"]), "demo_t2v")
     weights = weights_of(skeleton, skeleton.transformer_blocks, torch.float32)
     model, _ = loaded(tiny_official, 0)
     exact = sum(tensor.nbytes for tensor in model.parameters())
     # Up to 255 bytes of padding behind each of a block's tensors.
     assert exact <= weights.total < exact + 256 * len(list(model.parameters()))
     assert weights.count == len(model.transformer_blocks)
-    halved = open_model(tiny_official, ["transformer"]).transformer_skeleton("demo_t2v", weights_dtype="fp8")
+    halved = components.transformer_skeleton(
+        open_model(tiny_official, ["transformer"]), "demo_t2v", weights_dtype="fp8"
+    )
     small = weights_of(halved, halved.transformer_blocks, torch.float32)
     assert small.each < 0.3 * weights.each and small.rest == weights.rest, "a quarter of float32, and the biases"
 
@@ -195,7 +198,7 @@ def reads(world: World, folder: Path) -> tuple[str, list[str], list[float], floa
         names.append(name)
         return original(name, tensor, rules)
 
-    folder_module.diffusers_tensors = noting
+    components.diffusers_tensors = noting
     blocks = loaded(folder, 2, world)[1]
     sums = [float(sum(t.double().sum() for t in block.parameters())) for block in blocks[:]]
     world.barrier("read")

@@ -22,7 +22,7 @@ from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.schedule import flow_sigmas
-from hunyuan_staged.weights import lora
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import open_model
 
 VERSION = "demo_t2v"
@@ -51,13 +51,13 @@ def loop(model, blocks=None, modulations=None, *, sigmas=SIGMAS, noise=None, sta
 
 def hoisted(folder, *, sigmas=SIGMAS, offloaded=0, weights_dtype=None, adapt=iter):
     """(model, blocks, modulations, what reads others), loaded as stage 2 loads them."""
-    skeleton = folder.transformer_skeleton(VERSION, weights_dtype=weights_dtype)
+    skeleton = components.transformer_skeleton(folder, VERSION, weights_dtype=weights_dtype)
     reader = ModulationReader(folder, VERSION, skeleton, remove_linears(skeleton), adapt=adapt, **F32)
     table = reader.begin(sigmas)
 
     def read(places):
         places = reader.destinations(table, places)
-        return folder.load_transformer(VERSION, skeleton=skeleton, places=places, adapt=adapt, **F32)
+        return components.load_transformer(folder, VERSION, skeleton=skeleton, destinations=places, adapt=adapt, **F32)
 
     model, blocks = load_offloaded(skeleton, "transformer_blocks", offloaded, read, world=ALONE, **F32)
     return model, blocks, table, reader
@@ -71,7 +71,7 @@ def folder(tiny_official):
 @pytest.fixture(scope="module")
 def whole(folder):
     """The model with all its weights, which computes its modulations in every step."""
-    return folder.load_transformer(VERSION, **F32)
+    return components.load_transformer(folder, VERSION, **F32)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -140,7 +140,7 @@ def test_another_schedule_in_the_same_process(folder, whole):
 
 def test_adapters_reach_the_modulations(folder, tmp_path):
     """On a modulation and on the time embedding, which every modulation follows from."""
-    shapes = folder.transformer_shapes(VERSION)
+    shapes = components.transformer_shapes(folder, VERSION)
     tensors = {}
     for module in ("transformer_blocks.1.norm1.linear", "time_embed.timestep_embedder.linear_2"):
         rows, columns = shapes[f"{module}.weight"]
@@ -148,7 +148,7 @@ def test_adapters_reach_the_modulations(folder, tmp_path):
         tensors[f"transformer.{module}.lora_B.weight"] = draw(rows, 2, seed=1) * 0.1
     save_file(tensors, tmp_path / "lora.safetensors")
     adapters = lora.load([(tmp_path / "lora.safetensors", 0.7)], shapes)
-    adapted = folder.load_transformer(VERSION, adapt=adapters.fused, **F32)
+    adapted = components.load_transformer(folder, VERSION, adapt=adapters.fused, **F32)
     model, _, table, reader = hoisted(folder, adapt=adapters.fused)
     assert same(loop(model, None, table), loop(adapted))
     assert torch.equal(reader.read(SIGMAS).table, table.table)
@@ -160,8 +160,8 @@ def test_with_float8_they_stay_exact(folder, whole):
     assert torch.equal(table.table, hoisted(folder)[2].table)
     assert any(x.dtype == torch.float8_e4m3fn for x in model.parameters())
     exact, latents = loop(whole), loop(model, None, table)
-    skeleton = folder.transformer_skeleton(VERSION, weights_dtype="fp8")
-    quantised = loop(folder.load_transformer(VERSION, skeleton=skeleton, **F32))
+    skeleton = components.transformer_skeleton(folder, VERSION, weights_dtype="fp8")
+    quantised = loop(components.load_transformer(folder, VERSION, skeleton=skeleton, **F32))
     assert not torch.equal(latents, quantised), "where every step computes them, they are in float8, too"
     assert (latents - exact).norm() < 0.1 * exact.norm()
 

@@ -16,7 +16,7 @@ from hunyuan_staged.demo import draw
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.versions import parse_version
-from hunyuan_staged.weights import components, configs, loading
+from hunyuan_staged.weights import components, configs, encoder_components, loading
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 from hunyuan_staged.weights.hub import PARTS
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, to_diffusers, to_official
@@ -235,11 +235,50 @@ def test_a_transformer_that_this_suite_does_not_run_is_refused_by_name(change, m
         configs.official_transformer_config(official_config() | change, 1472, "c.json")
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "heads_num", "ideal_resolution", "rope_dim_list"])
+@pytest.mark.parametrize("key", ["hidden_size", "heads_num", "ideal_resolution", "patch_size"])
 def test_a_key_that_a_config_lacks_is_named(key):
     config = official_config()
     del config[key]
     with pytest.raises(InputError, match=f"^c.json lacks: {key}$"):
+        configs.official_transformer_config(config, 1472, "c.json")
+
+
+def test_keys_that_a_config_lacks_have_the_official_classs_defaults():
+    """Whose rope_dim_list is that of heads of 128."""
+    config = official_config() | {"hidden_size": 512}
+    for key in ("use_meanflow", "rope_theta", "rope_dim_list", "ideal_task"):
+        del config[key]
+    arguments = configs.official_transformer_config(config, 1472)
+    assert {name: arguments[name] for name in ("use_meanflow", "rope_theta", "rope_axes_dim", "task_type")} == {
+        "use_meanflow": False,
+        "rope_theta": 256,
+        "rope_axes_dim": (16, 56, 56),
+        "task_type": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tile_size": [6, 8, 8], "win_size": [[3, 3, 3]], "ssta_topk": 64, "ssta_lambda": 0.7}, None),
+        ({"win_size": [3, 3, 3]}, None),
+        ({"tile_size": [4, 8, 8]}, "c.json: attn_param's 'tile_size' is [4, 8, 8]; allowed is [6, 8, 8]"),
+        ({"ssta_topk": 32}, "c.json: attn_param's 'ssta_topk' is 32; allowed is 64"),
+        (
+            {"threshold": 0.1},
+            "c.json: attn_param's 'threshold' is 0.1; allowed is tile_size, win_size, ssta_topk, ssta_lambda",
+        ),
+        (7, "c.json: attn_param is 7; allowed is an object, or null"),
+    ],
+)
+def test_a_sparse_attention_other_than_ours_is_refused(given, message):
+    config = official_config() | {"attn_param": given}
+    if message is None:
+        assert configs.official_transformer_config(config, 1472) == configs.official_transformer_config(
+            official_config(), 1472
+        )
+        return
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         configs.official_transformer_config(config, 1472, "c.json")
 
 
@@ -266,7 +305,7 @@ def test_layouts_and_versions(tiny_official, tiny_diffusers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transformer_is_loaded_whole_from_either_layout(folder, tiny_official, dtype):
-    model = folder.load_transformer("demo_t2v", device=CPU, dtype=dtype)
+    model = components.load_transformer(folder, "demo_t2v", device=CPU, dtype=dtype)
     stored = to_diffusers(load_file(tiny_official / "transformer" / "demo_t2v" / WEIGHTS), TRANSFORMER_MAP)
     assert same(model.state_dict(), {name: tensor.to(dtype) for name, tensor in stored.items()})
     assert not model.training
@@ -278,11 +317,11 @@ def test_a_transformer_is_loaded_whole_from_either_layout(folder, tiny_official,
 def test_loaded_weights_lie_in_memory_of_their_own(folder):
     """On a CPU safetensors gives views of the file's map: bits followed the alignment, and so the layout."""
     models = [
-        folder.load_transformer("demo_t2v", **F32),
-        folder.load_vae_decoder(**F32)[0],
-        folder.load_language_model(**F32)[1],
-        folder.load_glyph_encoder(**F32)[1],
-        folder.load_image_encoder(**F32)[1],
+        components.load_transformer(folder, "demo_t2v", **F32),
+        components.load_vae_decoder(folder, **F32)[0],
+        encoder_components.load_language_model(folder, **F32)[1],
+        encoder_components.load_glyph_encoder(folder, **F32)[1],
+        encoder_components.load_image_encoder(folder, **F32)[1],
     ]
     weights = [parameter for model in models for parameter in model.parameters()]
     assert {weight.data_ptr() % 64 for weight in weights} == {0}
@@ -291,7 +330,7 @@ def test_loaded_weights_lie_in_memory_of_their_own(folder):
 
 def test_a_file_read_in_several_goes_is_whole(tiny_official, monkeypatch):
     """A file's map is closed now and then, here after every tensor; all of them come, once."""
-    expected = open_model(tiny_official, ()).load_vae_encoder(**F32)[0].state_dict()
+    expected = components.load_vae_encoder(open_model(tiny_official, ()), **F32)[0].state_dict()
     opened = []
 
     def counted(path, *args, **options):
@@ -300,25 +339,28 @@ def test_a_file_read_in_several_goes_is_whole(tiny_official, monkeypatch):
 
     monkeypatch.setattr(loading, "safe_open", counted)
     monkeypatch.setattr(loading, "MAPPED_BYTES", 1)
-    loaded = open_model(tiny_official, ()).load_vae_encoder(**F32)[0].state_dict()
+    loaded = components.load_vae_encoder(open_model(tiny_official, ()), **F32)[0].state_dict()
     assert len(opened) == 1 + len(expected)  # the names, then each tensor
     assert same(loaded, expected)
 
 
 def test_both_layouts_say_the_same_of_the_transformer_and_the_vae(tiny_official, tiny_diffusers):
     official, diffusers = open_model(tiny_official, ()), open_model(tiny_diffusers, ())
-    ours, theirs = official.transformer_config("demo_t2v"), diffusers.transformer_config("demo_t2v")
+    ours, theirs = (
+        components.transformer_config(official, "demo_t2v"),
+        components.transformer_config(diffusers, "demo_t2v"),
+    )
     assert {name: theirs[name] for name in ours if name != "rope_axes_dim"} == {
         name: value for name, value in ours.items() if name != "rope_axes_dim"
     }
     assert ours["rope_axes_dim"] == tuple(theirs["rope_axes_dim"])
     assert ours["text_embed_2_dim"] == 64
-    assert official.vae_config() == diffusers.vae_config()
+    assert components.vae_config(official) == components.vae_config(diffusers)
 
 
 @pytest.mark.parametrize("coder", ["decoder", "encoder"])
 def test_one_half_of_the_vae_is_loaded_without_the_other(folder, tiny_official, tmp_path, coder):
-    loaded, config = getattr(folder, f"load_vae_{coder}")(**F32)
+    loaded, config = getattr(components, f"load_vae_{coder}")(folder, **F32)
     assert type(loaded).__name__ == f"Vae{coder.title()}"
     assert config["scaling_factor"] == 1.03682
     assert config["spatial_compression_ratio"] == 16
@@ -330,7 +372,7 @@ def test_one_half_of_the_vae_is_loaded_without_the_other(folder, tiny_official, 
     kept = {name: tensor for name, tensor in load_file(damaged / "vae" / WEIGHTS).items() if name.startswith(coder)}
     save_file(kept, damaged / "vae" / WEIGHTS)
     alone = ModelFolder(damaged, folder.layout)
-    assert same(getattr(alone, f"load_vae_{coder}")(**F32)[0].state_dict(), loaded.state_dict())
+    assert same(getattr(components, f"load_vae_{coder}")(alone, **F32)[0].state_dict(), loaded.state_dict())
 
 
 def sharded(path: Path) -> list[str]:
@@ -346,7 +388,7 @@ def sharded(path: Path) -> list[str]:
 
 
 def test_shards_are_read_one_by_one_with_a_bar(tiny_official, tmp_path):
-    whole = open_model(tiny_official, ()).load_transformer("demo_t2v", **F32)
+    whole = components.load_transformer(open_model(tiny_official, ()), "demo_t2v", **F32)
     model = copied(tiny_official, tmp_path, "transformer/demo_t2v")
     shards = sharded(model / "transformer" / "demo_t2v" / WEIGHTS)
     # A file that the index does not list is of no concern.
@@ -357,7 +399,7 @@ def test_shards_are_read_one_by_one_with_a_bar(tiny_official, tmp_path):
         seen.append(said | {"files": [path.name for path in iterable]})
         return iterable
 
-    loaded = open_model(model, ()).load_transformer("demo_t2v", **F32, progress=progress)
+    loaded = components.load_transformer(open_model(model, ()), "demo_t2v", **F32, progress=progress)
     assert same(loaded.state_dict(), whole.state_dict())
     assert seen == [{"desc": "loading transformer", "unit": "shard", "files": shards}]
 
@@ -367,7 +409,7 @@ def test_a_listed_shard_that_is_absent_is_named(tiny_official, tmp_path):
     shards = sharded(model / "transformer" / "demo_t2v" / WEIGHTS)
     (model / "transformer" / "demo_t2v" / shards[1]).unlink()
     with pytest.raises(InputError, match=f"demo_t2v lacks shards that its index lists: {shards[1]}$"):
-        open_model(model, ()).load_transformer("demo_t2v", **F32)
+        components.load_transformer(open_model(model, ()), "demo_t2v", **F32)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +441,7 @@ def test_weights_that_do_not_fit_are_refused(tiny_official, tmp_path, damage, me
     if damage == "cut short":
         path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=message):
-        open_model(model, ()).load_transformer("demo_t2v", **F32)
+        components.load_transformer(open_model(model, ()), "demo_t2v", **F32)
 
 
 def test_a_vae_tensor_of_neither_half_is_refused(tiny_official, tmp_path):
@@ -407,7 +449,7 @@ def test_a_vae_tensor_of_neither_half_is_refused(tiny_official, tmp_path):
     path = model / "vae" / WEIGHTS
     save_file(load_file(path) | {"quant_conv.weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"holds quant_conv.weight, which the official layout does not have$"):
-        open_model(model, ()).load_vae_decoder(**F32)
+        components.load_vae_decoder(open_model(model, ()), **F32)
 
 
 # The encoders
@@ -436,7 +478,7 @@ def padded_prompt(vocab: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_the_cut_language_model_ends_where_the_official_one_reads(folder, tiny_official):
-    tokenizer, model = folder.load_language_model(**F32)
+    tokenizer, model = encoder_components.load_language_model(folder, **F32)
     inputs = padded_prompt(len(tokenizer))
     whole = whole_language_model(tiny_official)
     expected = whole(**inputs, output_hidden_states=True).hidden_states
@@ -448,7 +490,7 @@ def test_the_cut_language_model_ends_where_the_official_one_reads(folder, tiny_o
 
 
 def test_the_language_model_is_of_the_dtype_asked_for(folder):
-    _, model = folder.load_language_model(device=CPU, dtype=torch.bfloat16)
+    _, model = encoder_components.load_language_model(folder, device=CPU, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.rotary_emb.inv_freq.dtype == torch.float32, "the angles of late tokens need all their bits"
 
@@ -464,7 +506,7 @@ def test_the_language_model_is_of_the_dtype_asked_for(folder):
 )
 @torch.no_grad()
 def test_the_language_model_is_read_under_every_name_it_was_published(tiny_official, tmp_path, names):
-    expected = open_model(tiny_official, ()).load_language_model(**F32)[1]
+    expected = encoder_components.load_language_model(open_model(tiny_official, ()), **F32)[1]
     model = copied(tiny_official, tmp_path, "text_encoder/llm")
     weights = {}
     for path in (model / "text_encoder" / "llm").glob("*model*"):
@@ -475,7 +517,7 @@ def test_the_language_model_is_read_under_every_name_it_was_published(tiny_offic
         old = next((prefix for prefix in names if name.startswith(prefix)), "")
         renamed[names.get(old, "") + name.removeprefix(old)] = tensor
     save_file(renamed, model / "text_encoder" / "llm" / "model.safetensors")
-    loaded = open_model(model, ()).load_language_model(**F32)[1]
+    loaded = encoder_components.load_language_model(open_model(model, ()), **F32)[1]
     assert same(loaded.state_dict(), expected.state_dict())
 
 
@@ -484,21 +526,21 @@ def test_a_language_model_with_a_tensor_too_many_is_refused(tiny_official, tmp_p
     path = model / "text_encoder" / "llm" / "model-00001-of-00002.safetensors"
     save_file(load_file(path) | {"model.layers.0.extra.weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"holds tensors that the model does not have: layers.0.extra.weight$"):
-        open_model(model, ()).load_language_model(**F32)
+        encoder_components.load_language_model(open_model(model, ()), **F32)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, r"config.json: model_type is 'llama'; allowed are qwen2_5_vl and qwen2_5_vl_text$"),
-        ({"num_hidden_layers": 2}, r"config.json: 2 layers; at least 3 are needed$"),
+        ({"num_hidden_layers": 2}, r"config.json: num_hidden_layers is 2; allowed is a whole number from 3 to 256$"),
     ],
 )
 def test_another_text_encoder_is_refused(tiny_diffusers, tmp_path, change, message):
     model = copied(tiny_diffusers, tmp_path, "text_encoder", "tokenizer", "transformer")
     edit(model / "text_encoder" / "config.json", layer_types=None, **change)
     with pytest.raises(InputError, match=message):
-        open_model(model, ()).load_language_model(**F32)
+        encoder_components.load_language_model(open_model(model, ()), **F32)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tiny_official, tmp_path):
@@ -507,21 +549,21 @@ def test_a_folder_without_a_tokenizer_is_named(tiny_official, tmp_path):
     for path in (model / "text_encoder").glob("*/tokenizer*"):
         path.unlink()
     with pytest.raises(InputError, match=r"text_encoder/llm holds no tokenizer: tokenizer.json or vocab.json$"):
-        open_model(model, ()).load_language_model(**F32)
+        encoder_components.load_language_model(open_model(model, ()), **F32)
     with pytest.raises(InputError, match=r"text_encoder/byt5-small holds no tokenizer: tokenizer_config.json$"):
-        open_model(model, ()).load_glyph_encoder(**F32)
+        encoder_components.load_glyph_encoder(open_model(model, ()), **F32)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named(tiny_official, tmp_path):
     model = copied(tiny_official, tmp_path, "text_encoder/llm")
-    (model / "text_encoder" / "llm" / "tokenizer_config.json").write_text("{")
+    (model / "text_encoder" / "llm" / "tokenizer.json").write_text('{"model": 7}')
     with pytest.raises(InputError, match=r"text_encoder/llm holds no tokenizer that transformers can read \(.+\)$"):
-        open_model(model, ()).load_language_model(**F32)
+        encoder_components.load_language_model(open_model(model, ()), **F32)
 
 
 def test_glyph_tokens_are_named_as_the_official_code_names_them():
     fonts = {"en-Montserrat-Regular": 0, "cn-HYQiHei": 0, "en-Lato": 1}
-    assert components.glyph_tokens({"white": 0, "black": 1}, fonts) == [
+    assert encoder_components.glyph_tokens({"white": 0, "black": 1}, fonts) == [
         "<color-0>",
         "<color-1>",
         "<en-font-0>",
@@ -531,7 +573,7 @@ def test_glyph_tokens_are_named_as_the_official_code_names_them():
 
 
 def test_glyph_tokens_follow_byt5s_own(folder):
-    tokenizer, model = folder.load_glyph_encoder(**F32)
+    tokenizer, model = encoder_components.load_glyph_encoder(folder, **F32)
     assert tokenizer.convert_tokens_to_ids("<color-0>") == 384
     assert tokenizer("é").input_ids == [0xC3 + 3, 0xA9 + 3, 1]
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) > 384
@@ -541,7 +583,7 @@ def test_glyph_tokens_follow_byt5s_own(folder):
 def test_the_glyph_encoder_is_the_one_in_the_file(folder, tiny_official):
     from transformers import T5Config, T5EncoderModel
 
-    tokenizer, model = folder.load_glyph_encoder(**F32)
+    tokenizer, model = encoder_components.load_glyph_encoder(folder, **F32)
     stored = torch.load(
         tiny_official / "text_encoder" / "Glyph-SDXL-v2" / "checkpoints" / "byt5_model.pt", weights_only=True
     )["state_dict"]
@@ -561,10 +603,10 @@ def glyph_copy(tiny_official: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_glyph_file_without_state_dict_is_read_as_it_is(tiny_official, tmp_path):
-    expected = open_model(tiny_official, ()).load_glyph_encoder(**F32)[1].state_dict()
+    expected = encoder_components.load_glyph_encoder(open_model(tiny_official, ()), **F32)[1].state_dict()
     model, path = glyph_copy(tiny_official, tmp_path)
     torch.save(dict(expected), path)
-    assert same(open_model(model, ()).load_glyph_encoder(**F32)[1].state_dict(), expected)
+    assert same(encoder_components.load_glyph_encoder(open_model(model, ()), **F32)[1].state_dict(), expected)
 
 
 class Trap:
@@ -597,23 +639,25 @@ def test_a_glyph_file_that_is_not_one_is_refused(tiny_official, tmp_path, monkey
     else:
         torch.save(content, path)
     with pytest.raises(InputError, match=message):
-        open_model(model, ()).load_glyph_encoder(**F32)
+        encoder_components.load_glyph_encoder(open_model(model, ()), **F32)
     assert not (tmp_path / "trapped").exists()
 
 
 def test_glyph_weights_for_other_tokens_are_refused(tiny_official, tmp_path):
     model, _ = glyph_copy(tiny_official, tmp_path)
     colors = model / "text_encoder" / "Glyph-SDXL-v2" / "assets" / "color_idx.json"
-    rows = len(open_model(tiny_official, ()).load_glyph_encoder(**F32)[0])
+    rows = len(encoder_components.load_glyph_encoder(open_model(tiny_official, ()), **F32)[0])
     edit(colors, one_more=99)
     with pytest.raises(InputError) as refused:
-        open_model(model, ()).load_glyph_encoder(**F32)
+        encoder_components.load_glyph_encoder(open_model(model, ()), **F32)
     assert f"embed_tokens.weight has shape [{rows}, 64]; its config says [{rows + 1}, 64]" in str(refused.value)
 
 
 @torch.no_grad()
 def test_the_image_encoder_is_the_same_in_both_layouts(tiny_official, tiny_diffusers):
-    loaded = [open_model(path, ()).load_image_encoder(**F32) for path in (tiny_official, tiny_diffusers)]
+    loaded = [
+        encoder_components.load_image_encoder(open_model(path, ()), **F32) for path in (tiny_official, tiny_diffusers)
+    ]
     (processor, model), (other_processor, other) = loaded
     assert type(model).__name__ == "SiglipVisionModel"
     assert same(model.state_dict(), other.state_dict())
@@ -654,16 +698,41 @@ def test_a_diffusers_folder_is_of_the_version_that_its_configs_say(tmp_path, con
     assert open_model(tmp_path, ("transformer",)).versions() == [name]
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "encoder", "name"),
+    [
+        ("HunyuanVideo15Pipeline", False, "480p_t2v"),
+        ("HunyuanVideo15ImageToVideoPipeline", True, "480p_i2v"),
+        (None, True, "480p_i2v"),
+    ],
+)
+def test_a_diffusers_folder_is_of_its_pipelines_task(tmp_path, pipeline, encoder, name):
+    """diffusers' conversion script writes task_type i2v for all; here it says the opposite of the pipeline."""
+    (tmp_path / "transformer").mkdir()
+    wrong = {"t2v": "i2v", "i2v": "t2v"}[name[-3:]]
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"target_size": 640, "task_type": wrong}))
+    if pipeline:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    if encoder:
+        (tmp_path / "image_encoder").mkdir()
+        (tmp_path / "feature_extractor").mkdir()
+    opened = open_model(tmp_path, ("transformer",))
+    assert opened.versions() == [name]
+    assert components.transformer_config(opened, name)["task_type"] == name[-3:]
+
+
 def test_a_diffusers_transformer_of_unknown_size_is_refused(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text('{"target_size": 7}')
-    with pytest.raises(InputError, match=r"config.json: target_size is 7; known: 128, 480, 640, 960, 1440, 192$"):
+    with pytest.raises(InputError, match=r"config.json: target_size is 7; allowed is 128, 480, 640, 960, 1440, 192$"):
         open_model(tmp_path, ("transformer",)).versions()
 
 
 def test_a_version_that_the_folder_lacks_is_refused_with_those_it_holds(tiny_official):
-    with pytest.raises(InputError, match=r"has no transformer 720p_t2v; it holds demo_i2v, demo_t2v$"):
-        open_model(tiny_official, ()).load_transformer("720p_t2v", **F32)
+    command = 'hf download tencent/HunyuanVideo-1.5 --include "transformer/720p_t2v/*" --local-dir '
+    said = f"{tiny_official} has no transformer 720p_t2v; it holds demo_i2v, demo_t2v; get it: {command}{tiny_official}"
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        components.load_transformer(open_model(tiny_official, ()), "720p_t2v", **F32)
 
 
 PUBLISHED = (
@@ -681,13 +750,13 @@ def test_every_published_version_loads_in_both_layouts(tmp_path):
     assert official.versions() == sorted(PUBLISHED)
     for name in PUBLISHED:
         version = parse_version(name)
-        model = official.load_transformer(name, **F32)
+        model = components.load_transformer(official, name, **F32)
         assert model.config.use_meanflow == version.step_distilled
         assert (model.config.target_size, model.config.task_type) == (BUCKET_BASE[version.resolution], version.task)
         if not version.sparse:
             other = open_model(draw.save_diffusers(tmp_path / name, modules, version=name), ())
             assert other.versions() == [name] and other.flow_shift(name) == version.flow_shift
-            assert same(model.state_dict(), other.load_transformer(name, **F32).state_dict())
+            assert same(model.state_dict(), components.load_transformer(other, name, **F32).state_dict())
 
 
 def test_the_shift_is_the_diffusers_schedulers(tiny_official, tiny_diffusers, tmp_path):
@@ -705,7 +774,7 @@ def test_the_shift_is_the_diffusers_schedulers(tiny_official, tiny_diffusers, tm
             "transformer",
             "transformer",
             "transformer",
-            'hf download tencent/HunyuanVideo-1.5 --include "transformer/*" --local-dir {path}',
+            'hf download tencent/HunyuanVideo-1.5 --include "transformer/720p_t2v/*" --local-dir {path}',
         ),
         ("vae", "VAE", "vae", 'hf download tencent/HunyuanVideo-1.5 --include "vae/*" --local-dir {path}'),
         (
@@ -754,7 +823,7 @@ def test_a_part_that_a_diffusers_folder_lacks_comes_from_its_own_repository(tmp_
     config = {"target_size": 640, "task_type": "i2v"}
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as refused:
-        open_model(tmp_path, ()).load_image_encoder(**F32)
+        encoder_components.load_image_encoder(open_model(tmp_path, ()), **F32)
     assert str(refused.value) == (
         f"{tmp_path} has no image encoder (image_encoder); get it: hf download "
         f'hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v --include "image_encoder/*" --local-dir {tmp_path}'
@@ -785,7 +854,7 @@ def hub(monkeypatch, tiny_official):
 
     asked = []
 
-    def snapshot_download(repo, allow_patterns, revision):
+    def snapshot_download(repo, allow_patterns, revision, etag_timeout):
         asked.append((repo, sorted(allow_patterns), revision))
         if repo != "owner/model":
             raise LocalEntryNotFoundError("no connection\nand more")
@@ -806,7 +875,7 @@ def test_of_a_hub_id_only_the_wanted_parts_are_downloaded(hub, tiny_official):
     ]
     assert hub == [("owner/model", [*wanted, "vae/*"], None)]
     assert model.path == tiny_official
-    model.load_vae_decoder(**F32)
+    components.load_vae_decoder(model, **F32)
     assert len(hub) == 1
 
 
@@ -814,13 +883,15 @@ def test_of_the_hubs_transformers_only_the_version_that_is_read_is_downloaded(hu
     model = open_model("owner/model", ("transformer", "scheduler"))
     assert model.versions() == ["demo_i2v", "demo_t2v"]
     assert hub == [("owner/model", ["*.json", "scheduler/*"], None)]
-    model.load_transformer("demo_i2v", **F32)
+    components.load_transformer(model, "demo_i2v", **F32)
     # From the same snapshot, whatever was pushed since.
     assert set(map(str, hub[1:])) == {str(("owner/model", ["transformer/demo_i2v/*"], tiny_official.name))}
 
 
 def test_a_hub_that_does_not_answer_is_one_line(hub):
-    with pytest.raises(
-        InputError, match=r"^owner/none is no folder here, and the hub did not give it \(no connection\)$"
-    ):
+    with pytest.raises(InputError) as refused:
         open_model("owner/none", ("vae",))
+    assert str(refused.value) == (
+        "owner/none is no folder here, and the hub did not give it (no connection); to have it in a folder: hf download "
+        'tencent/HunyuanVideo-1.5 --include "transformer/720p_t2v/*" "vae/*" "scheduler/*" --local-dir DIR'
+    )

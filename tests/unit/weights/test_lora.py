@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import provenance
 from hunyuan_staged.files.tensors import load_latents
-from hunyuan_staged.weights import lora
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear, dequantise, quantise
@@ -36,7 +36,7 @@ def folder(tiny_official):
 
 @pytest.fixture(scope="module")
 def weights(folder) -> dict[str, torch.Tensor]:
-    return dict(folder.load_transformer(VERSION, device=CPU, dtype=torch.float32).state_dict())
+    return dict(components.load_transformer(folder, VERSION, device=CPU, dtype=torch.float32).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def adapted(official, drawn, scale: float) -> dict[str, torch.Tensor]:
 
 
 def fused(folder, *given) -> dict[str, torch.Tensor]:
-    adapters = lora.load(given, folder.transformer_shapes(VERSION))
-    model = folder.load_transformer(VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
+    adapters = lora.load(given, components.transformer_shapes(folder, VERSION))
+    model = components.load_transformer(folder, VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
     return to_official(dict(model.state_dict()), TRANSFORMER_MAP)
 
 
@@ -176,12 +176,12 @@ def test_what_does_not_fit_is_refused_even_at_weight_0(folder, official, tmp_pat
     sizes = {"out": out, "in": inner}
     save_file({key: torch.ones([sizes.get(n, n) for n in shape]) for key, shape in keys.items()}, path)
     with pytest.raises(InputError) as error:
-        lora.load([(path, 0.0)], folder.transformer_shapes(VERSION))
+        lora.load([(path, 0.0)], components.transformer_shapes(folder, VERSION))
     assert str(error.value).startswith(f"--lora {path}") and message in str(error.value)
 
 
 def test_nan_and_dora_and_broken_files_are_refused(folder, official, tmp_path):
-    shapes, path = folder.transformer_shapes(VERSION), tmp_path / "a.safetensors"
+    shapes, path = components.transformer_shapes(folder, VERSION), tmp_path / "a.safetensors"
     drawn = {ADAPTED[0]: parts(official)[ADAPTED[0]]}
     drawn[ADAPTED[0]][1][0, 0] = float("nan")
     write(path, drawn, OFFICIAL_STYLES["bare"])
@@ -199,16 +199,16 @@ def test_nan_and_dora_and_broken_files_are_refused(folder, official, tmp_path):
 def test_float8_rounds_the_adapted_weights(folder, official, tmp_path):
     """What is stored is the sum's float8, not the float8 weights with something added."""
     path = write(tmp_path / "a.safetensors", parts(official), OFFICIAL_STYLES["bare"])
-    adapters = lora.load([(path, 1.0)], folder.transformer_shapes(VERSION))
+    adapters = lora.load([(path, 1.0)], components.transformer_shapes(folder, VERSION))
     options = {"device": CPU, "dtype": torch.float32, "adapt": adapters.fused}
-    whole = folder.load_transformer(VERSION, **options)
-    small = folder.load_transformer(
-        VERSION, skeleton=folder.transformer_skeleton(VERSION, weights_dtype="fp8"), **options
+    whole = components.load_transformer(folder, VERSION, **options)
+    small = components.load_transformer(
+        folder, VERSION, skeleton=components.transformer_skeleton(folder, VERSION, weights_dtype="fp8"), **options
     )
     for name in ("transformer_blocks.1.attn.to_q", "transformer_blocks.0.ff_context.net.0.proj"):
         linear, weight = small.get_submodule(name), whole.get_submodule(name).weight
         assert isinstance(linear, Float8Linear) and torch.equal(linear.weight, dequantise(*quantise(weight)))
-    plain = folder.load_transformer(VERSION, device=CPU, dtype=torch.float32)
+    plain = components.load_transformer(folder, VERSION, device=CPU, dtype=torch.float32)
     assert not torch.allclose(weight, plain.get_submodule(name).weight, atol=0.1)
 
 

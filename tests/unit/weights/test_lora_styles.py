@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights import lora
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 
@@ -30,7 +30,7 @@ def official(folder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def blocks(folder) -> int:
-    return folder.transformer_config(VERSION)["num_layers"]
+    return components.transformer_config(folder, VERSION)["num_layers"]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def drawn(official, blocks) -> writer.Drawn:
 
 def merged(folder, *given) -> dict[str, torch.Tensor]:
     """The official weights of the run, with adapters."""
-    adapters = lora.load(given, folder.transformer_shapes(VERSION))
-    model = folder.load_transformer(VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
+    adapters = lora.load(given, components.transformer_shapes(folder, VERSION))
+    model = components.load_transformer(folder, VERSION, device=CPU, dtype=torch.float32, adapt=adapters.fused)
     return to_official(dict(model.state_dict()), TRANSFORMER_MAP)
 
 
@@ -89,7 +89,7 @@ def test_bias_and_weight_deltas_of_an_extracted_adapter_in_bf16(folder, official
     small = writer.draw(official, blocks, torch.bfloat16)
     path = writer.comfy_extracted(tmp_path / "a.safetensors", small, blocks)
     check_equal(merged(folder, (path, 1.0)), expected(official, small, 1.0, deltas=True))
-    adapters = lora.load([(path, 0.5)], folder.transformer_shapes(VERSION))
+    adapters = lora.load([(path, 0.5)], components.transformer_shapes(folder, VERSION))
     modules = len({key.rsplit(".diff", 1)[0].split(".lora_")[0] for key in load_file(path)})
     told = f"LoRA a.safetensors: {modules} of {modules} modules (official and ComfyUI names), "
     assert adapters.found == [f"{told}3 weight deltas, {modules - 3} bias deltas; weight 0.5"]
@@ -111,15 +111,15 @@ def test_a_peft_file_takes_the_scale_from_the_settings_beside_it(folder, officia
     wanted = expected(official, drawn, SCALE)
     check_equal(merged(folder, (weights, 1.0)), wanted)
     check_equal(merged(folder, (weights.parent, 1.0)), wanted)
-    one = lora.load([(weights.parent, 1.0)], folder.transformer_shapes(VERSION))
+    one = lora.load([(weights.parent, 1.0)], components.transformer_shapes(folder, VERSION))
     assert one.given[0]["file"] == "adapter_model.safetensors"
     settings = weights.with_name("adapter_config.json")
     settings.write_text(settings.read_text().replace("8.0", "4.0"))
-    assert lora.load([(weights, 1.0)], folder.transformer_shapes(VERSION)).facts() != one.facts()
+    assert lora.load([(weights, 1.0)], components.transformer_shapes(folder, VERSION)).facts() != one.facts()
 
 
 def test_folders_that_are_no_adapter_are_refused(folder, drawn, tmp_path):
-    shapes, path = folder.transformer_shapes(VERSION), tmp_path / "lora"
+    shapes, path = components.transformer_shapes(folder, VERSION), tmp_path / "lora"
     path.mkdir()
     with pytest.raises(InputError, match="holds no safetensors file; allowed in a folder is adapter_model"):
         lora.load([(path, 1.0)], shapes)
@@ -154,7 +154,7 @@ def test_other_kinds_are_refused_by_name(folder, tmp_path, leaves, kind):
     path = tmp_path / "a.safetensors"
     save_file({f"lora_unet_double_blocks_0_img_attn_q.{leaf}": torch.ones(2, 2) for leaf in leaves}, path)
     with pytest.raises(InputError, match=f"is a {kind} adapter; LoRA is allowed"):
-        lora.load([(path, 1.0)], folder.transformer_shapes(VERSION))
+        lora.load([(path, 1.0)], components.transformer_shapes(folder, VERSION))
 
 
 @pytest.mark.parametrize(
@@ -182,5 +182,5 @@ def test_deltas_that_do_not_fit(folder, official, tmp_path, change, message):
     sizes = {"in": width, "out": 3 * width}
     save_file({key: torch.ones([sizes.get(n, n) for n in shape]) for key, shape in change.items()}, path)
     with pytest.raises(InputError) as error:
-        lora.load([(path, 1.0)], folder.transformer_shapes(VERSION))
+        lora.load([(path, 1.0)], components.transformer_shapes(folder, VERSION))
     assert str(error.value).startswith(f"--lora {path}: ") and message in str(error.value)

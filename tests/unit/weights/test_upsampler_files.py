@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.upsampler import run_upsampler
 from hunyuan_staged.pipeline.upscaling import load_upsampler
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.upsampler import open_upsampler, upsampler_config, upsampler_kind
 
@@ -64,9 +65,9 @@ def test_a_model_folder_gives_the_parts_of_super_resolution(tiny_super_resolutio
     folder = open_model(tiny_super_resolution, ("transformer", "upsampler"))
     name = "demo_hd_sr_distilled"
     assert name not in folder.versions()
-    config = folder.transformer_config(name)
+    config = components.transformer_config(folder, name)
     assert (config["in_channels"], config["out_channels"], config["use_meanflow"]) == (98, 32, True)
-    model = folder.load_transformer(name, device=CPU, dtype=torch.float32)
+    model = components.load_transformer(folder, name, device=CPU, dtype=torch.float32)
     assert model.x_embedder.proj.weight.shape[1] == 98
     upsampler = load_upsampler(open_upsampler(folder.super_resolution_folder("upsampler", name)), CPU)
     assert not any(parameter.requires_grad for parameter in upsampler.parameters())
@@ -77,13 +78,13 @@ def test_a_model_folder_gives_the_parts_of_super_resolution(tiny_super_resolutio
     with pytest.raises(InputError, match=f"has no upsampler/720p_sr_distilled; get it: {re.escape(fetch)}"):
         folder.super_resolution_folder("upsampler", "720p_sr_distilled")
     with pytest.raises(InputError, match="is in diffusers' layout, which has no super resolution"):
-        open_model(tiny_diffusers, ("transformer",)).transformer_config(name)
+        components.transformer_config(open_model(tiny_diffusers, ("transformer",)), name)
 
 
 def test_the_super_resolution_transformer_loads_in_float8(tiny_super_resolution):
     folder, name = open_model(tiny_super_resolution, ("transformer",)), "demo_hd_sr_distilled"
-    skeleton = folder.transformer_skeleton(name, weights_dtype="fp8")
-    model = folder.load_transformer(name, device=CPU, dtype=torch.float32, skeleton=skeleton)
+    skeleton = components.transformer_skeleton(folder, name, weights_dtype="fp8")
+    model = components.load_transformer(folder, name, device=CPU, dtype=torch.float32, skeleton=skeleton)
     stored = {tensor.dtype for tensor in model.transformer_blocks.state_dict().values()}
     assert torch.float8_e4m3fn in stored
     assert model.x_embedder.proj.weight.dtype == torch.float32, "only the blocks are in float8"
