@@ -15,41 +15,9 @@ import numpy as np
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic
+from hunyuan_staged.files.encoding import DEFAULT_ENCODING, ENCODERS, Encoding
 
 FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
-CRF = 17  # visually lossless for x264, about a fifth of the size of truly lossless
-MAX_CRF = 51
-SUFFIXES = (".mp4", ".gif")
-# What an encoder calls its presets, the slowest first, of x264 with the frames of 1280x720 that one core encodes in a
-# second (x264 of imageio-ffmpeg 0.6, CRF 17, a moving test picture with grain, 2026-11-28).
-X264_SPEEDS = {
-    "veryslow": 1.5,
-    "slower": 2.5,
-    "slow": 6.0,
-    "medium": 9.3,
-    "fast": 13.4,
-    "faster": 19.0,
-    "veryfast": 28.0,
-}
-X264_SPEEDS |= {"superfast": 36.0, "ultrafast": 100.0}
-PRESETS = {"libx264": tuple(X264_SPEEDS), "h264_nvenc": ("p7", "p6", "p5", "p4", "p3", "p2", "p1")}
-ENCODERS = tuple(PRESETS)
-DECODED_A_SECOND = 25.0  # frames of 1280x720 on an H100
-X264_CORES = 16  # more make x264 hardly faster
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How frames become a file.
-
-    encoder: one of ENCODERS; preset: one of PRESETS[encoder], None for the encoder's own default; crf: 0 is lossless;
-    comment: what an mp4's comment tag says. A gif has none of them.
-    """
-
-    encoder: str = ENCODERS[0]
-    preset: str | None = None
-    crf: int = CRF
-    comment: str = ""
 
 
 def ffmpeg_path() -> str:
@@ -64,29 +32,6 @@ def ffmpeg_path() -> str:
         ) from error
 
 
-def default_preset(cores: int, gpus: int) -> str:
-    """x264's slowest preset from medium on that keeps up with decoding on so many GPUs; each of them keeps a core busy.
-
-    A CPU (gpus 0) decodes so slowly that medium always does.
-    """
-    usable = min(max(1, cores - gpus), X264_CORES)
-    names = PRESETS["libx264"][PRESETS["libx264"].index("medium") : -1]  # ultrafast has no use: twice the size
-    return next((name for name in names if usable * X264_SPEEDS[name] >= gpus * DECODED_A_SECOND), names[-1])
-
-
-def check_encoding(encoding: Encoding) -> None:
-    """Refuse, with the allowed values, what no encoder takes."""
-    if encoding.encoder not in ENCODERS:
-        raise InputError(f"--encoder {encoding.encoder} is none of {', '.join(ENCODERS)}")
-    presets = PRESETS[encoding.encoder]
-    if encoding.preset is not None and encoding.preset not in presets:
-        raise InputError(
-            f"--encoder_preset {encoding.preset} is none of {encoding.encoder}'s: {', '.join(reversed(presets))}"
-        )
-    if not 0 <= encoding.crf <= MAX_CRF:
-        raise InputError(f"--crf {encoding.crf} is outside 0 to {MAX_CRF}")
-
-
 def require_encoder(encoder: str) -> None:
     """InputError with ffmpeg's reason where it cannot encode so on this machine: tried on one frame."""
     source = ["-f", "lavfi", "-i", "color=size=256x256:rate=24", "-frames:v", "1"]
@@ -95,7 +40,7 @@ def require_encoder(encoder: str) -> None:
     if tried.returncode:
         # The first line is the cause, those after it are what followed from it.
         reason = next((line.strip() for line in tried.stderr.splitlines() if line.strip()), "it gave no reason")
-        raise InputError(f"--encoder {encoder} does not work here: {reason}; use --encoder {ENCODERS[0]}")
+        raise InputError(f"{encoder} does not work here: {reason}; allowed here: {ENCODERS[0]}", option="encoder")
 
 
 def _encoder_options(encoding: Encoding) -> list[str]:
@@ -172,7 +117,7 @@ def write_video(
     fps: float,
     height: int,
     width: int,
-    encoding: Encoding = Encoding(),
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> int:
     """Write frames, uint8 [H, W, 3] RGB each, as H.264 yuv420p mp4 or as gif, and return how many there were.
 

@@ -6,6 +6,7 @@ decoding.run(setup, setup.plan(free_memory(setup.world)))
 """
 
 import collections
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from hunyuan_staged.decoding.frames import FrameBatch
 from hunyuan_staged.decoding.rows import row_ranks
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config, update_config
-from hunyuan_staged.files.video import ffmpeg_path, write_video
+from hunyuan_staged.files.encoding import ENCODERS, Encoding, default_preset
+from hunyuan_staged.files.video import ffmpeg_path, require_encoder, write_video
 from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name
+from hunyuan_staged.runtime.processes import cores
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder, open_model
@@ -129,7 +132,10 @@ class DecodeSetup:
 def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Reporter = SILENT) -> DecodeSetup:
     """Bring options, latents and model together; InputError where they do not fit. Loads no weights."""
     path = chosen_model(options.model_path, options.input_dir, job.config)
-    ffmpeg_path()  # now, rather than after the decoding
+    # Now, rather than after the decoding.
+    ffmpeg_path()
+    if options.encoder != ENCODERS[0]:
+        require_encoder(options.encoder)
     model = open_model(path, ("vae",), report.progress)
     config = components.vae_config(model)
     tiled.check_latents(job.latents, config)
@@ -176,6 +182,17 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
     return written
 
 
+def encoding_of(setup: DecodeSetup) -> Encoding:
+    """How the video is encoded: as asked for, with x264's preset by cores and GPUs, and what it was made from."""
+    options, world = setup.options, setup.world
+    preset = options.encoder_preset
+    if preset is None and options.encoder == ENCODERS[0]:
+        preset = default_preset(cores(), world.size if world.device.type == "cuda" else 0)
+    names = {"prompt": "prompt", "seed": "seed", "version": "transformer_version"}
+    made_from = {name: setup.job.config[key] for name, key in names.items() if key in setup.job.config}
+    return Encoding(options.encoder, preset, options.crf, json.dumps(made_from, ensure_ascii=False))
+
+
 def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
     """Encode frames while they are decoded, and with --save_frames save them; the video is the last of the files."""
     options, (_, height, width) = setup.options, setup.size
@@ -190,7 +207,7 @@ def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
         written.seconds = time.perf_counter() - started
 
     path = video_path(options)
-    count = write_video(path, frames(), options.fps, height, width)
+    count = write_video(path, frames(), options.fps, height, width, encoding_of(setup))
     if floats:
         whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
         about = {"fps": f"{options.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}

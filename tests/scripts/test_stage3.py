@@ -124,6 +124,21 @@ def test_whole_frames_under_another_name_and_rate(done, tmp_path):
     assert "whole frames (as asked)" in result.stdout + result.stderr
 
 
+def test_encoder_flags_and_what_a_video_was_made_from(done, tmp_path):
+    folder, sizes = copy_of(done, tmp_path), []
+    for crf in (0, 30):
+        result = call("--input_dir", folder, "--crf", crf, "--encoder_preset", "ultrafast")
+        assert result.returncode == 0, result.stderr
+        sizes.append((folder / contract.VIDEO_FILE).stat().st_size)
+    assert sizes[0] > 2 * sizes[1]
+    command = [video.ffmpeg_path(), "-v", "error", "-i", folder / contract.VIDEO_FILE, "-f", "ffmetadata", "-"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert 'comment={"prompt": "a", "seed": 42}' in told.splitlines()
+    result = call("--input_dir", folder, "--output_video", tmp_path / "clip.gif")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "clip.gif").read_bytes()[:6] == b"GIF89a"
+
+
 def test_model_path_overrides_the_config(done, tmp_path, tiny_diffusers):
     """The config's folder is gone; the flag's has the other layout of the same weights, and gives the same bits."""
     folder = denoised(tmp_path, "/nowhere/at/all")
@@ -200,7 +215,7 @@ def test_the_real_models_latents(tmp_path, tpu_folder):
         (["--fps", "0"], "--fps 0 is outside 1 to 240"),
         (["--fps", "nan"], "--fps nan is outside 1 to 240"),
         (["--output_video", "/dev/null/a.mp4"], "--output_video /dev/null: /dev/null is not a folder"),
-        (["--output_video", "clip.avi"], "--output_video clip.avi is not the name of an .mp4 file"),
+        (["--output_video", "clip.avi"], "--output_video clip.avi is not the name of an .mp4 file or a .gif"),
         (["--model_path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--tiles", "3"], "unrecognized arguments: --tiles 3"),
     ],

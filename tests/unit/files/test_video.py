@@ -8,6 +8,7 @@ import pytest
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import video
+from hunyuan_staged.files.encoding import Encoding, check_encoding, default_preset
 
 
 def moving_square(frames: int = 9, height: int = 96, width: int = 160) -> np.ndarray:
@@ -123,7 +124,7 @@ def test_lossless_is_lossless_where_the_colours_are(tmp_path):
     sizes = {}
     for crf in (0, 17, 40):
         path = tmp_path / f"{crf}.mp4"
-        video.write_video(path, grey, 24, 96, 160, video.Encoding(preset="ultrafast", crf=crf))
+        video.write_video(path, grey, 24, 96, 160, Encoding(preset="ultrafast", crf=crf))
         sizes[crf] = path.stat().st_size
         worst = np.abs(video.read_video(path)[0].astype(int) - grey).max()
         assert worst <= 1 if crf == 0 else worst > 1, (crf, worst)
@@ -142,7 +143,7 @@ def test_a_gif_plays_at_the_same_rate(tmp_path):
 
 def test_the_comment_survives(tmp_path):
     path, comment = tmp_path / "clip.mp4", '{"prompt": "a cat = \\"Mei\\"; 猫", "seed": 42}'
-    video.write_video(path, moving_square(), 24, 96, 160, video.Encoding(comment=comment))
+    video.write_video(path, moving_square(), 24, 96, 160, Encoding(comment=comment))
     command = [video.ffmpeg_path(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
     written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     unescaped = re.sub(r"\\(.)", r"\1", next(line for line in written.splitlines() if line.startswith("comment=")))
@@ -161,11 +162,11 @@ def test_the_comment_survives(tmp_path):
     ],
 )
 def test_the_default_preset_keeps_up_with_decoding(cores, gpus, preset):
-    assert video.default_preset(cores, gpus) == preset
+    assert default_preset(cores, gpus) == preset
 
 
 @pytest.mark.parametrize(
-    ("encoding", "message"),
+    ("given", "message"),
     [
         ({"encoder": "hevc"}, r"^--encoder hevc is none of libx264, h264_nvenc$"),
         ({"preset": "p4"}, r"^--encoder_preset p4 is none of libx264's: ultrafast, superfast, .*, veryslow$"),
@@ -174,9 +175,9 @@ def test_the_default_preset_keeps_up_with_decoding(cores, gpus, preset):
         ({"crf": -1}, r"^--crf -1 is outside 0 to 51$"),
     ],
 )
-def test_encodings_that_no_encoder_takes(encoding, message):
+def test_encodings_that_no_encoder_takes(given, message):
     with pytest.raises(InputError, match=message):
-        video.check_encoding(video.Encoding(**encoding))
+        check_encoding(Encoding(**given))
 
 
 def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
@@ -185,6 +186,6 @@ def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake_ffmpeg(tmp_path, script))
     with pytest.raises(
         InputError,
-        match=r"^--encoder h264_nvenc does not work here: Cannot load libcuda\.so\.1; use --encoder libx264$",
+        match=r"^--encoder h264_nvenc does not work here: Cannot load libcuda\.so\.1; allowed here: libx264$",
     ):
         video.require_encoder("h264_nvenc")
