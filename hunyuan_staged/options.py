@@ -56,7 +56,15 @@ class DenoiseOptions(RunOptions):
 
     input_dir: str = flag("folder that stage 1 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     output_dir: str | None = flag("where the latents go (default: --input_dir)", group=FILES)
-    model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
+    model_path: str | None = flag(
+        "model folder, hub id, or a transformer's file (default: the one that stage 1 recorded)", group=FILES
+    )
+    transformer: str | None = flag(
+        "one safetensors file instead of the model's transformer (default: none)", group=FILES, metavar="FILE"
+    )
+    transformer_version: str | None = flag(
+        "of such a file, as 480p_t2v_distilled (default: guessed from its name, else as stage 1)", group=FILES
+    )
     strict: bool = flag(STRICT, group=FILES, default=False)
     checkpoint_every: int = flag(
         "save the state every so many steps, for --resume; 0: never (default: %(default)s)", group=STOPPING, default=5
@@ -157,6 +165,7 @@ class DenoiseOptions(RunOptions):
         self.sage_blocks()
         self._check_cache()
         self.adapter_files()
+        self._check_transformer()
         if self.video_length is not None:
             geometry.check_video_length(self.video_length)
         if self.aspect_ratio is not None:
@@ -210,6 +219,12 @@ class DenoiseOptions(RunOptions):
                 raise InputError("needs --enable_cache", option=idle[0])
             return
         cache_settings.check_flags(self.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
+
+    def _check_transformer(self) -> None:
+        if self.transformer is not None and not Path(self.transformer).exists():
+            raise InputError(f"{self.transformer} does not exist", option="transformer")
+        if self.transformer_version is not None:
+            versions.parse_version(self.transformer_version)
 
     def adapter_files(self) -> list[tuple[Path, float]]:
         """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""

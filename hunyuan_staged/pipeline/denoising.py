@@ -30,9 +30,10 @@ from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import chosen_model, torch_dtype
+from hunyuan_staged.pipeline.common import torch_dtype
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
+from hunyuan_staged.pipeline.transformers import choose_transformer
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import cache, conditions, loop, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
@@ -40,7 +41,7 @@ from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
 from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.state import Start
 from hunyuan_staged.weights import components, loading, lora
-from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.folder import ModelFolder
 
 BEGINNING = Start()
 
@@ -168,9 +169,7 @@ class DenoiseSetup:
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:
     """Bring options, embeddings and model together; InputError where they do not fit. Loads no weights but adapters."""
-    path = chosen_model(options.model_path, options.input_dir, job.config)
-    folder = open_model(path, ("transformer", "scheduler"), report.progress)
-    version = resolving.pick_version(job.config, folder.versions(), sparse=options.sparse_attn)
+    folder, path, version = choose_transformer(options, job.config, report)
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
     image = job.embeddings.get("image_latents")
     settings = resolving.resolve_settings(options, job.config, version, flow_shift, image)

@@ -18,6 +18,7 @@ from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup
 from hunyuan_staged.pipeline.jobs import output_dir
 from hunyuan_staged.sampling import schedule
 from hunyuan_staged.sampling.state import RunIdentity
+from hunyuan_staged.weights.single_file import TransformerFile
 
 
 def identity(setup: DenoiseSetup) -> RunIdentity:
@@ -96,10 +97,13 @@ def describe(setup: DenoiseSetup) -> str:
 
 
 def optional_settings(setup: DenoiseSetup) -> dict[str, Any]:
-    """What shapes the latents in some runs only: float8 weights, a cache, adapters; as text."""
+    """What shapes the latents in some runs only: a file as the transformer, float8 weights, a cache, adapters; as text."""
     found = {}
     if setup.options.weights_dtype:
         found["weights_dtype"] = setup.options.weights_dtype
+    if isinstance(setup.folder, TransformerFile):
+        found["transformer"] = setup.folder.path.name
+        found["transformer_version"] = setup.settings.version.name
     if setup.caching:
         found["cache"] = json.dumps(setup.caching.record())
     if setup.adapters.given:

@@ -36,12 +36,15 @@ from hunyuan_staged.weights.loading import (
     weight_files,
 )
 from hunyuan_staged.weights.quantization import fp8_rows
+from hunyuan_staged.weights.single_file import TransformerFile
 
 GLYPH_IN = "byt5_in.fc1.weight"
 
 
 def transformer_config(folder: ModelFolder, version: str) -> dict[str, Any]:
     """diffusers' arguments of a version; InputError where the folder lacks it or this suite does not run it."""
+    if isinstance(folder, TransformerFile):
+        return folder.config()
     path = folder.transformer_folder(version) / "config.json"
     config = read_json(path)
     if not folder.official:
@@ -137,6 +140,8 @@ def transformer_tensors(
     these names. A tensor that holds several others comes whole if one of them is wanted.
     """
     origin = folder.transformer_folder(version)
+    if isinstance(folder, TransformerFile):
+        return folder.tensors(device=device, wanted=wanted, stays_on_host=stays_on_host, progress=progress)
 
     def names(name: str) -> list[str]:
         found = diffusers_names(name, TRANSFORMER_MAP) if folder.official else None

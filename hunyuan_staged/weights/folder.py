@@ -49,7 +49,7 @@ def is_version(name: str) -> bool:
     return True
 
 
-def _sampled(path: Path) -> bytes:
+def sampled_hash(path: Path) -> bytes:
     """The hash of a file's size and of SAMPLES pieces of it, evenly spread, its beginning and its end among them."""
     size = require_regular(path).stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -170,7 +170,7 @@ class ModelFolder:
         total = hashlib.sha256()
         for name, path in sorted(files):
             total.update(f"{name}\0".encode())
-            total.update(_sampled(path))
+            total.update(sampled_hash(path))
         return total.hexdigest()
 
     def resolutions(self) -> list[str]:

@@ -80,13 +80,14 @@ def read_tensors(
     wanted: Callable[[str], bool],
     device: torch.device,
     stays_on_host: Callable[[str], bool] = lambda _: False,
+    dtypes: Sequence[str] = FLOATS,
 ) -> Iterator[Named]:
     """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
 
     Those that stay on the host, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What
     has been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
-    works ahead by as much, on a thread of its own. Raises InputError for a file that is none, and for other dtypes than
-    FLOATS.
+    works ahead by as much, on a thread of its own. Raises InputError for a file that is none, and for other dtypes
+    than these, as a file calls them.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as thread:
         for path in files:
@@ -96,7 +97,7 @@ def read_tensors(
                 with safe_open(path, "pt") as file:
                     names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
                     for name in names:
-                        require_float(f"{path}: {name}", file.get_slice(name).get_dtype())
+                        require_float(f"{path}: {name}", file.get_slice(name).get_dtype(), dtypes)
                 mapped = [name for name in names if device.type == "cpu" or stays_on_host(name)]
                 sent = set(names) - set(mapped)
                 if sent:
@@ -118,9 +119,9 @@ def read_tensors(
                 raise InputError(f"{path} is not a whole safetensors file ({error})") from error
 
 
-def require_float(what: str, dtype: str) -> None:
-    if dtype not in FLOATS:
-        raise InputError(f"{what} is {dtype}; allowed are {', '.join(FLOATS)}")
+def require_float(what: str, dtype: str, allowed: Sequence[str] = FLOATS) -> None:
+    if dtype not in allowed:
+        raise InputError(f"{what} is {dtype}; allowed are {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)

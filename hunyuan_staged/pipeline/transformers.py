@@ -1,0 +1,57 @@
+"""Which transformer a denoising takes: a version in a model folder, or one file."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hunyuan_staged import versions
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.options import DenoiseOptions
+from hunyuan_staged.pipeline.common import chosen_model
+from hunyuan_staged.pipeline.settings import pick_version
+from hunyuan_staged.runtime.progress import Reporter
+from hunyuan_staged.versions import TransformerVersion
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.single_file import guess_version, open_transformer
+
+
+def choose_transformer(
+    options: DenoiseOptions, config: Mapping[str, Any], report: Reporter
+) -> tuple[ModelFolder, str, TransformerVersion]:
+    """(what holds the transformer, its path or hub id, the version). Says what a file was taken for."""
+    file = _transformer_file(options)
+    if file is None:
+        if options.transformer_version:
+            raise InputError("belongs to a file as --transformer", option="transformer_version")
+        path = chosen_model(options.model_path, options.input_dir, config)
+        folder = open_model(path, ("transformer", "scheduler"), report.progress)
+        return folder, path, pick_version(config, folder.versions(), sparse=options.sparse_attn)
+    opened = open_transformer(file, partial(_version_of_file, file, options, config, report))
+    report.info(opened.describe())
+    return opened, str(file), opened.version
+
+
+def _transformer_file(options: DenoiseOptions) -> Path | None:
+    if options.transformer:
+        return Path(options.transformer)
+    path = options.model_path
+    return Path(path) if path and Path(path).is_file() else None
+
+
+def _version_of_file(
+    file: Path, options: DenoiseOptions, config: Mapping[str, Any], report: Reporter, meanflow: bool
+) -> TransformerVersion:
+    """As the option says, else the file's name, else stage 1's record; a guess is said."""
+    if options.transformer_version:
+        return versions.parse_version(options.transformer_version)
+    right = "where that is wrong, give --transformer_version"
+    guessed = guess_version(file.name, meanflow=meanflow)
+    if guessed:
+        report.warn(f"{file.name}: its name is taken to mean {guessed.name}; {right}")
+        return guessed
+    recorded = config.get("transformer_version")
+    if not recorded:
+        raise InputError(f"neither {file.name} nor stage 1 says which version it is", option="transformer_version")
+    report.warn(f"{file.name}: taken for the version that stage 1 recorded, {recorded}; {right}")
+    return versions.parse_version(recorded)
