@@ -35,6 +35,8 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "seed": int,
         "attn_mode": str,
         "weights_dtype": str,
+        "transformer_file": str,
+        "transformer_file_version": str,
         "cache": str,
         "lora": str,
         "height": int,

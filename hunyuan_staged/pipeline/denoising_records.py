@@ -102,8 +102,8 @@ def optional_settings(setup: DenoiseSetup) -> dict[str, Any]:
     if setup.options.weights_dtype:
         found["weights_dtype"] = setup.options.weights_dtype
     if isinstance(setup.folder, TransformerFile):
-        found["transformer"] = setup.folder.path.name
-        found["transformer_version"] = setup.settings.version.name
+        found["transformer_file"] = setup.folder.path.name
+        found["transformer_file_version"] = setup.settings.version.name
     if setup.caching:
         found["cache"] = json.dumps(setup.caching.record())
     if setup.adapters.given:

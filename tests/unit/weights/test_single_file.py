@@ -214,7 +214,7 @@ def test_through_the_script(tiny_official, official, tmp_path):
 
     plain, file = run("plain"), run("file", "--transformer", path)
     assert torch.equal(plain[0], file[0])
-    assert file[1]["transformer"] == path.name and file[1]["transformer_version"] == "demo_t2v"
+    assert file[1]["transformer_file"] == path.name and file[1]["transformer_file_version"] == "demo_t2v"
     assert "its name is taken to mean demo_t2v; where that is wrong, give --transformer_version" in file[2]
     assert "my_demo_t2v.safetensors: taken for a transformer demo_t2v of " in file[2]
     given = run("given", "--model_path", path, "--transformer_version", "demo_t2v", "--enable_offloading")
