@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ def read_tensors(
     wanted: Callable[[str], bool],
     device: torch.device,
     stays_on_host: Callable[[str], bool] = lambda _: False,
-    dtypes: Sequence[str] = FLOATS,
+    dtypes: Collection[str] = FLOATS,
 ) -> Iterator[Named]:
     """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
 
@@ -119,7 +119,7 @@ def read_tensors(
                 raise InputError(f"{path} is not a whole safetensors file ({error})") from error
 
 
-def require_float(what: str, dtype: str, allowed: Sequence[str] = FLOATS) -> None:
+def require_float(what: str, dtype: str, allowed: Collection[str] = FLOATS) -> None:
     if dtype not in allowed:
         raise InputError(f"{what} is {dtype}; allowed are {', '.join(allowed)}")
 
