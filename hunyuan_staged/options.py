@@ -84,6 +84,8 @@ class DenoiseOptions(RunOptions):
         "classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
         group=SAMPLING,
     )
+    flow_shift: float | None = flag("shift of the sigmas towards noise (default by version: 5 to 9)", group=SAMPLING)
+    four_steps: bool = flag("4 steps, shift 5, guidance 1: for weights made so", group=SAMPLING, default=False)
     dtype: str | None = flag(
         "of weights and activations (default: as stage 1)", group=SAMPLING, choices=(*DTYPES, DEFAULT_DTYPE)
     )
@@ -165,7 +167,6 @@ class DenoiseOptions(RunOptions):
         self.sage_blocks()
         self._check_cache()
         self.adapter_files()
-        self._check_transformer()
         if self.video_length is not None:
             geometry.check_video_length(self.video_length)
         if self.aspect_ratio is not None:
@@ -219,12 +220,6 @@ class DenoiseOptions(RunOptions):
                 raise InputError("needs --enable_cache", option=idle[0])
             return
         cache_settings.check_flags(self.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
-
-    def _check_transformer(self) -> None:
-        if self.transformer is not None and not Path(self.transformer).exists():
-            raise InputError(f"{self.transformer} does not exist", option="transformer")
-        if self.transformer_version is not None:
-            versions.parse_version(self.transformer_version)
 
     def adapter_files(self) -> list[tuple[Path, float]]:
         """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""

@@ -173,7 +173,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
     image = job.embeddings.get("image_latents")
     settings = resolving.resolve_settings(options, job.config, version, flow_shift, image)
-    for warning in version.warnings(settings.guidance_scale, settings.num_inference_steps):
+    for warning in resolving.sampling_warnings(options, settings):
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
     config = components.transformer_config(folder, version.name)

@@ -10,6 +10,10 @@ from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseO
 from hunyuan_staged.sampling import cache_settings
 from hunyuan_staged.versions import TransformerVersion
 
+MAX_SHIFT = 100
+# What lightx2v's distilled weights and adapters were made for.
+FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,13 +63,27 @@ def resolve_settings(
         asked = options.aspect_ratio
         if asked and geometry.size_for_ratio(version.resolution, asked) != (height, width):
             raise InputError(f"--aspect_ratio {asked} contradicts the image, which is {width}x{height}")
+    if options.flow_shift is not None and not 0 < options.flow_shift <= MAX_SHIFT:
+        raise InputError(f"{options.flow_shift:g} is outside 0 to {MAX_SHIFT}", option="flow_shift")
+    sampling = {
+        "num_inference_steps": version.num_inference_steps,
+        "guidance_scale": version.guidance_scale,
+        "flow_shift": flow_shift,
+    }
+    given = {name: value for name in sampling if (value := getattr(options, name)) is not None}
+    if options.four_steps:
+        other = next((name for name, value in given.items() if value != FOUR_STEPS[name]), None)
+        if other:
+            raise InputError(f"{given[other]:g} contradicts --four_steps, {FOUR_STEPS[other]:g}", option=other)
+        sampling = FOUR_STEPS
+    steps, guidance_scale, flow_shift = (sampling | given).values()
     return Settings(
         version,
         height,
         width,
         options.video_length or version.video_length,
-        options.num_inference_steps or version.num_inference_steps,
-        version.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        int(steps),
+        guidance_scale,
         flow_shift,
         options.dtype or config.get("dtype") or DEFAULT_DTYPE,
     )
@@ -85,6 +103,16 @@ def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: b
     if sparse and not version.sparse:
         version = versions.make_version(version.resolution, version.task, sparse=True)
     return version
+
+
+def sampling_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
+    """What to tell a user whose settings these weights were not made for."""
+    version = settings.version
+    if not options.four_steps:
+        return version.warnings(settings.guidance_scale, settings.num_inference_steps)
+    if options.lora or (version.cfg_distilled and options.transformer):
+        return []
+    return [f"--four_steps is for weights or an adapter made for it, and {version.name} has no adapter"]
 
 
 # Which tensor of the embeddings is as wide as which entry of the transformer's config.

@@ -34,6 +34,8 @@ def choose_transformer(
 
 def _transformer_file(options: DenoiseOptions) -> Path | None:
     if options.transformer:
+        if not Path(options.transformer).exists():
+            raise InputError(f"{options.transformer} does not exist", option="transformer")
         return Path(options.transformer)
     path = options.model_path
     return Path(path) if path and Path(path).is_file() else None

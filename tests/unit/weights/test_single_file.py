@@ -219,6 +219,20 @@ def test_through_the_script(tiny_official, official, tmp_path):
     assert "my_demo_t2v.safetensors: taken for a transformer demo_t2v of " in file[2]
     given = run("given", "--model_path", path, "--transformer_version", "demo_t2v", "--enable_offloading")
     assert torch.equal(plain[0], given[0]) and "is taken to mean" not in given[2]
+    four = ("--transformer", path, "--transformer_version", "demo_t2v", "--four_steps")
+    status, said = run_stage(2, "--input_dir", inputs, *four, "--video_length", 5, said=tmp_path / "said")
+    warned = "--four_steps is for weights or an adapter made for it, and demo_t2v has no adapter"
+    assert status == 0 and warned in said and "needs guidance" not in said
+    recorded = load_latents(inputs)[1]
+    assert [float(recorded[name]) for name in ("num_inference_steps", "guidance_scale", "flow_shift")] == [4, 1, 5]
+    shifted = run("shifted", "--flow_shift", 3)
+    assert shifted[1]["flow_shift"] == "3.0" and not torch.equal(shifted[0], plain[0])
+    for more, message in (
+        (["--four_steps", "--flow_shift", 7], "--flow_shift 7 contradicts --four_steps, 5"),
+        (["--flow_shift", 0], "--flow_shift 0 is outside 0 to 100"),
+    ):
+        status, said = run_stage(2, "--input_dir", inputs, *more, said=tmp_path / "said")
+        assert status == 2 and message in said, said
     fp8 = ("--weights_dtype", "fp8")
     assert torch.equal(run("fp8", *fp8)[0], run("file8", "--transformer", path, *fp8, "--enable_offloading")[0])
     for more, message in (
