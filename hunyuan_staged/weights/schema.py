@@ -117,7 +117,7 @@ _VAE: Schema = {
     "out_channels": one_of(3),
     "latent_channels": whole(1, 256),
     "block_out_channels": items(CHANNELS, 5, 5),
-    "layers_per_block": whole(1, 16),
+    "layers_per_block": whole(0, 16),
     "downsample_match_channel": BOOLEAN,
     "upsample_match_channel": BOOLEAN,
     "scaling_factor": FACTOR,

@@ -124,7 +124,8 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
             "vae",
             "vae/config.json",
             {
-                **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "layers_per_block"), WHOLE),
+                **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), WHOLE),
+                "layers_per_block": [value for value in WHOLE if value != 0],
                 "block_out_channels": [
                     *ANY,
                     16,
