@@ -42,6 +42,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
         written = encoding.write(setup, tensors)
     for path, what in written:
         run.add_output(path, what)
+    run.next_stage(2, options.output_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,6 +52,7 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
             path = denoising_records.write(setup, denoised, identity.digest())
             saver.remove()
         run.add_output(path, f"latents {list(denoised.latents.shape)} {denoised.latents.dtype}")
+        run.next_stage(3, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,8 +38,11 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     if options.dry_run:
         run.show_plan(setup.rows(plan, free, run.world.size))
         return
-    for path, what in decoding.run(setup, plan, run).files:
+    written = decoding.run(setup, plan, run)
+    for path, what in written.files:
         run.add_output(path, what)
+    if written.files:
+        run.add_video(written.files[-1][0], written.frames, options.fps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged.errors import InputError, one_line, write_stdout
-from hunyuan_staged.runtime.environment import check_environment
+from hunyuan_staged.runtime.environment import check_environment, is_whole_run
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back
@@ -37,6 +38,9 @@ class Run(Reporter):
         self.seconds: dict[str, float] = {}
         self.written: list[str] = []
         self.planned = False
+        self.started = time.perf_counter()
+        self._last: list[str] = []
+        self._result = ""
         self._bars: list[Any] = []
         self._claims = contextlib.ExitStack()
         logger.remove()
@@ -116,6 +120,20 @@ class Run(Reporter):
         """Note a file for the closing report."""
         self.written.append(f"{path}: {what}")
 
+    def next_stage(self, stage: int, folder: str | Path) -> None:
+        """Have the last line name the command of the stage that follows, unless the launcher runs that itself."""
+        if not is_whole_run():
+            script = Path(__file__).absolute().with_name(f"run_stage{stage}.sh")
+            near = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+            self._last.append(f"next: {shlex.join(['bash', str(near), f'--input_dir={folder}'])}")
+
+    def add_video(self, path: Path, frames: int, fps: float) -> None:
+        """Have the last line name the video; run by itself, the stage also prints its path on standard output."""
+        length = f"{frames / fps:.2f} s, {frames} frames"
+        seconds = time.perf_counter() - self.started
+        self._last.append(f"video {path.absolute()}: {length}; {seconds:.1f} s in all")
+        self._result = "" if is_whole_run() else f"{path.absolute()}\n"
+
     def report(self) -> None:
         """The closing lines: files with their shapes, seconds by part, peak memory of device and host."""
         if self.planned:
@@ -131,6 +149,10 @@ class Run(Reporter):
 
             memory = f"device {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB, {memory}"
         self.log.info(f"{self.name} done: {parts}; peak memory: {memory}")
+        for line in self._last:
+            self.log.info(line)
+        if self._result and self.world.is_main:
+            write_stdout(self._result)
 
 
 def _tidy(record: Any) -> None:

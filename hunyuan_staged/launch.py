@@ -196,7 +196,7 @@ def run(python: str, command: Command) -> int:
             # Whatever a stage or a library prints: a whole run's standard output is the video's path.
             stdout = sys.stderr.fileno() if whole else None
             words = [python, str(ROOT / f"{stage}.py"), *argv]
-            status = supervisor.run(words, count, name=f"{stage}.py", stdout=stdout)
+            status = supervisor.run(words, count, name=f"{stage}.py", stdout=stdout, whole=whole)
             if status:
                 return status
     if whole:

@@ -147,10 +147,12 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
 
 @dataclass
 class Written:
-    """What a decoding has written: each file with a few words; seconds of the decoding alone, without the encoder's end."""
+    """What a decoding has written: each file with a few words; seconds of the decoding alone, without the encoder's end;
+    frames of the video."""
 
     files: list[tuple[Path, str]] = field(default_factory=list)
     seconds: float = 0.0
+    frames: int = 0
 
 
 def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) -> Written:
@@ -207,7 +209,7 @@ def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
         written.seconds = time.perf_counter() - started
 
     path = video_path(options)
-    count = write_video(path, frames(), options.fps, height, width, encoding_of(setup))
+    written.frames = count = write_video(path, frames(), options.fps, height, width, encoding_of(setup))
     if floats:
         whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
         about = {"fps": f"{options.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}

@@ -8,6 +8,13 @@ from pathlib import Path
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.environment import rank_info
 
+WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"  # set by the launcher: another stage follows, or the launcher has the last word
+
+
+def is_whole_run() -> bool:
+    """Whether the launcher runs this stage as one of all three."""
+    return WHOLE_RUN in os.environ
+
 
 def check_environment() -> None:
     """InputError names a variable, or a working folder, that would end the run in a library's traceback, or unheard."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from hunyuan_staged.errors import BAD_INPUT, InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET
+from hunyuan_staged.runtime.environment import WHOLE_RUN
 from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
@@ -78,14 +79,17 @@ class Supervisor:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None) -> int:
+    def run(
+        self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None, whole: bool = False
+    ) -> int:
         """The status of `count` processes of a command: 0, or that of the first to fail, which ends the others.
 
         As a shell gives it: 128 and the number for a process that a signal ended. `name` is what the line on stderr
-        calls the command where its processes cannot have spoken themselves. InputError: it cannot be started.
+        calls the command where its processes cannot have spoken themselves. whole: it is a stage of a whole run, which
+        its environment says. InputError: it cannot be started.
         """
         try:
-            self._start(command, count, stdout)
+            self._start(command, child_environment(count) | ({WHOLE_RUN: "1"} if whole else {}), count, stdout)
             rank, code = self._wait()
         except BaseException:
             self._send(signal.SIGKILL, group=True)
@@ -100,8 +104,7 @@ class Supervisor:
             print(f"error: {which} ended with status {code}", file=sys.stderr)
         return code if code >= 0 else SIGNALLED - code
 
-    def _start(self, command: Sequence[str], count: int, stdout: int | None) -> None:
-        environment = child_environment(count)
+    def _start(self, command: Sequence[str], environment: dict[str, str], count: int, stdout: int | None) -> None:
         end_with_parent = partial(_end_with_parent, os.getpid(), _prctl()) if sys.platform == "linux" else None
         # Blocked in the child until it has its own handlers, see Interrupts.unblock, and here until all are started.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -58,6 +58,7 @@ def test_embeddings_config_and_report(done, tiny_official):
         "embeddings_sha256": provenance.sha256(folder / contract.EMBEDDINGS_FILE),
     }
     assert len(metadata["made_from_sha256"]) == 64
+    assert result.stderr.splitlines()[-1].endswith(f"run_stage2.sh --input_dir={folder}")
     assert "prompt_embeds [1, 1000, 64]" in result.stderr
     assert "stage 1 done: load " in result.stderr
 

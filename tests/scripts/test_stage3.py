@@ -1,6 +1,7 @@
 """stage3_vae_decoder.py as a user calls it: on the drawn tiny checkpoint, and on the real model's own latents."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,9 @@ def test_video_frames_config_and_report(done):
     assert config["stage3_decode_time"] > 0
     assert config["output_video"] == str(folder / contract.VIDEO_FILE)
     said = result.stdout + result.stderr
+    path = folder / contract.VIDEO_FILE
+    assert result.stdout == f"{path}\n"
+    assert re.search(rf"INFO +video {path}: 0\.38 s, 9 frames; \d+\.\d s in all$", result.stderr.splitlines()[-1])
     assert "8 tiles of 64 px (as asked)" in said
     assert "9 frames of 160x96 at 24 frames per second" in said
     assert sorted(path.name for path in folder.iterdir()) == sorted(

@@ -1,9 +1,11 @@
 """What the scripts share: refusals in one line, statuses, the closing report, and the flags of a whole run."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from hunyuan_staged import parsing
@@ -13,6 +15,7 @@ from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.options import RunOptions
 from hunyuan_staged.pipeline.common import torch_dtype
 from hunyuan_staged.runtime import failure
+from hunyuan_staged.runtime.environment import WHOLE_RUN
 
 ARGS = argparse.Namespace(debug=False)
 
@@ -50,6 +53,24 @@ def test_a_stage_reports_its_files_parts_and_memory(capfd):
     assert "wrote out.bin: nothing [0]" in told
     assert "stage x done: load 0.0 s; peak memory: host " in told
     assert "counting: 100%" in told
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stage_run_by_itself_names_the_next_command_and_prints_the_path(capfd, monkeypatch, tmp_path, whole):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(WHOLE_RUN, raising=False)
+    if whole:
+        monkeypatch.setenv(WHOLE_RUN, "1")
+
+    def body(run, _):
+        run.next_stage(3, "a folder")
+        run.add_video(Path("clip.mp4"), 33, 24)
+
+    assert utils.run_stage("stage x", ARGS, body=body) == 0
+    told = capfd.readouterr()
+    assert told.out == ("" if whole else f"{tmp_path}/clip.mp4\n")
+    assert (f"next: bash {ROOT}/run_stage3.sh '--input_dir=a folder'\n" in told.err) != whole
+    assert f"video {tmp_path}/clip.mp4: 1.38 s, 33 frames; " in told.err
 
 
 @pytest.mark.parametrize("where", ["check", "body"])

@@ -13,6 +13,7 @@ from conftest import ROOT
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.world import check_devices
 from hunyuan_staged.runtime import processes
+from hunyuan_staged.runtime.environment import WHOLE_RUN
 from hunyuan_staged.runtime.processes import Supervisor, child_environment
 
 
@@ -93,3 +94,12 @@ def test_more_processes_than_gpus_are_refused():
 
 def test_cores_are_those_that_may_be_used():
     assert processes.cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stage_knows_whether_it_is_one_of_a_whole_run(whole, monkeypatch):
+    monkeypatch.delenv(WHOLE_RUN, raising=False)
+    program = f"import os, sys; sys.exit(7 if {WHOLE_RUN!r} in os.environ else 0)"
+    with Supervisor() as supervisor:
+        status = supervisor.run([sys.executable, "-c", program], 1, name="x.py", whole=whole)
+    assert status == (7 if whole else 0)
