@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hunyuan_staged.errors import InputError, one_line, write_stdout
 from hunyuan_staged.runtime.environment import check_environment, is_whole_run
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
-from hunyuan_staged.runtime.progress import Reporter
+from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back
 
 if TYPE_CHECKING:
@@ -88,10 +88,14 @@ class Run(Reporter):
             self.log.warning(reason)
 
     def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
-        """A tqdm bar with the time left, on the first process alone."""
+        """A tqdm bar with the time left, on the first process alone; without a terminal a line every 10 %."""
         from tqdm import tqdm
 
-        bar = tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
+        bar: Any
+        if self.world.is_main and not sys.stderr.isatty():
+            bar = LineBar(iterable, say=self.info, **options)
+        else:
+            bar = tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
         self._bars.append(bar)
         return bar
 
