@@ -56,10 +56,11 @@ class Run(Reporter):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.interrupts.ignore()  # a signal within the next lines would leave the lock behind
         for bar in self._bars:
             bar.close()
-        self.interrupts.cleanups.clear()
         self._claims.close()
+        self.interrupts.cleanups.clear()
 
     def lock(self, path: str | Path, files: Sequence[str]) -> None:
         """Be the only run that writes these files beside the lock at `path`, until this run ends; see atomic.locked."""
@@ -204,7 +205,7 @@ def run_stage(
         except BaseException as error:
             if world is not None and world.size > 1:
                 leave(name, error, options.debug, world, interrupts)
-            return status_of_error(name, error, options.debug)
+            return status_of_error(name, interrupts.cause_of(error), options.debug)
     return 0
 
 

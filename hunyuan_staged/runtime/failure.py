@@ -48,6 +48,8 @@ def status_of_error(name: str, error: BaseException, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
     if isinstance(error, Interrupted):
+        if debug and error.__cause__:
+            traceback.print_exception(error.__cause__)
         if is_first():
             print(f"error: {name} {one_line(error)}", file=sys.stderr, flush=True)
         return error.status

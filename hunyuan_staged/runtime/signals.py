@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from hunyuan_staged.errors import InputError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
 
@@ -97,6 +99,17 @@ class Interrupts:
             self._deferred, self._notice = False, None
         if self.received:
             raise Interrupted(self.received)
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What ended a run: the signal, if one has come, unless the user's input did.
+
+        Code of others that a signal interrupts, an import for one, may raise anything later on.
+        """
+        if not self.received or isinstance(error, InputError | Interrupted):
+            return error
+        cause = Interrupted(self.received)
+        cause.__cause__ = error
+        return cause
 
     def ignore(self) -> None:
         """Raise nothing any more: the process is on its way out. A second signal still ends it at once."""

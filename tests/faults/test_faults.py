@@ -191,7 +191,10 @@ def test_one_ranks_error_is_said_once_and_ends_all(tmp_path, tiny_official, faul
     assert not errors(told[0])
     if fault == "refusal":
         assert statuses == [1, 2]
-        assert errors(told[1]) == ["error: /nowhere/at/all does not exist, and it is no hub id (owner/name) either"]
+        assert errors(told[1]) == [
+            "error: /nowhere/at/all does not exist, and it is no hub id (owner/name) either; to get it: hf download "
+            'tencent/HunyuanVideo-1.5 --include "transformer/720p_t2v/*" "vae/*" "scheduler/*" --local-dir /nowhere/at/all'
+        ]
     else:
         assert statuses == [1, 1]
         assert told[1].count("Traceback") == 1
