@@ -206,9 +206,9 @@ def duration(least: float, most: float, chinese: bool) -> str:
 @cache
 def memory_rows() -> tuple[tuple[str, ...], ...]:
     """(card, stage 1, stage 2 at 720p, with fp8, stage 2 at 480p, stage 3) for each size of card, computed."""
-    from hunyuan_staged.bench import memory
+    from hunyuan_staged.bench import cards
 
-    return tuple(memory.table())
+    return tuple(cards.table())
 
 
 def first_video() -> str:

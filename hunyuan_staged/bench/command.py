@@ -1,5 +1,5 @@
 """`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
-device; `… bench memory CLAIM`: what is said about memory (bench_memory.py).
+device; `… bench memory CLAIM`: what is said about memory (memory.py).
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from hunyuan_staged import geometry, options, versions
 from hunyuan_staged.attention import modes
@@ -18,9 +19,7 @@ from hunyuan_staged.decoding import tiling
 from hunyuan_staged.sampling import cache_settings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
-    stages = parser.add_subparsers(dest="stage", required=True)
+def add_stage2(stages: Any) -> None:
     stage2 = stages.add_parser("stage2", help="a denoising step of the full-size transformer")
     stage2.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
     stage2.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
@@ -62,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
     stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     stage2.set_defaults(run=bench_stage2)
+
+
+def add_stage3(stages: Any) -> None:
     stage3 = stages.add_parser("stage3", help="the full-size VAE's decoding of a video")
     stage3.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
     stage3.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
@@ -77,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     stage3.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: %(default)s)")
     stage3.add_argument("--steps", type=int, default=2, help="timed decodings (default: %(default)s)")
     stage3.set_defaults(run=bench_stage3)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    add_stage2(stages)
+    add_stage3(stages)
     memory.add_parser(stages)
     return parser
 

@@ -1,6 +1,6 @@
 """`python -m hunyuan_staged.bench memory CLAIM`: what is said about memory, measured, each claim by one command.
 
-Weights are random, or zero where only their size matters. `table` computes, from plan.py, what runs on which card.
+Weights are random, or zero where only their size matters. `table`: see cards.py.
 """
 
 import argparse
@@ -12,29 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged import geometry, options, versions
-from hunyuan_staged.decoding import planning, tiling
-from hunyuan_staged.errors import InputError
+from hunyuan_staged.bench import cards
+from hunyuan_staged.bench.cards import language_skeleton, skeleton
+from hunyuan_staged.decoding import tiling
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import GIB
-from hunyuan_staged.versions import SKIPPED_LAYERS
 
-# Qwen2.5-VL-7B-Instruct's language part, as its config.json on the hub has it.
-QWEN_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
 LANGUAGE_TOKENS = 1108  # the longest prompt: 1,000, and the 108 of the template
-LONG = 121  # frames
-STEPS = 50
 
 
 def bench(*words: str) -> dict[str, Any]:
@@ -89,9 +77,8 @@ def host_rank(args: argparse.Namespace) -> dict[str, float]:
     from hunyuan_staged.parallel.world import start_world, stop_world
 
     world = start_world()
-    skeleton = _skeleton(args.layers)
+    blocks = skeleton(args.layers).transformer_blocks
     before = resident_bytes()
-    blocks = skeleton.transformer_blocks
     home = HostBlocks(blocks, range(len(blocks)), world.device, world, torch.bfloat16)
     if home.leader:
         home.memory.fill_(1)
@@ -108,33 +95,12 @@ def host_rank(args: argparse.Namespace) -> dict[str, float]:
     return {"ranks": world.size, "weights_gib": size / GIB, "host_gib": host / GIB, "host_share": host / size}
 
 
-def _skeleton(layers: int | None = None) -> Any:
-    import torch
-
-    from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
-
-    with torch.device("meta"):
-        return TransformerModules(TransformerConfig(num_layers=layers or versions.LAYERS))
-
-
 def host(args: argparse.Namespace) -> dict[str, float]:
     words = ["--standalone", "--nproc-per-node", "2", "-m", "hunyuan_staged.bench", "memory", "host-rank"]
     words += ["--layers", str(args.layers)] if args.layers else []
     command = [sys.executable, "-m", "torch.distributed.run", *words]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])["measured"]
-
-
-def _language_skeleton(layers: int = QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS) -> Any:
-    import torch
-    from transformers import Qwen2_5_VLTextConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
-    sizes: Any = QWEN_7B | {"num_hidden_layers": layers}
-    with torch.device("meta"):
-        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes))
-    model.norm = torch.nn.Identity()
-    return model
 
 
 def stage1(args: argparse.Namespace) -> dict[str, float]:
@@ -145,7 +111,7 @@ def stage1(args: argparse.Namespace) -> dict[str, float]:
 
     world = lone_world()
     device, dtype = world.device, torch.bfloat16
-    model = _language_skeleton()
+    model = language_skeleton()
     weights = offloading.weights_of(model, model.layers, dtype)
 
     def load(destinations: Any) -> None:
@@ -182,7 +148,7 @@ def load(args: argparse.Namespace) -> dict[str, float]:
     """Loading from a warm page cache against copying as many bytes from pinned memory; writes 17 GB the first time."""
     import torch
 
-    from hunyuan_staged.bench.stage2 import random_model
+    from hunyuan_staged.bench.step import random_model
     from hunyuan_staged.parallel.world import lone_world
     from hunyuan_staged.weights import components
     from hunyuan_staged.weights.folder import open_model
@@ -246,76 +212,10 @@ def verdict(claim: Claim, measured: dict[str, float]) -> dict[str, Any]:
     return {"bench": "memory", "claim": claim.text, "measured": rounded, "most": claim.most, "holds": holds}
 
 
-def table() -> list[tuple[str, ...]]:
-    """What runs on each card, computed: (card, stage 1, stage 2 at 720p, with fp8, stage 2 at 480p, stage 3), 121 frames.
-
-    bf16 on one GPU, compiled, with another kernel than flash4, which takes less.
-    """
-    import torch
-
-    from hunyuan_staged.bench.flops import TEXT_TOKENS
-    from hunyuan_staged.memory import offloading
-    from hunyuan_staged.models.modulations import remove_linears, table_bytes
-    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
-    from hunyuan_staged.weights.quantization import fp8_rows
-
-    dtype, vae = torch.bfloat16, VaeConfig()
-    # One block stands for all of them, which are equal: that is built in no time.
-    language, whole, halved = _language_skeleton(1), _skeleton(1), _skeleton(1)
-    for model in (whole, halved):
-        remove_linears(model)
-    fp8_rows.quantise_linears(halved.transformer_blocks)
-    with torch.device("meta"):
-        decoder = sum(tensor.numel() for tensor in VaeDecoder(vae).parameters()) * 2
-    layers = replace(
-        offloading.weights_of(language, language.layers, dtype), count=QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS
-    )
-    in_bf16, in_float8 = (
-        replace(offloading.weights_of(model, model.transformer_blocks, dtype), count=versions.LAYERS)
-        for model in (whole, halved)
-    )
-
-    width = whole.config.width
-
-    modulations = table_bytes(STEPS, versions.LAYERS, width, dtype.itemsize)
-
-    def working(resolution: str, block: int = 0) -> int:
-        tokens = geometry.video_tokens(LONG, *geometry.size_for_ratio(resolution, options.DEFAULT_ASPECT_RATIO))
-        return estimates.DenoisingSize(
-            tokens, TEXT_TOKENS, width, dtype.itemsize, "cudnn", True, block=block, modulations=modulations
-        ).working
-
-    rows = []
-    for size in budget.CARDS:
-        free = budget.card(size)
-        cells = [
-            _cell(layers, estimates.LANGUAGE_WORKING, free, "layers"),
-            _cell(in_bf16, working("720p"), free, "blocks"),
-            _cell(in_float8, working("720p", in_bf16.each), free, "blocks"),
-            _cell(in_bf16, working("480p"), free, "blocks"),
-        ]
-        try:
-            decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free)
-            cells.append(f"{decoding.describe()}: {budget.gib(decoding.total)}")
-        except InputError:
-            cells.append("does not fit")
-        rows.append((f"{size} GB", *cells))
-    return rows
-
-
-def _cell(weights: budget.BlockWeights, working: int, free: budget.FreeMemory, what: str) -> str:
-    try:
-        fit = budget.plan_blocks("it", weights, working, free)
-    except InputError:
-        return "does not fit"
-    where = f"{fit.offloaded} of {weights.count} {what} offloaded" if fit.offloaded else "resident"
-    return f"{where}: {budget.gib(fit.total)}{' (tight)' if fit.tight else ''}"
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure a claim, or compute the table."""
     if args.claim == "table":
-        for row in table():
+        for row in cards.table():
             print(f"| {' | '.join(row)} |")
         return {}
     if args.claim == "host-rank":

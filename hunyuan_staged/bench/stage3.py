@@ -122,6 +122,27 @@ def plan_decoding(
     return planning.fit_decoding(config, weights, itemsize, size, available.free_memory(device), asked)
 
 
+def described(args: argparse.Namespace, world: "World", decoding: planning.Decoding, ranks: int) -> dict[str, Any]:
+    """What was run, and where."""
+    import torch
+
+    height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
+    return {
+        "bench": "stage3",
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "ranks": world.size,
+        "resolution": f"{width}x{height}",
+        "video_length": args.video_length,
+        "decoding": decoding.describe(ranks),
+        "share_of": args.share_of,
+        "tile_size": decoding.tile_size,
+        "bands": decoding.bands,
+        "latent_frames_at_once": decoding.at_once,
+        "with_video": bool(args.output_video),
+    }
+
+
 def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of decoding a video with the full-size VAE, and of one full tile of it alone."""
     import resource
@@ -161,19 +182,7 @@ def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
     about_tiles: dict[str, Any] = {}
     if decoding.tile_size is not None:
         flops, about_tiles = tile_result(args, module, latents, decoding, config)
-    result = {
-        "bench": "stage3",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "ranks": world.size,
-        "resolution": f"{width}x{height}",
-        "video_length": args.video_length,
-        "decoding": decoding.describe(ranks),
-        "share_of": args.share_of,
-        "tile_size": decoding.tile_size,
-        "bands": decoding.bands,
-        "latent_frames_at_once": decoding.at_once,
-        "with_video": bool(args.output_video),
+    result = described(args, world, decoding, ranks) | {
         "seconds": round(seconds, 3),
         "first_extra_seconds": round(first - seconds, 2),
         "tflops_per_gpu": round(flops / seconds / 1e12 / ranks, 1),

@@ -8,8 +8,8 @@ from conftest import ROOT
 import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
+from hunyuan_staged.bench import cards
 from hunyuan_staged.bench import command as bench_command
-from hunyuan_staged.bench import memory
 from hunyuan_staged.compare import command
 from hunyuan_staged.demo import adapter, caches, evaluate
 from hunyuan_staged.download import command as download_command
@@ -70,7 +70,7 @@ def test_every_flag_in_the_text_exists(page):
 
 
 def test_the_computed_memory_is_what_the_plan_computes():
-    rows = memory.table()
+    rows = cards.table()
     for row in rows:
         assert f"| {' | '.join(row)} |" in read("docs/memory.md")
     # README's rows say of each card how many blocks of stage 2 at 720p stay in host memory.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hunyuan_staged import geometry
-from hunyuan_staged.bench import memory
+from hunyuan_staged.bench import cards
 from hunyuan_staged.decoding import planning
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import budget, estimates, timings
@@ -64,7 +64,7 @@ def published() -> dict[str | None, BlockWeights]:
     """The weights that stay of the full published transformer, by weights_dtype."""
     found = {}
     for weights_dtype in (None, "fp8"):
-        skeleton = memory._skeleton()
+        skeleton = cards.skeleton()
         remove_linears(skeleton)
         if weights_dtype:
             quantise_linears(skeleton.transformer_blocks)

@@ -1,0 +1,111 @@
+"""`bench memory table`: what runs on which card, computed by the planners from the full-size models' weights."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from hunyuan_staged import geometry, options, versions
+from hunyuan_staged.decoding import planning
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory import budget, estimates
+from hunyuan_staged.versions import SKIPPED_LAYERS
+
+# Qwen2.5-VL-7B-Instruct's language part, as its config.json on the hub has it.
+QWEN_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+LONG = 121  # frames
+STEPS = 50
+
+
+def skeleton(layers: int | None = None) -> Any:
+    """The transformer on the meta device, of full size, or of so many blocks."""
+    import torch
+
+    from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
+
+    with torch.device("meta"):
+        return TransformerModules(TransformerConfig(num_layers=layers or versions.LAYERS))
+
+
+def language_skeleton(layers: int = QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS) -> Any:
+    """The language model on the meta device, of the layers that stage 1 runs or of so many."""
+    import torch
+    from transformers import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    sizes: Any = QWEN_7B | {"num_hidden_layers": layers}
+    with torch.device("meta"):
+        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes))
+    model.norm = torch.nn.Identity()
+    return model
+
+
+def table() -> list[tuple[str, ...]]:
+    """What runs on each card, computed: (card, stage 1, stage 2 at 720p, with fp8, stage 2 at 480p, stage 3), 121 frames.
+
+    bf16 on one GPU, compiled, with another kernel than flash4, which takes less.
+    """
+    import torch
+
+    from hunyuan_staged.bench.flops import TEXT_TOKENS
+    from hunyuan_staged.memory import offloading
+    from hunyuan_staged.models.modulations import remove_linears, table_bytes
+    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+    from hunyuan_staged.weights.quantization import fp8_rows
+
+    dtype, vae = torch.bfloat16, VaeConfig()
+    # One block stands for all of them, which are equal: that is built in no time.
+    language, whole, halved = language_skeleton(1), skeleton(1), skeleton(1)
+    for model in (whole, halved):
+        remove_linears(model)
+    fp8_rows.quantise_linears(halved.transformer_blocks)
+    with torch.device("meta"):
+        decoder = sum(tensor.numel() for tensor in VaeDecoder(vae).parameters()) * 2
+    layers = replace(
+        offloading.weights_of(language, language.layers, dtype), count=QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS
+    )
+    in_bf16, in_float8 = (
+        replace(offloading.weights_of(model, model.transformer_blocks, dtype), count=versions.LAYERS)
+        for model in (whole, halved)
+    )
+
+    width = whole.config.width
+
+    modulations = table_bytes(STEPS, versions.LAYERS, width, dtype.itemsize)
+
+    def working(resolution: str, block: int = 0) -> int:
+        tokens = geometry.video_tokens(LONG, *geometry.size_for_ratio(resolution, options.DEFAULT_ASPECT_RATIO))
+        return estimates.DenoisingSize(
+            tokens, TEXT_TOKENS, width, dtype.itemsize, "cudnn", True, block=block, modulations=modulations
+        ).working
+
+    rows = []
+    for size in budget.CARDS:
+        free = budget.card(size)
+        cells = [
+            _cell(layers, estimates.LANGUAGE_WORKING, free, "layers"),
+            _cell(in_bf16, working("720p"), free, "blocks"),
+            _cell(in_float8, working("720p", in_bf16.each), free, "blocks"),
+            _cell(in_bf16, working("480p"), free, "blocks"),
+        ]
+        try:
+            decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free)
+            cells.append(f"{decoding.describe()}: {budget.gib(decoding.total)}")
+        except InputError:
+            cells.append("does not fit")
+        rows.append((f"{size} GB", *cells))
+    return rows
+
+
+def _cell(weights: budget.BlockWeights, working: int, free: budget.FreeMemory, what: str) -> str:
+    try:
+        fit = budget.plan_blocks("it", weights, working, free)
+    except InputError:
+        return "does not fit"
+    where = f"{fit.offloaded} of {weights.count} {what} offloaded" if fit.offloaded else "resident"
+    return f"{where}: {budget.gib(fit.total)}{' (tight)' if fit.tight else ''}"
