@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import utils
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
+from hunyuan_staged.run_options import DEMO_CHECKPOINT
 
 EXAMPLE = """\
 examples:
   python stage1_text_encoder.py --model_path ckpts/HunyuanVideo-1.5 --prompt 'A cat walks on the grass, realistic style.'
   python stage1_text_encoder.py --model_path ckpts/HunyuanVideo-1.5 --prompt 'It turns its head' --image_path cat.jpg
+
+the demo weights know:
+  circle, square, triangle, star; red, green, blue, yellow, orange, purple, cyan, white
+  background black, dark blue, dark green, dark red, grey, brown, light blue, pink, or two-tone of two
+  moves left, right, up, down, diagonally, in a circle; grows, shrinks; of two shapes: apart, together
+  white, yellow, cyan or orange card or sign with 1 to 4 of A-Z and 0-9, in quotation marks
 """
 
 OPTIONS = EncodeOptions
@@ -21,6 +29,17 @@ OPTIONS = EncodeOptions
 def build_parser() -> Parser:
     """The parser of EncodeOptions."""
     return make_parser(EncodeOptions, "stage1_text_encoder.py", __doc__ or "", EXAMPLE)
+
+
+def warn_of_unknown_words(run: utils.Run, prompt: str) -> None:
+    """Say what the demo weights do not know of a prompt."""
+    from hunyuan_staged.demo.vocabulary import unknown
+
+    if found := unknown(prompt):
+        run.warn(
+            f"the demo weights do not know {found}; --help says what they know. "
+            "Real weights: python -m hunyuan_staged.download 480p_t2v --model_path DIR, then --model_path DIR"
+        )
 
 
 def stage1(run: utils.Run, options: EncodeOptions) -> None:
@@ -32,6 +51,8 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     picture = encoding.read_image(options)
     run.lock_all(encoding.locks(options), unless=options.dry_run)
     setup = encoding.resolve(options, picture, run.world, run)
+    if Path(setup.model_path).resolve() == DEMO_CHECKPOINT.resolve():
+        warn_of_unknown_words(run, options.prompt)
     free = free_memory(run.world)
     plan = setup.plan(free)
     if options.dry_run:

@@ -169,6 +169,22 @@ def test_help_is_grouped_with_defaults_and_an_example_and_loads_no_torch(script)
     assert "examples:\n  python " in result.stdout
 
 
+def test_help_says_what_the_demo_knows():
+    from hunyuan_staged.demo import world
+
+    said = call("--help").stdout.partition("the demo weights know:")[2]
+    assert [name for name in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS, *world.CARDS) if name not in said] == []
+
+
+def test_the_demo_names_words_that_it_does_not_know(tmp_path, tiny_official):
+    result = call("--prompt", 'a cat on a "HELLO" card', "--output_dir", tmp_path, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    warned = 'the demo weights do not know cat, "HELLO" on a card; --help says what they know. Real weights: python -m '
+    assert result.stderr.count(warned) == 1
+    other = call("--model_path", tiny_official, "--prompt", "a cat", "--output_dir", tmp_path, "--dry_run")
+    assert other.returncode == 0 and "do not know" not in other.stderr
+
+
 def test_without_a_model_path_the_demo_weights_are_used_and_named(tmp_path):
     from hunyuan_staged.demo import CHECKPOINT
 

@@ -1,0 +1,34 @@
+"""Which words of a prompt the demo checkpoint was never taught."""
+
+import re
+
+from hunyuan_staged.demo import world
+
+MAX_CHARACTERS = 4  # on a card, as world.draw_scene writes them
+SHOWN = 8  # words that a warning names
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+_WORD = re.compile(r"[^\W_]+")
+
+
+def known_words() -> frozenset[str]:
+    """Every word that `world.describe` may use, in lower case."""
+    sentences = [*world.COLORS, *world.BACKGROUNDS, *world.SHAPES, *(f"{shape}s" for shape in world.SHAPES)]
+    for patterns in (world._FIRST, world._MORE, world._UNSEEN):
+        sentences += [re.sub(r"{\w+}", " ", pattern) for kind in patterns.values() for pattern in kind]
+    for verbs in (world._VERBS, world._MORE_VERBS):
+        sentences += [verb for wordings in verbs.values() for verb in wordings]
+    sentences += [*world._PLURAL.values(), "two one plain two-tone an and a"]
+    return frozenset(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
+
+
+def unknown(prompt: str) -> str | None:
+    """What the demo checkpoint does not know of a prompt, in a phrase; None where it knows all of it."""
+    if not prompt.strip():
+        return "an empty prompt"
+    known = known_words()
+    words = dict.fromkeys(word for word in _WORD.findall(_QUOTED.sub(" ", prompt)) if word.lower() not in known)
+    texts = ["".join(groups) for groups in _QUOTED.findall(prompt)]
+    odd = [f'"{text}" on a card' for text in texts if not re.fullmatch(f"[A-Z0-9]{{1,{MAX_CHARACTERS}}}", text)]
+    found = [*words, *odd]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ", ".join(found[:SHOWN]) + more if found else None

@@ -1,0 +1,31 @@
+"""What the demo does not know of a prompt."""
+
+import random
+
+import pytest
+
+from hunyuan_staged.demo import world
+from hunyuan_staged.demo.vocabulary import unknown
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a cat walks over a black background", "cat, walks"),
+        ("一只猫", "一只猫"),
+        (" ", "an empty prompt"),
+        ('a white card with the text "HELLO" on a black background', '"HELLO" on a card'),
+        ("a yellow sign that says “hi”, dark blue background", '"hi" on a card'),
+        ("b c d e f g h i j k", "b, c, d, e, f, g, h, i and 2 more"),
+        ('A yellow sign that says "7", dark blue background.', None),
+    ],
+)
+def test_what_is_unknown(prompt, said):
+    assert unknown(prompt) == said
+
+
+@pytest.mark.parametrize("wording", [world.FIRST, world.MORE, world.UNSEEN])
+def test_all_that_training_says_is_known(wording):
+    draw = random.Random(0)
+    prompts = [world.describe(world.draw_scene(draw), draw, wording) for _ in range(300)]
+    assert [prompt for prompt in prompts if unknown(prompt)] == []
