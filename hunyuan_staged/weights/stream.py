@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,8 +102,49 @@ def _read(file: int, buffer: memoryview, start: int) -> None:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """The device by number; without one it is this thread's current one, which a new thread does not share."""
-    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    """The device, a GPU by number; without one it is this thread's current one, which a new thread does not share."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class _Reader:
+    """Reads pieces of an open file on pool threads, each with a pinned buffer and a stream of its own."""
+
+    def __init__(self, file: int, device: torch.device, piece: int) -> None:
+        self.file, self.device, self.piece = file, device, piece
+        self.cuda = device.type == "cuda"
+        self.own = threading.local()
+
+    def take_device(self) -> None:
+        """What a new thread does first.
+
+        Its current device is 0, and leaving torch.cuda.stream goes back to it: each rank would open a context on GPU 0,
+        some 500 MB each.
+        """
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+
+    def read(
+        self, start: int, end: int, parts: Sequence[tuple[Entry, torch.Tensor]], free: torch.cuda.Event | None
+    ) -> None:
+        """The file's bytes from start to end, into those tensors (as bytes); free: when they may be written."""
+        own = self.own
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(self.piece, dtype=torch.uint8, pin_memory=self.cuda)
+            own.stream = torch.cuda.Stream(self.device) if self.cuda else None
+        buffer = own.buffer[: end - start]
+        _read(self.file, memoryview(buffer.numpy()), start)
+        with torch.cuda.stream(own.stream) if self.cuda else nullcontext():
+            if free is not None:
+                own.stream.wait_event(free)  # the memory may have been another tensor's, still in use
+            for entry, flat in parts:
+                first, last = max(start, entry.start), min(end, entry.end)
+                flat[first - entry.start : last - entry.start].copy_(
+                    buffer[first - start : last - start], non_blocking=True
+                )
+        if self.cuda:
+            own.stream.synchronize()
 
 
 def tensors(
@@ -115,60 +155,37 @@ def tensors(
     workers: threads, by default as many as there are cores, and at most WORKERS. piece: bytes that one of them reads at a
     time. Raises OSError, ValueError, or KeyError for a name that the file lacks.
     """
-    cuda = device.type == "cuda"
+    device = _with_index(device)
     held = entries(path)
     wanted = [held[name] for name in names]
     workers = workers or min(WORKERS, len(os.sched_getaffinity(0)))
-    own = threading.local()
+    with path.open("rb") as opened:
+        reader = _Reader(opened.fileno(), device, piece)
+        with ThreadPoolExecutor(workers, "reading", initializer=reader.take_device) as pool:
+            allocated: dict[str, torch.Tensor] = {}
+            under_way: deque[tuple[Future, list[Entry]]] = deque()
+            coming = pieces(wanted, piece)
 
-    def work(
-        file: int, start: int, end: int, parts: Sequence[tuple[Entry, torch.Tensor]], free: torch.cuda.Event | None
-    ) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = torch.empty(piece, dtype=torch.uint8, pin_memory=cuda)
-            own.stream = torch.cuda.Stream(device) if cuda else None
-        buffer = own.buffer[: end - start]
-        _read(file, memoryview(buffer.numpy()), start)
-        with torch.cuda.stream(own.stream) if cuda else nullcontext():
-            if free is not None:
-                own.stream.wait_event(free)  # the memory may have been another tensor's, still in use
-            for entry, flat in parts:
-                first, last = max(start, entry.start), min(end, entry.end)
-                flat[first - entry.start : last - entry.start].copy_(
-                    buffer[first - start : last - start], non_blocking=True
-                )
-        if cuda:
-            own.stream.synchronize()
+            def hand_out() -> None:
+                for start, end, inside in coming:
+                    parts = []
+                    for entry in inside:
+                        if entry.name not in allocated:
+                            allocated[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                        parts.append((entry, allocated[entry.name].view(-1).view(torch.uint8)))
+                    free = torch.cuda.current_stream(device).record_event() if reader.cuda else None
+                    done = [entry for entry in inside if entry.end <= end]
+                    under_way.append((pool.submit(reader.read, start, end, parts, free), done))
+                    return
 
-    # A new thread's current device is 0, and leaving torch.cuda.stream goes back to it: each rank would open a context on
-    # GPU 0, some 500 MB each.
-    take_device = partial(torch.cuda.set_device, _with_index(device)) if cuda else None
-    with path.open("rb") as opened, ThreadPoolExecutor(workers, "reading", initializer=take_device) as pool:
-        file = opened.fileno()
-        allocated: dict[str, torch.Tensor] = {}
-        under_way: deque[tuple[Future, list[Entry]]] = deque()
-        coming = pieces(wanted, piece)
-
-        def hand_out() -> None:
-            for start, end, inside in coming:
-                parts = []
-                for entry in inside:
-                    if entry.name not in allocated:
-                        allocated[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-                    parts.append((entry, allocated[entry.name].view(-1).view(torch.uint8)))
-                free = torch.cuda.current_stream(device).record_event() if cuda else None
-                done = [entry for entry in inside if entry.end <= end]
-                under_way.append((pool.submit(work, file, start, end, parts, free), done))
-                return
-
-        try:
-            for _ in range(AHEAD * workers):
-                hand_out()
-            while under_way:
-                future, done = under_way.popleft()
-                future.result()
-                hand_out()
-                for entry in done:
-                    yield entry.name, allocated.pop(entry.name)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            try:
+                for _ in range(AHEAD * workers):
+                    hand_out()
+                while under_way:
+                    future, done = under_way.popleft()
+                    future.result()
+                    hand_out()
+                    for entry in done:
+                        yield entry.name, allocated.pop(entry.name)
+            finally:
+                pool.shutdown(cancel_futures=True)

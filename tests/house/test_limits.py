@@ -20,7 +20,6 @@ LARGE_MODULES: dict[str, int] = {}
 LONG_FUNCTIONS = {
     "decoding/tiled.py decode_frames": 79,
     "decoding/whole.py decode_whole": 69,
-    "weights/stream.py tensors": 65,
 }
 MANY_PARAMETERS = {"decoding/tiled.py decode_frames": 10}
 KERNELS = "models/vae_kernels.py"  # Triton's take their numbers one by one
