@@ -58,6 +58,8 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     if options.dry_run:
         run.show_plan(setup.rows(plan, free))
         return
+    if left := encoding.outdated(options):
+        run.warn(left)
     tensors = encoding.encode(setup, plan, run)
     with run.timed("write"):
         written = encoding.write(setup, tensors)

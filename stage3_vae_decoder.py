@@ -38,6 +38,8 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     if options.dry_run:
         run.show_plan(setup.rows(plan, free, run.world.size))
         return
+    if other := decoding.replaced(options, job):
+        run.warn(other)
     written = decoding.run(setup, plan, run)
     for path, what in written.files:
         run.add_output(path, what)

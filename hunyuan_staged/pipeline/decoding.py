@@ -69,6 +69,15 @@ def read_job(options: DecodeOptions) -> DecodeJob:
     return DecodeJob(latents, provenance.sha256(folder / contract.LATENTS_FILE), config, mismatch)
 
 
+def replaced(options: DecodeOptions, job: DecodeJob) -> str | None:
+    """Which video of other latents, so of another prompt or seed, this run replaces; None where there is none."""
+    video, former = video_path(options), job.config.get(contract.LATENTS_HASH)
+    recorded = job.config.get("output_video")
+    if former is None or former == job.latents_hash or recorded != str(video) or not video.is_file():
+        return None
+    return f"{video} was made from other latents (another prompt, seed or settings), and is replaced"
+
+
 @dataclass(frozen=True)
 class DecodeSetup:
     """A decoding whose options, latents and model have been brought together. world: of the processes that decode."""

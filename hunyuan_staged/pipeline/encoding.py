@@ -16,7 +16,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.encoders import image, text
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance
-from hunyuan_staged.files.config import update_config
+from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.tensors import save_embeddings
 from hunyuan_staged.memory import budget, estimates, offloading
 from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
@@ -38,6 +38,18 @@ DEMO_USED = (
 def locks(options: EncodeOptions) -> list[Lock]:
     """What a run must lock before it writes."""
     return [(Path(options.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])]
+
+
+def outdated(options: EncodeOptions) -> str | None:
+    """What of an earlier run in the folder belongs to another prompt once this one has written; None: nothing."""
+    folder = Path(options.output_dir)
+    left = [name for name in (contract.LATENTS_FILE, contract.VIDEO_FILE) if (folder / name).is_file()]
+    if not left or not (folder / contract.CONFIG_FILE).is_file():
+        return None
+    former = read_config(folder).get("prompt")
+    if former is None or former == options.prompt:
+        return None
+    return f"{' and '.join(str(folder / name) for name in left)}: of the former prompt {former[:60]!a}, until made anew"
 
 
 def read_image(options: EncodeOptions) -> Image.Image | None:

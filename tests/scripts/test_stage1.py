@@ -169,6 +169,16 @@ def test_help_is_grouped_with_defaults_and_an_example_and_loads_no_torch(script)
     assert "examples:\n  python " in result.stdout
 
 
+def test_what_belongs_to_the_former_prompt_is_named(tmp_path, tiny_official):
+    flags = ["--model_path", tiny_official, "--output_dir", tmp_path, "--prompt"]
+    assert "former prompt" not in call(*flags, "one").stderr
+    (tmp_path / contract.LATENTS_FILE).touch()
+    assert "former prompt" not in call(*flags, "one").stderr
+    result = call(*flags, "two")
+    assert result.returncode == 0
+    assert f"{tmp_path / contract.LATENTS_FILE}: of the former prompt 'one', until made anew" in result.stderr
+
+
 def test_help_says_what_the_demo_knows():
     from hunyuan_staged.demo import world
 

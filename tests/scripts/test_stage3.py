@@ -66,6 +66,19 @@ def test_video_frames_config_and_report(done):
     )
 
 
+def test_a_video_of_other_latents_is_replaced_with_a_warning(done, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    config = read_config(folder) | {"output_video": str(folder / contract.VIDEO_FILE)}
+    (folder / contract.CONFIG_FILE).write_text(json.dumps(config))
+    warned = f"{folder / contract.VIDEO_FILE} was made from other latents (another prompt, seed or settings)"
+    assert warned not in call("--input_dir", folder, *TILES).stderr
+    latents, metadata = tensors.load_latents(folder)
+    save_file({"latents": latents + 1}, folder / contract.LATENTS_FILE, metadata=metadata)
+    result = call("--input_dir", folder, *TILES)
+    assert result.returncode == 0 and f"{warned}, and is replaced" in result.stderr
+
+
 def copy_of(done, tmp_path: Path) -> Path:
     for name in (contract.CONFIG_FILE, contract.LATENTS_FILE):
         shutil.copy(done[0] / name, tmp_path)
