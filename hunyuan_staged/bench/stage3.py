@@ -59,12 +59,13 @@ def decode(
     """The frames of one decoding as args ask for it; with --share_of none, but all that one rank does."""
     from hunyuan_staged.decoding import tiled, whole
     from hunyuan_staged.decoding.frames import chunk_spans
+    from hunyuan_staged.decoding.tiling import Tiling
     from hunyuan_staged.models.vae_decoder import Decoder
     from hunyuan_staged.parallel.layout import split_evenly
 
     if decoding.tile_size is not None:
-        tiling = {"tile_size": decoding.tile_size, "tile_overlap": args.tile_overlap}
-        yield from tiled.decode_frames(module, latents, config, **tiling, at_once=decoding.at_once, world=world)
+        tiling = Tiling(decoding.tile_size, args.tile_overlap, decoding.at_once)
+        yield from tiled.decode_frames(module, latents, config, tiling, world=world)
     elif args.share_of is None:
         yield from whole.decode_whole(module, latents, config, decoding, world=world)
     else:

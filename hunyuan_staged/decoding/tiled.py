@@ -7,7 +7,7 @@ Letters: T frames, H x W px of the video; t, h, w the same of a latent; C channe
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hunyuan_staged.decoding.blending import Blender, Canvas, piece_order
 from hunyuan_staged.decoding.frames import FiniteChecks, FrameBatch, chunk_spans
-from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tile, TilePlan, assign_by_cost, tile_plan, whole_plan
+from hunyuan_staged.decoding.tiling import Tile, TilePlan, Tiling, assign_by_cost, tile_plan, whole_plan
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.parallel.world import World
@@ -58,17 +58,12 @@ def tile_owners(plan: TilePlan, ranks: int) -> list[int]:
 
 
 def _pieces(
-    decoder: Decoder,
-    latents: torch.Tensor,
-    ratio: int,
-    at_once: int,
-    tile_overlap: float,
-    warn: Callable[[str], object],
+    decoder: Decoder, ratio: int, tiling: Tiling, warn: Callable[[str], object], latents: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """A tile's pieces. Where memory runs out, the tile is decoded again in tiles of half its side, once."""
+    """The pieces of a tile's latents. Where memory runs out, the tile is decoded again in tiles of half its side, once."""
     done = 0
     try:
-        for piece in decoder(latents, at_once):
+        for piece in decoder(latents, tiling.at_once):
             yield piece
             done += 1
         return
@@ -83,9 +78,9 @@ def _pieces(
     warn(f"out of memory with a tile of {shape}: it is decoded in tiles of {half} px instead ({reason})")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    plan = tile_plan(height, width, tile_size=half, tile_overlap=tile_overlap, spatial_ratio=ratio)
+    plan = tile_plan(height, width, tile_size=half, tile_overlap=tiling.tile_overlap, spatial_ratio=ratio)
     try:
-        for number, piece in enumerate(_blended(decoder, latents, plan, at_once)):
+        for number, piece in enumerate(_blended(decoder, latents, plan, tiling.at_once)):
             if number >= done:
                 yield piece
     except torch.OutOfMemoryError as error:
@@ -128,71 +123,45 @@ def decode_frames(
     decoder: torch.nn.Module | None,
     latents: torch.Tensor,
     config: Mapping[str, Any],
+    tiling: Tiling,
     *,
-    tile_size: int | None,
-    tile_overlap: float,
     world: World,
-    at_once: int = CHUNK_SIZES[0],
     progress: Callable[..., Any] = quiet,
     warn: Callable[[str], object] = str,
     as_float: bool = False,
 ) -> Iterator[FrameBatch]:
     """Decode latents [1, C, t, h, w] to batches of frames, in order, on rank 0; the other ranks yield nothing.
 
-    Every rank of `world` calls this with the same arguments and goes through to the end. decoder: a
-    VaeDecoder on the rank's device; None where tile_owners gives the rank no tile. config: scaling_factor,
-    latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE. tile_size is in px, None for
-    whole frames. at_once: latent frames of a chunk. warn(line) is told where memory ran out and what was done.
-    The result has the same bits for any number of ranks: they only decode, and rank 0 does all later arithmetic.
+    Every rank of `world` calls this with the same arguments and goes through to the end. The result has the same bits for
+    any number of ranks: they only decode, and rank 0 does all later arithmetic.
+
+    Args:
+        decoder: a VaeDecoder on the rank's device; None where tile_owners gives the rank no tile.
+        config: scaling_factor, latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE.
+        warn: is told, in a line, where memory ran out and what was done.
+        as_float: batches hold the frames in float, too.
 
     Raises InputError as plan_decode does, and where memory runs out at half the tile size, too; FloatingPointError
     where a tile decodes to NaN or Inf.
     """
-    plan = plan_decode(latents, config, tile_size=tile_size, tile_overlap=tile_overlap)
+    plan = plan_decode(latents, config, tile_size=tiling.tile_size, tile_overlap=tiling.tile_overlap)
     owners = dict(zip(plan.tiles, tile_owners(plan, world.size), strict=True))
     if world.rank not in owners.values():
         return
     assert decoder is not None, f"rank {world.rank} has tiles to decode and no decoder"
     forward = Decoder(decoder)
     scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
-    spans = chunk_spans(latents.shape[2], at_once, config["temporal_compression_ratio"])
+    spans = chunk_spans(latents.shape[2], tiling.at_once, config["temporal_compression_ratio"])
     order = piece_order(plan, len(spans))
-    start = partial(_pieces, forward, ratio=plan.spatial_ratio, at_once=at_once, tile_overlap=tile_overlap, warn=warn)
-
-    def mine() -> Iterator[torch.Tensor]:
-        begun: dict[Tile, Iterator[torch.Tensor]] = {}
-        for tile, chunk in order:
-            if owners[tile] != world.rank:
-                continue
-            if chunk == 0:
-                begun[tile] = start(latents=_cut(scaled, tile))
-            yield next(begun[tile])
-            if chunk == len(spans) - 1:
-                del begun[tile]
-
+    start = partial(_pieces, forward, plan.spatial_ratio, tiling, warn)
+    mine = _own_pieces([place for place in order if owners[place[0]] == world.rank], len(spans), scaled, start)
     if not world.is_main:
-        _send(mine())
+        _send(mine)
         return
-
-    def receive(tile: Tile, chunk: int) -> torch.Tensor:
-        sides = (side * plan.spatial_ratio for side in (tile.y.size, tile.x.size))
-        frames = spans[chunk].stop - spans[chunk].start
-        incoming = torch.empty(frames, *sides, 3, dtype=forward.dtype, device=forward.device)
-        dist.recv(incoming, src=owners[tile])
-        return incoming
-
-    floats = forward.dtype if as_float else None
-    canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, floats)
+    canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, forward.dtype if as_float else None)
     checks = FiniteChecks(forward.dtype)
-    # Its own next piece is under way before rank 0 waits for others' that come earlier: it never idles with work left.
-    own = mine()
-    ahead = next(own, None)
-    for tile, chunk in progress(order, desc="decoding", total=len(order), unit="piece"):
-        if owners[tile] == 0:
-            assert ahead is not None
-            piece, ahead = ahead, next(own, None)
-        else:
-            piece = receive(tile, chunk)
+    places = progress(order, desc="decoding", total=len(order), unit="piece")
+    for tile, chunk, piece in _all_pieces(places, owners, mine, partial(_receive, plan.spatial_ratio, spans, forward)):
         checks.add(f"tile {tile.row},{tile.column}", torch.isfinite(piece).all())
         canvas.draw(tile, chunk, spans[chunk], piece)
         # Read one piece late, so that the device has the next one to work on meanwhile.
@@ -203,3 +172,44 @@ def decode_frames(
             canvas.leave(spans[chunk])
     checks.settle()
     yield from canvas.arrived()
+
+
+def _own_pieces(
+    places: Sequence[tuple[Tile, int]], chunks: int, latents: torch.Tensor, start: Callable[..., Iterator[torch.Tensor]]
+) -> Iterator[torch.Tensor]:
+    """A rank's pieces in the order of `places`, (tile, chunk) each; a tile's decoding stays open until its last chunk."""
+    begun: dict[Tile, Iterator[torch.Tensor]] = {}
+    for tile, chunk in places:
+        if chunk == 0:
+            begun[tile] = start(_cut(latents, tile))
+        yield next(begun[tile])
+        if chunk == chunks - 1:
+            del begun[tile]
+
+
+def _all_pieces(
+    places: Iterable[tuple[Tile, int]],
+    owners: Mapping[Tile, int],
+    mine: Iterator[torch.Tensor],
+    receive: Callable[[Tile, int, int], torch.Tensor],
+) -> Iterator[tuple[Tile, int, torch.Tensor]]:
+    """Rank 0: (tile, chunk, piece) of all ranks, in order.
+
+    Its own next piece is under way before it waits for others' that come earlier: it never idles with work left.
+    """
+    ahead = next(mine, None)
+    for tile, chunk in places:
+        if owners[tile] == 0:
+            assert ahead is not None
+            piece, ahead = ahead, next(mine, None)
+        else:
+            piece = receive(tile, chunk, owners[tile])
+        yield tile, chunk, piece
+
+
+def _receive(ratio: int, spans: Sequence[slice], forward: Decoder, tile: Tile, chunk: int, source: int) -> torch.Tensor:
+    sides = (side * ratio for side in (tile.y.size, tile.x.size))
+    frames = spans[chunk].stop - spans[chunk].start
+    incoming = torch.empty(frames, *sides, 3, dtype=forward.dtype, device=forward.device)
+    dist.recv(incoming, src=source)
+    return incoming

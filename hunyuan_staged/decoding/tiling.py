@@ -42,6 +42,16 @@ def check_tiling(tile_size: int, tile_overlap: float, spatial_ratio: int) -> tup
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How latents are cut: the side of a tile in px (None: whole frames), the share of it that blends with the next one,
+    and how many latent frames are decoded at once."""
+
+    tile_size: int | None = DEFAULT_TILE_SIZE
+    tile_overlap: float = DEFAULT_TILE_OVERLAP
+    at_once: int = CHUNK_SIZES[0]
+
+
+@dataclass(frozen=True)
 class Span:
     """A tile's extent along one axis: it decodes [start, start + size) and shows the first `kept` of that."""
 

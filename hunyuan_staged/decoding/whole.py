@@ -172,6 +172,30 @@ def _more_bands(decoding: Decoding, ranks: int, height: int, reason: str) -> Dec
     return replace(decoding, bands=bands)
 
 
+def _pieces(
+    forward: Decoder, latents: torch.Tensor, spans: Sequence[slice], decoding: Decoding, ranks: int, *, as_float: bool
+) -> Iterator[tuple[slice, slice, Pixels]]:
+    """What rank 0 gets, alone or of `ranks`: (rows in latents, frames, pixels)."""
+    if ranks == 1:
+        return in_bands(forward, latents, spans, decoding, as_float=as_float)
+    shard = RowShard(0, split_evenly(latents.shape[3], ranks), exchange)
+    return over_ranks(forward, latents, spans, decoding.at_once, shard, as_float=as_float)
+
+
+def _complete(
+    pieces: Iterator[tuple[slice, slice, Pixels]], buffer: FrameBuffer, checks: FiniteChecks, height: int, ratio: int
+) -> Iterator[FrameBatch]:
+    """Put pieces into the buffer, and give the frames that have all their rows and have left it."""
+    for rows, now, pixels in pieces:
+        checks.add(f"frames {now.start} to {now.stop - 1}", pixels.finite)
+        buffer.put((now, slice(rows.start * ratio, rows.stop * ratio)), pixels.frames, pixels.floats)
+        # Read one late, so that the device works on the next meanwhile.
+        checks.settle(keep=1)
+        if rows.stop == height and now.start >= buffer.left:
+            yield from buffer.arrived()
+            buffer.leave(now)
+
+
 @torch.no_grad()
 def decode_whole(
     decoder: torch.nn.Module | None,
@@ -215,26 +239,15 @@ def decode_whole(
     buffer = FrameBuffer(size, forward.device, forward.dtype if as_float else None)
     checks = FiniteChecks(forward.dtype)
 
-    def pieces() -> Iterator[tuple[slice, slice, Pixels]]:
-        if ranks == 1:
-            return in_bands(forward, scaled, spans, decoding, as_float=as_float)
-        shard = RowShard(0, split_evenly(height, ranks), exchange)
-        return over_ranks(forward, scaled, spans, decoding.at_once, shard, as_float=as_float)
-
     while True:
         try:
-            total = len(spans) * decoding.bands
-            for rows, now, pixels in progress(pieces(), desc="decoding", total=total, unit="chunk"):
-                checks.add(f"frames {now.start} to {now.stop - 1}", pixels.finite)
-                buffer.put((now, slice(rows.start * ratio, rows.stop * ratio)), pixels.frames, pixels.floats)
-                # Read one late, so that the device works on the next meanwhile.
-                checks.settle(keep=1)
-                if rows.stop == height and now.start >= buffer.left:
-                    yield from buffer.arrived()
-                    buffer.leave(now)
+            coming = _pieces(forward, scaled, spans, decoding, ranks, as_float=as_float)
+            coming = progress(coming, desc="decoding", total=len(spans) * decoding.bands, unit="chunk")
+            yield from _complete(coming, buffer, checks, height, ratio)
             break
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
+        del coming
         # Out here nothing holds the failed try's memory any more.
         decoding = _more_bands(decoding, ranks, height, reason)
         warn(f"out of memory: decoded again in {decoding.bands} bands of rows ({reason})")

@@ -270,8 +270,7 @@ class Generator:
             self.decoder,
             latents,
             self.vae_config,
-            tile_size=tiling.DEFAULT_TILE_SIZE,
-            tile_overlap=tiling.DEFAULT_TILE_OVERLAP,
+            tiling.Tiling(),
             world=parallel_world.World(0, 1, self.device),
         )
         with tempfile.TemporaryDirectory() as scratch:

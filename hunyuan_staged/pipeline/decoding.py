@@ -19,6 +19,7 @@ import torch
 from hunyuan_staged.decoding import planning, tiled, whole
 from hunyuan_staged.decoding.frames import FrameBatch
 from hunyuan_staged.decoding.rows import row_ranks
+from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.encoding import ENCODERS, Encoding, default_preset
@@ -181,7 +182,8 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
     if plan.tile_size is None:
         batches = whole.decode_whole(decoder, latents, config, plan, **common)
     else:
-        batches = tiled.decode_frames(decoder, latents, config, **setup.tiling(plan), at_once=plan.at_once, **common)
+        tiling = Tiling(**setup.tiling(plan), at_once=plan.at_once)
+        batches = tiled.decode_frames(decoder, latents, config, tiling, **common)
     with report.timed("compute"):
         if not world.is_main:
             collections.deque(batches, maxlen=0)  # which goes through to their end

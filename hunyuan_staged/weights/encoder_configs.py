@@ -56,6 +56,9 @@ def language_config(path: Path) -> tuple[Any, int]:
         num_hidden_layers=kept,
         rope_parameters={"rope_type": "default", "mrope_section": sections, "rope_theta": theta},
         attn_implementation="sdpa",
+        # Nothing is generated; the defaults would be warned of where the vocabulary is smaller.
+        bos_token_id=None,
+        eos_token_id=None,
     )
     return text, kept
 

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hunyuan_staged.decoding import frames, tiled, tiling
+from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models import vae_decoder
 from hunyuan_staged.models.vae_decoder import Decoder
@@ -77,9 +78,13 @@ def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
     torch.testing.assert_close(decoded_by(decoder, latents, at_once), wanted, rtol=1e-4, atol=1e-5)
 
 
+def decode_tiles(decoder, latents, config, *, tile_size, tile_overlap, at_once=CHUNK_SIZES[0], **options):
+    return tiled.decode_frames(decoder, latents, config, Tiling(tile_size, tile_overlap, at_once), **options)
+
+
 def decoded(*args, **options) -> frames.FrameBatch:
     """All blocks of vae.decode_frames as one, its floats [1, 3, T, H, W]."""
-    blocks = list(tiled.decode_frames(*args, **options))
+    blocks = list(decode_tiles(*args, **options))
     floats = [block.floats for block in blocks if block.floats is not None]
     return frames.FrameBatch(
         torch.cat([block.frames for block in blocks]),
@@ -249,7 +254,7 @@ def test_frames_leave_while_the_last_row_of_tiles_is_decoded(monkeypatch):
     monkeypatch.setattr(Decoder, "__call__", watched)
     lengths, seen = [], []
     options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "at_once": 1}
-    for block in tiled.decode_frames(tiny_decoder(), draw_latents(3, 5, 7), CONFIG, **options):
+    for block in decode_tiles(tiny_decoder(), draw_latents(3, 5, 7), CONFIG, **options):
         lengths.append(len(block.frames))
         seen.append(len(pieces))
     assert lengths == [1, 4, 4]
@@ -332,7 +337,7 @@ def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
             part = World(world.rank, size, world.device)
             options = {"tile_size": tile_size, "tile_overlap": 0.25, "world": part, "as_float": True, "at_once": 2}
             if world.rank > 0:
-                assert list(tiled.decode_frames(decoder, latents, CONFIG, **options)) == []
+                assert list(decode_tiles(decoder, latents, CONFIG, **options)) == []
             else:
                 video = decoded(decoder, latents, CONFIG, **options)
                 results[json.dumps([size, tile_size, "frames"])] = video.frames.numpy()
