@@ -107,17 +107,17 @@ class World:
             shared[name] = tensor
         return shared
 
-    def claims_report(self) -> bool:
+    def claims_report(self) -> bool | None:
         """Whether this process is the first of the run that ends with an error, and so the one to speak.
 
-        Where the store is gone with the process that held it, each takes itself for the first.
+        None: the store is gone with the process that held it.
         """
         if self.store is None:
             return True
         try:
             return self.store.add("failed", 1) == 1
         except dist.DistError:
-            return True
+            return None
 
     def report_error(self) -> None:
         """Tell the others that the error has been printed: torchrun ends all processes once one has ended."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
 
 # A launcher ends every process as soon as one ends badly: the others wait this long, so that the first gets to speak.
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 15.0
 
 
 def is_first() -> bool:
@@ -90,7 +90,11 @@ def _is_the_cause(error: BaseException, world: World, interrupts: Interrupts) ->
     """
     if _failed_exchange(error) and _wait_until(lambda: bool(interrupts.received) or world.error_reported()):
         return False
-    return world.claims_report()
+    claimed = world.claims_report()
+    if claimed is None:
+        # The process that held the store has ended, most often with the same error; the launcher then ends this one.
+        return not _wait_until(lambda: bool(interrupts.received))
+    return claimed
 
 
 def _failed_exchange(error: BaseException) -> bool:
