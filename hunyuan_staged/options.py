@@ -10,9 +10,8 @@ from typing import Any
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
-from hunyuan_staged.decoding import tiling
+from hunyuan_staged.decode_options import DecodeOptions as DecodeOptions
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files import encoding
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
 from hunyuan_staged.run_options import (
@@ -21,25 +20,23 @@ from hunyuan_staged.run_options import (
     DEFAULT_ASPECT_RATIO,
     DEFAULT_CFG_PARALLEL,
     DEFAULT_DTYPE,
-    DEFAULT_FPS,
     DEFAULT_OUTPUT_DIR,
     DEFAULT_SAGE_BLOCKS,
     DISABLE_OFFLOADING,
     DTYPES,
     FILES,
-    MAX_NAME_BYTES,
     MAX_STEPS,
     SAMPLING,
     SPEED,
     STOPPING,
     STRICT,
-    TILES,
     VIDEO,
     WEIGHTS_DTYPES,
     EncodeOptions,
     RunOptions,
     offload_help,
 )
+from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
 from hunyuan_staged.sampling import cache_settings
 
 
@@ -236,64 +233,3 @@ class DenoiseOptions(RunOptions):
                 raise InputError(f"{text}: the weight {last} is not a finite number", option="lora")
             found.append((Path(file), weight))
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions(RunOptions):
-    """Stage 3: video latents → mp4, by the VAE's decoder."""
-
-    input_dir: str = flag("folder that stage 2 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
-    model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
-    output_video: str | None = flag("the .mp4 or .gif to write (default: output_video.mp4 in --input_dir)", group=FILES)
-    save_frames: bool = flag("also write stage3_frames.safetensors to --input_dir", group=FILES, default=False)
-    strict: bool = flag(STRICT, group=FILES, default=False)
-    fps: float = flag("frames per second (default: %(default)s)", group=VIDEO, default=DEFAULT_FPS)
-    encoder: str = flag(
-        "H.264 encoder of ffmpeg; h264_nvenc needs a GPU with one (default: %(default)s)",
-        group=VIDEO,
-        default=encoding.ENCODERS[0],
-        choices=encoding.ENCODERS,
-    )
-    encoder_preset: str | None = flag(
-        "the encoder's preset (default: x264's slowest from medium on that keeps up with decoding)", group=VIDEO
-    )
-    crf: int = flag(
-        f"loss of the mp4, 0 (none) to {encoding.MAX_CRF} (default: %(default)s)", group=VIDEO, default=encoding.CRF
-    )
-    tile_size: int | None = flag(
-        "decode in tiles with sides of so many px (default: whole frames; "
-        f"{tiling.DEFAULT_TILE_SIZE} or {tiling.SMALL_TILE_SIZE} where they do not fit)",
-        group=TILES,
-    )
-    tile_overlap: float = flag(
-        f"share of a tile that blends with its neighbour, 0 to {tiling.MAX_OVERLAP} (default: %(default)s)",
-        group=TILES,
-        default=tiling.DEFAULT_TILE_OVERLAP,
-    )
-    disable_tiling: bool = flag(
-        "refuse what does not fit in whole frames, rather than decode it in tiles", group=TILES, default=False
-    )
-    disable_tile_parallelism: bool = flag(
-        "the first process decodes alone, the others wait", group=TILES, default=False
-    )
-
-    def check(self) -> None:
-        super().check()
-        if not 1 <= self.fps <= 240:
-            raise InputError(f"{self.fps:g} is outside 1 to 240", option="fps")
-        encoding.check_encoding(encoding.Encoding(self.encoder, self.encoder_preset, self.crf))
-        if not self.disable_tiling:
-            size = tiling.DEFAULT_TILE_SIZE if self.tile_size is None else self.tile_size
-            tiling.check_tiling(size, self.tile_overlap, geometry.SPATIAL_RATIO)
-        if self.output_video is not None:
-            self._check_output_video(self.output_video)
-
-    def _check_output_video(self, name: str) -> None:
-        target = Path(name)
-        if target.suffix not in encoding.SUFFIXES or target.is_dir():
-            raise InputError(f"{name} is not the name of an .mp4 file or a .gif", option="output_video")
-        if len(target.name.encode()) > MAX_NAME_BYTES:
-            raise InputError(f"{name} is a name of more than {MAX_NAME_BYTES} bytes", option="output_video")
-        check_output_dir("--output_video", target.parent)
-        if not target.parent.exists():
-            raise InputError(f"{name}: {target.parent} does not exist", option="output_video")
