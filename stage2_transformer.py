@@ -57,7 +57,13 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DenoiseOptions, build_parser(), argv)
-    return utils.run_stage("stage 2", options, check=DenoiseOptions.check, body=lambda run, _: stage2(run, options))
+    return utils.run_stage(
+        "stage 2",
+        options,
+        check=DenoiseOptions.check,
+        body=lambda run, _: stage2(run, options),
+        modules=("hunyuan_staged.pipeline.denoising", "hunyuan_staged.sampling.state"),
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,13 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DecodeOptions, build_parser(), argv)
-    return utils.run_stage("stage 3", options, check=DecodeOptions.check, body=lambda run, _: stage3(run, options))
+    return utils.run_stage(
+        "stage 3",
+        options,
+        check=DecodeOptions.check,
+        body=lambda run, _: stage3(run, options),
+        modules=("hunyuan_staged.pipeline.decoding",),
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged.errors import InputError, one_line, write_stdout
-from hunyuan_staged.runtime.environment import check_environment, is_whole_run
+from hunyuan_staged.runtime.environment import await_turn, check_environment, is_whole_run
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back
@@ -177,14 +177,18 @@ def run_stage(
     check: Callable[[Any], Any] | None = None,
     body: Callable[[Run, Any], None],
     every_rank: bool = True,
+    modules: Sequence[str] = (),
 ) -> int:
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
     check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
-    process, in which any others that torchrun started have nothing to do. InputError becomes one line and status 2, with
+    process, in which any others that torchrun started have nothing to do. modules: what body imports, for a stage that the
+    launcher starts before its turn. InputError becomes one line and status 2, with
     --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our fault and
     keeps its traceback. On several processes the first that fails says so, and all of them end.
     """
+    if not await_turn(modules):
+        return 0
     world = None
     with Interrupts() as interrupts:
         try:

@@ -187,17 +187,22 @@ def run(python: str, command: Command) -> int:
     whole = not command.only and not options[-1].dry_run
     started = time.monotonic()
     with Supervisor() as supervisor:
+        groups = []
         for number, argv in zip(numbers, lists, strict=True):
             stage = STAGES[number - 1]
-            if supervisor.received:
-                print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
-                return SIGNALLED + supervisor.received
             count = 1 if stage in ALONE else command.gpus
             # Whatever a stage or a library prints: a whole run's standard output is the video's path.
             stdout = sys.stderr.fileno() if whole else None
             words = [python, str(ROOT / f"{stage}.py"), *argv]
-            status = supervisor.run(words, count, name=f"{stage}.py", stdout=stdout, whole=whole)
-            if status:
+            # All at once: what a later stage imports is there when its turn comes.
+            early = number != numbers[0]
+            name = f"{stage}.py"
+            groups.append(supervisor.start(words, count, name=name, stdout=stdout, whole=whole, early=early))
+        for group in groups:
+            if supervisor.received:
+                print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
+                return SIGNALLED + supervisor.received
+            if status := supervisor.finish(group):
                 return status
     if whole:
         video = Path(options[-1].output_video or Path(options[-1].input_dir) / contract.VIDEO_FILE).absolute()

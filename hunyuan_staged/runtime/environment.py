@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 from hunyuan_staged.errors import InputError
@@ -11,9 +13,26 @@ from hunyuan_staged.parallel.environment import rank_info
 WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"  # set by the launcher: another stage follows, or the launcher has the last word
 
 
+# Set by the launcher: the end of a pipe that a stage reads a byte from before it begins, while the one before it works.
+TURN_PIPE = "HUNYUAN_STAGED_TURN_PIPE"
+
+
 def is_whole_run() -> bool:
     """Whether the launcher runs this stage as one of all three."""
     return WHOLE_RUN in os.environ
+
+
+def await_turn(modules: Iterable[str]) -> bool:
+    """Import these modules and wait for the launcher's word, where it started this stage early; False: it has ended."""
+    pipe = os.environ.pop(TURN_PIPE, None)
+    if pipe is None:
+        return True
+    for module in modules:
+        import_module(module)
+    try:
+        return bool(os.read(int(pipe), 1))
+    finally:
+        os.close(int(pipe))
 
 
 def check_environment() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,12 +18,12 @@ from typing import Any
 
 from hunyuan_staged.errors import BAD_INPUT, InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET
-from hunyuan_staged.runtime.environment import WHOLE_RUN
+from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN
 from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
 # What another launcher may have left in the environment.
-LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET)
+LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE)
 LEFT_OVER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 MAX_COMPILE_THREADS = 32  # as Inductor's own default
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -33,8 +34,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def child_environment(count: int) -> dict[str, str]:
-    """What each of `count` processes is started in; what the user set stays."""
+def child_environment(count: int, whole: bool = False) -> dict[str, str]:
+    """What each of `count` processes is started in; what the user set stays. whole: as a stage of a whole run."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -51,7 +52,33 @@ def child_environment(count: int) -> dict[str, str]:
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if kept.get("PYTHONOPTIMIZE", "").isdecimal() and int(kept["PYTHONOPTIMIZE"]) > 1:
         kept["PYTHONOPTIMIZE"] = "1"  # transformers needs its docstrings
-    return defaults | kept
+    return defaults | kept | ({WHOLE_RUN: "1"} if whole else {})
+
+
+@dataclass
+class Group:
+    """The processes of one command. turn: the pipe whose bytes they wait for, one each, if they were started early."""
+
+    name: str
+    processes: list[subprocess.Popen[bytes]]
+    turn: int | None = None
+
+    def release(self) -> None:
+        """Let processes that were started early begin."""
+        if self.turn is not None:
+            with contextlib.suppress(BrokenPipeError):  # they have ended, and their status says how
+                os.write(self.turn, bytes(len(self.processes)))
+            os.close(self.turn)
+            self.turn = None
+
+    def kill(self) -> None:
+        """End processes whose turn does not come: they are silent, and hold nothing."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        if self.turn is not None:
+            os.close(self.turn)
 
 
 class Supervisor:
@@ -63,6 +90,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.received = 0
         self._running: list[subprocess.Popen[bytes]] = []
+        self._groups: list[Group] = []  # started, not finished
         self._former: dict[signal.Signals, Any] = {}
         self._mask: set[int] = set()
 
@@ -75,21 +103,68 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for group in self._groups:
+            group.kill()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    def start(
+        self,
+        command: Sequence[str],
+        count: int,
+        *,
+        name: str,
+        stdout: int | None = None,
+        whole: bool = False,
+        early: bool = False,
+    ) -> Group:
+        """Start `count` processes of a command.
+
+        Args:
+            name: what the line on stderr calls the command where its processes cannot have spoken themselves.
+            stdout: a file descriptor, else this process's own.
+            whole: it is a stage of a whole run, which its environment says.
+            early: it gets ready and waits for `finish`, see environment.await_turn.
+
+        InputError: it cannot be started.
+        """
+        environment = child_environment(count, whole)
+        if early:
+            read, write = os.pipe()
+            try:
+                processes = self._start(command, environment | {TURN_PIPE: str(read)}, count, stdout, (read,))
+            except BaseException:
+                os.close(write)
+                raise
+            finally:
+                os.close(read)
+            group = Group(name, processes, write)
+        else:
+            group = Group(name, self._start(command, environment, count, stdout))
+        self._groups.append(group)
+        return group
+
     def run(
         self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None, whole: bool = False
     ) -> int:
-        """The status of `count` processes of a command: 0, or that of the first to fail, which ends the others.
+        """`start`, then `finish`."""
+        return self.finish(self.start(command, count, name=name, stdout=stdout, whole=whole))
 
-        As a shell gives it: 128 and the number for a process that a signal ended. `name` is what the line on stderr
-        calls the command where its processes cannot have spoken themselves. whole: it is a stage of a whole run, which
-        its environment says. InputError: it cannot be started.
+    def finish(self, group: Group) -> int:
+        """The status of the processes of a command: 0, or that of the first to fail, which ends the others.
+
+        As a shell gives it: 128 and the number for a process that a signal ended.
         """
+        name, count = group.name, len(group.processes)
+        self._groups.remove(group)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._running, missed = group.processes, self.received
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self._start(command, child_environment(count) | ({WHOLE_RUN: "1"} if whole else {}), count, stdout)
+            group.release()
+            if missed:
+                self._send(missed)
             rank, code = self._wait()
         except BaseException:
             self._send(signal.SIGKILL, group=True)
@@ -104,7 +179,15 @@ class Supervisor:
             print(f"error: {which} ended with status {code}", file=sys.stderr)
         return code if code >= 0 else SIGNALLED - code
 
-    def _start(self, command: Sequence[str], environment: dict[str, str], count: int, stdout: int | None) -> None:
+    def _start(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        count: int,
+        stdout: int | None,
+        passed: Sequence[int] = (),
+    ) -> list[subprocess.Popen[bytes]]:
+        started: list[subprocess.Popen[bytes]] = []
         end_with_parent = partial(_end_with_parent, os.getpid(), _prctl()) if sys.platform == "linux" else None
         # Blocked in the child until it has its own handlers, see Interrupts.unblock, and here until all are started.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -112,25 +195,31 @@ class Supervisor:
             with contextlib.ExitStack() as stack:
                 listener = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if count > 1 else None
                 for rank in range(count):
-                    own, passed = dict(environment), list[int]()
+                    own, files = dict(environment), [*passed]
                     if listener is not None:
                         own |= _rank_environment(rank, count, listener.getsockname()[1])
                     if listener is not None and rank == 0:
-                        own[STORE_SOCKET], passed = str(listener.fileno()), [listener.fileno()]
-                    self._running.append(
+                        own[STORE_SOCKET] = str(listener.fileno())
+                        files.append(listener.fileno())
+                    started.append(
                         subprocess.Popen(
                             command,
                             env=own,
                             stdout=stdout,
-                            pass_fds=passed,
+                            pass_fds=files,
                             process_group=0,  # a terminal's Ctrl-C reaches it once, from here
                             preexec_fn=end_with_parent,
                         )
                     )
-        except OSError as error:
-            raise InputError(f"cannot start {Path(command[0]).name}: {error.strerror}") from error
+        except BaseException as error:
+            for process in started:
+                process.kill()
+            if isinstance(error, OSError):
+                raise InputError(f"cannot start {Path(command[0]).name}: {error.strerror}") from error
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return started
 
     def _wait(self) -> tuple[int, int]:
         """(rank, exit code) of the first process that failed, else (0, 0), once all have ended."""

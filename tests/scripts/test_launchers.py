@@ -19,6 +19,9 @@ STAND_IN = """\
 case "$*" in
 *hunyuan_staged.launch*) exec "$REAL_PYTHON" "$@" ;;
 esac
+if [[ -n ${HUNYUAN_STAGED_TURN_PIPE:-} ]]; then
+    IFS= read -r -d '' -n 1 -u "$HUNYUAN_STAGED_TURN_PIPE" || exit 0 # its turn does not come
+fi
 printf '%s\\n' "${RANK+rank $RANK of $WORLD_SIZE: }$*" >>"$CALLS"
 if [[ -n ${FAIL_AT:-} && "$*" == *"$FAIL_AT"* ]]; then exit 7; fi
 """
@@ -227,6 +230,9 @@ case "$*" in
 esac
 exec "$REAL_PYTHON" -c '
 import os, signal, sys
+turn = os.environ.get("HUNYUAN_STAGED_TURN_PIPE")
+if turn and not os.read(int(turn), 1):
+    sys.exit(0)
 def say(word):
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(word + chr(10))

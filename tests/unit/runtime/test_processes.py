@@ -13,7 +13,7 @@ from conftest import ROOT
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.world import check_devices
 from hunyuan_staged.runtime import processes
-from hunyuan_staged.runtime.environment import WHOLE_RUN
+from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN, await_turn
 from hunyuan_staged.runtime.processes import Supervisor, child_environment
 
 
@@ -94,6 +94,70 @@ def test_more_processes_than_gpus_are_refused():
 
 def test_cores_are_those_that_may_be_used():
     assert processes.cores() == len(os.sched_getaffinity(0))
+
+
+def started_early(supervisor, folder, count=2, first="import sys; sys.exit(0)"):
+    """(A group whose turn comes at once, one that waits); what the second does is a file `done` a process."""
+    program = f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from hunyuan_staged.runtime.environment import await_turn
+turn = await_turn(["this"])
+open(f"{folder}/" + ("done" if turn else "left") + str(os.getpid()), "w").close()
+"""
+    groups = [supervisor.start([sys.executable, "-c", first], 1, name="first.py")]
+    groups.append(supervisor.start([sys.executable, "-c", program], count, name="second.py", early=True))
+    return groups
+
+
+def test_a_stage_that_starts_early_waits_for_its_turn(tmp_path, capfd):
+    """Python's poem says when its modules are imported: before its turn."""
+    with Supervisor() as supervisor:
+        first, second = started_early(supervisor, tmp_path)
+        shown = ""
+        while shown.count("Namespaces are one honking great idea") < 2:
+            assert all(process.poll() is None for process in second.processes)
+            shown += capfd.readouterr().out
+            time.sleep(0.02)
+        assert supervisor.finish(first) == 0
+        assert not list(tmp_path.iterdir())
+        assert supervisor.finish(second) == 0
+    assert sorted(file.name[:4] for file in tmp_path.iterdir()) == ["done", "done"]
+
+
+def test_a_stage_whose_turn_does_not_come_ends_in_silence(tmp_path, capfd):
+    with Supervisor() as supervisor:
+        first, second = started_early(supervisor, tmp_path, first="import sys; sys.exit(7)")
+        assert supervisor.finish(first) == 7
+    assert [process.returncode for process in second.processes] == [-signal.SIGKILL] * 2
+    assert capfd.readouterr().err == "" and not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_waits_ends_with_a_launcher_that_was_killed(tmp_path):
+    """Its signals are held back: it sees that the pipe has ended."""
+    program = f"""import sys
+sys.path.insert(0, {str(ROOT / "tests/unit/runtime")!r})
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_processes import Supervisor, started_early
+with Supervisor() as supervisor:
+    first, second = started_early(supervisor, {str(tmp_path)!r}, 1, "import time; time.sleep(600)")
+    open({str(tmp_path / "pid")!r}, "w").write(str(second.processes[0].pid))
+    supervisor.finish(first)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    while alive(int(pid.read_text())):
+        time.sleep(0.05)
+    assert (tmp_path / f"left{pid.read_text()}").exists()
+
+
+def test_a_stage_by_itself_waits_for_nothing(monkeypatch):
+    monkeypatch.delenv(TURN_PIPE, raising=False)
+    assert await_turn(["no.such.module"])
 
 
 @pytest.mark.parametrize("whole", [False, True])
