@@ -105,7 +105,7 @@ class DenoiseOptions(RunOptions):
         "short for --attn_mode flex-block-attn with the sparse weights", group=SPEED, default=False
     )
     cfg_parallel: str = flag(
-        "the two guidance rows side by side on half of the processes each; auto: where they halve "
+        "the two guidance branches side by side on half of the processes each; auto: where they halve "
         "(default: %(default)s)",
         group=SPEED,
         default=DEFAULT_CFG_PARALLEL,

@@ -31,7 +31,7 @@ def add_stage2(stages: Any) -> None:
         "--cfg_parallel",
         default=options.DEFAULT_CFG_PARALLEL,
         choices=options.CFG_PARALLEL,
-        help="guidance rows apart",
+        help="guidance branches apart",
     )
     stage2.add_argument(
         "--cache_type", choices=tuple(cache_settings.CACHE_TYPES), help="also time a cache, over a run of 50 steps"

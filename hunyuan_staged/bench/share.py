@@ -39,7 +39,7 @@ def lone_share(ranks: int, branches: int, cfg_parallel: str) -> LoneShare:
 
 def describe_share(layout: LoneShare, whole: float, seconds: Sequence[float], steps: int) -> dict[str, Any]:
     """What bench prints. whole: seconds of a step on one device; seconds: of the timed shares; steps: all that were run."""
-    ranks, median = layout.rows * layout.shards, statistics.median(seconds)
+    ranks, median = layout.branches * layout.shards, statistics.median(seconds)
     return {
         "share_of": ranks,
         "share_layout": layout.describe(),

@@ -35,8 +35,8 @@ def cached_seconds(
     for number in range(settings.first_kept, min(settings.start + 3 * settings.interval, settings.last_reuse)):
         before = cached.counts[1]
 
-        def through(row: int, _: int, *rest: Any, number: int = number) -> Any:
-            return cached(row, number, *rest)
+        def through(branch: int, _: int, *rest: Any, number: int = number) -> Any:
+            return cached(branch, number, *rest)
 
         taken = step(through)
         seconds[cached.counts[1] > before].append(taken)
@@ -77,7 +77,7 @@ def described(args: argparse.Namespace, setup: Setup, tokens: int) -> dict[str, 
         "compiled": setup.compile,
         "offloaded": setup.offloaded,
         "weights_dtype": args.weights_dtype or str(torch.bfloat16),
-        "guidance_rows": setup.rows,
+        "guidance_branches": setup.branches,
     }
 
 
@@ -87,7 +87,7 @@ def speed(setup: Setup, video_tokens: int, warmup: list[float], timed: list[floa
     attention = attention_flops(video_tokens + TEXT_TOKENS, config.num_attention_heads, config.attention_head_dim)
     linear = linear_flops(video_tokens, TEXT_TOKENS, setup.inner, config.mlp_ratio)
     seconds = statistics.median(timed)
-    flops = setup.rows * config.num_layers * (attention + linear)
+    flops = setup.branches * config.num_layers * (attention + linear)
     return {
         "step_seconds": round(seconds, 4),
         "first_step_extra_seconds": round(warmup[0] - seconds, 2) if warmup else None,
@@ -128,7 +128,7 @@ def share_of_a_step(args: argparse.Namespace, setup: Setup, seconds: float) -> d
     """One rank's share of a step, timed alone; seconds: of the whole step."""
     from hunyuan_staged.bench.share import describe_share, lone_share
 
-    layout = lone_share(args.share_of, setup.rows, args.cfg_parallel)
+    layout = lone_share(args.share_of, setup.branches, args.cfg_parallel)
     step = Step(setup, args.guidance_scale, setup.forward(layout), layout)
     setup.reset_peak()
     times = [step() for _ in range(args.warmup + args.steps)]

@@ -29,7 +29,7 @@ def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setup:
-    """A full-size transformer on its device, and how it runs there; shape: of the latents; rows: of guidance."""
+    """A full-size transformer on its device, and how it runs there; shape: of the latents; branches: of guidance."""
 
     world: Any
     layout: Any
@@ -41,7 +41,7 @@ class Setup:
     blocks: Any
     weights_bytes: int
     shape: tuple[int, int, int, int, int]
-    rows: int
+    branches: int
     compile: bool
 
     @property
@@ -91,8 +91,8 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
 
     device, dtype = world.device, torch.bfloat16
     height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
-    rows = 2 if args.guidance_scale != 1 else 1
-    layout = make_layout(world, rows, args.cfg_parallel)
+    branches = 2 if args.guidance_scale != 1 else 1
+    layout = make_layout(world, branches, args.cfg_parallel)
     sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
     attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
     model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
@@ -116,7 +116,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         blocks,
         weights_bytes=torch.cuda.memory_allocated() if device.type == "cuda" else 0,
         shape=geometry.latent_shape(args.video_length, height, width, 32),
-        rows=rows,
+        branches=branches,
         compile=not args.no_compile,
     )
 
@@ -124,7 +124,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
 class Step:
     """A guided step of denoising, from noise and a random prompt: called, it gives its seconds.
 
-    One step of a one-step schedule is the whole work of any step: every guidance row, guidance, Euler.
+    One step of a one-step schedule is the whole work of any step: every guidance branch, guidance, Euler.
     """
 
     def __init__(self, setup: Setup, scale: float, forward: Any, layout: Any) -> None:
@@ -138,7 +138,7 @@ class Step:
         generator = torch.Generator().manual_seed(1)
         text = torch.randn(1, TEXT_TOKENS, setup.model.config.text_embed_dim, generator=generator)
         empty = torch.zeros(1, 0, 0, device=device, dtype=dtype)
-        self.conditioning = [embeddings.Conditioning(text.to(device, dtype), empty, empty)] * setup.rows
+        self.conditioning = [embeddings.Conditioning(text.to(device, dtype), empty, empty)] * setup.branches
         self.noise = schedule.initial_noise(setup.shape, 0, dtype).to(device)
         self.condition = conditions.condition_channels(self.noise, None)
         self.sigmas = schedule.flow_sigmas(1, 1.0)

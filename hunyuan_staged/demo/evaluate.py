@@ -230,10 +230,10 @@ class Generator:
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """(latents [1, 32, t, h, w] on the CPU, (steps computed, steps reused from a cache))."""
         from hunyuan_staged.models import transformer
-        from hunyuan_staged.models.embeddings import conditioning_of
         from hunyuan_staged.parallel import layout
         from hunyuan_staged.sampling import conditions, loop, schedule
         from hunyuan_staged.sampling.cache import Cache
+        from hunyuan_staged.sampling.guidance import guidance_branches
 
         embeddings = self.embed(prompt, setting.ablation)
         height, width = geometry.size_for_ratio(self.version.resolution, DEFAULT_ASPECT_RATIO)
@@ -241,15 +241,14 @@ class Generator:
         forward: Any = transformer.Transformer(self.transformer, self.attention, shape[2:])
         if setting.ablation == "timesteps_off_by_one":
             forward = _off_by_one(forward, setting)
-        prefixes = ("negative_", "") if setting.guidance_scale != 1 else ("",)
-        rows = [conditioning_of(embeddings, p, device=self.device, dtype=self.dtype) for p in prefixes]
+        branches = guidance_branches(embeddings, setting.guidance_scale, device=self.device, dtype=self.dtype)
         noise = schedule.initial_noise(shape, seed, torch.float32).to(self.device)
         cache = Cache(caching, layout.Layout(), forward.total) if caching else None
         latents = loop.denoise(
             forward,
             noise,
             conditions.condition_channels(noise.to(self.dtype), None),
-            rows,
+            branches,
             schedule.flow_sigmas(setting.steps, setting.flow_shift),
             loop.Sampling(setting.guidance_scale, cache=cache),
         )

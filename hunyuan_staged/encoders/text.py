@@ -1,4 +1,4 @@
-"""A prompt → the eight text tensors of stage 1: language and glyph embeddings with their masks, for both guidance rows.
+"""A prompt → stage 1's eight text tensors: language and glyph embeddings with masks, for both guidance branches.
 
 Letters: W width of an encoder, L tokens after the crop (1000), B glyph bytes (256).
 """

@@ -90,7 +90,7 @@ EMBEDDINGS_RULES = {
 }
 LATENTS_RULES = {"latents": TensorRule((1, "C", "t", "h", "w"))}
 FRAMES_RULES = {"frames": TensorRule((1, 3, "T", "H", "W"))}
-# The state of a feature cache, by guidance row: numbers, text tokens, and all else over the video's tokens.
+# The state of a feature cache, by guidance branch: numbers, text tokens, and all else over the video's tokens.
 _CACHE_STATE = re.compile(r"cache\.(?P<row>[01])\.(?P<name>\w+)")
 
 

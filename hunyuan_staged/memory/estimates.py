@@ -25,7 +25,7 @@ LANGUAGE_WORKING = GIB // 2
 class DenoisingSize:
     """What decides the working memory of a denoising step. channels: the width of the blocks; itemsize: of the dtype.
 
-    kernel: the attention mode that runs. shards: processes that a guidance row's tokens are split over. block: bytes of
+    kernel: the attention mode that runs. shards: processes that a guidance branch's tokens are split over. block: bytes of
     one block in the run's dtype where it is stored in another one, else 0. modulations: bytes of those computed
     beforehand. kept: activations that a cache keeps on this rank, of all guidance branches (CacheSettings.kept).
     """

@@ -93,7 +93,7 @@ def expected_seconds(
     offloaded: int,
     *,
     layers: int,
-    rows: int,
+    branches: int,
     ranks: int,
     steps: float | None,
     float8: bool = False,
@@ -103,7 +103,7 @@ def expected_seconds(
     steps: what steps_worth gave.
     """
     # All blocks and both guidance branches, in bf16, on one GPU: all that has been measured.
-    if steps is None or layers != LAYERS or rows != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
+    if steps is None or layers != LAYERS or branches != 2 or ranks != 1 or denoising.itemsize != 2 or float8:
         return None
     asked = (gpu, denoising.video_tokens, denoising.kernel, denoising.compiled, offloaded)
     for row in measured_steps():

@@ -11,7 +11,7 @@ LANGUAGE, GLYPH, IMAGE = 0, 1, 2  # rows of cond_type_embed
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One guidance row's valid text tokens: language [1, l, W1], glyph [1, g, W2], image [1, n, W3]; g, n may be 0."""
+    """One guidance branch's valid text tokens: language [1, l, W1], glyph [1, g, W2], image [1, n, W3]; g, n may be 0."""
 
     language: torch.Tensor
     glyph: torch.Tensor
@@ -22,20 +22,21 @@ class Conditioning:
         """L, the text tokens that enter the blocks."""
         return self.language.shape[1] + self.glyph.shape[1] + self.image.shape[1]
 
+    @classmethod
+    def from_embeddings(
+        cls, embeddings: Mapping[str, torch.Tensor], *, negative: bool = False, device: torch.device, dtype: torch.dtype
+    ) -> "Conditioning":
+        """The prompt, or the negative one, of stage 1's tensors, without its padding.
 
-def conditioning_of(
-    embeddings: Mapping[str, torch.Tensor], prefix: str, *, device: torch.device, dtype: torch.dtype
-) -> Conditioning:
-    """One guidance row of stage 1's tensors without its padding; prefix is "" or "negative_".
-
-    An image whose embeddings are absent or all zero (text to video) contributes no token, as in the official code.
-    """
-    language = embeddings[f"{prefix}prompt_embeds"][:, embeddings[f"{prefix}prompt_embeds_mask"][0].bool()]
-    glyph = embeddings[f"{prefix}prompt_embeds_2"][:, embeddings[f"{prefix}prompt_embeds_mask_2"][0].bool()]
-    image = embeddings.get("image_embeds")
-    if image is None or not image.any():
-        image = language.new_zeros(1, 0, 0)
-    return Conditioning(*(part.to(device, dtype) for part in (language, glyph, image)))
+        An image whose embeddings are absent or all zero (text to video) contributes no token, as in the official code.
+        """
+        prefix = "negative_" if negative else ""
+        language = embeddings[f"{prefix}prompt_embeds"][:, embeddings[f"{prefix}prompt_embeds_mask"][0].bool()]
+        glyph = embeddings[f"{prefix}prompt_embeds_2"][:, embeddings[f"{prefix}prompt_embeds_mask_2"][0].bool()]
+        image = embeddings.get("image_embeds")
+        if image is None or not image.any():
+            image = language.new_zeros(1, 0, 0)
+        return cls(*(part.to(device, dtype) for part in (language, glyph, image)))
 
 
 def rope_table(model: Any, frames: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

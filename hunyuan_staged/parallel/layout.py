@@ -1,4 +1,4 @@
-"""The layout of a run over processes: guidance rows x sequence shards, and the few collectives that it needs.
+"""The layout of a run over processes: guidance branches x sequence shards, and the few collectives that it needs.
 
 On one process the methods here return their input, so callers seldom ask how many there are.
 
@@ -22,28 +22,28 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands: which guidance row it computes, and which shard of that row's sequence.
+    """Where this process stands: which guidance branch it computes, and which shard of that branch's sequence.
 
-    rows is the number of guidance rows that run side by side (1 or 2). With rows = 1 each process computes every row,
-    one after the other. A row's shards talk through `group`; the same shard of both rows talks through `row_group`.
+    branches is the number of guidance branches that run side by side (1 or 2). With branches = 1 each process computes
+    all of them, one after the other. A branch's shards talk through `group`; the same shard of both branches talks
+    through `branch_group`.
     """
 
-    rows: int = 1
+    branches: int = 1
     shards: int = 1
-    row: int = 0
+    branch: int = 0
     shard: int = 0
     group: dist.ProcessGroup | None = None
-    row_group: dist.ProcessGroup | None = None
+    branch_group: dist.ProcessGroup | None = None
 
     def describe(self) -> str:
-        """One phrase for the log, e.g. "2 guidance rows x 4 sequence shards"."""
-        return (
-            f"{self.rows} guidance row{'s' * (self.rows > 1)} x {self.shards} sequence shard{'s' * (self.shards > 1)}"
-        )
+        """One phrase for the log, e.g. "2 guidance branches x 4 sequence shards"."""
+        branches = f"{self.branches} guidance branch{'es' * (self.branches > 1)}"
+        return f"{branches} x {self.shards} sequence shard{'s' * (self.shards > 1)}"
 
-    def my_rows(self, count: int) -> list[int]:
-        """Which of `count` guidance rows this process computes."""
-        return [self.row] if self.rows > 1 else list(range(count))
+    def my_branches(self, count: int) -> list[int]:
+        """Which of `count` guidance branches this process computes."""
+        return [self.branch] if self.branches > 1 else list(range(count))
 
     def scatter(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """This rank's shard of tokens that every rank holds whole: [.., S, ..] → [.., s, ..]."""
@@ -53,7 +53,7 @@ class Layout:
         return tokens.narrow(dim, sum(sizes[: self.shard]), sizes[self.shard]).contiguous()
 
     def gather(self, tokens: torch.Tensor, total: int) -> torch.Tensor:
-        """All shards of a row put together again, on every rank of it: [1, s, C] → [1, S, C]."""
+        """All shards of a branch put together again, on every rank of it: [1, s, C] → [1, S, C]."""
         if self.shards == 1:
             return tokens
         sizes = split_evenly(total, self.shards)
@@ -64,15 +64,15 @@ class Layout:
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The sum of a row's ranks' numbers [n], to the same bits on each of them: all add up in one order."""
+        """The sum of a branch's ranks' numbers [n], to the same bits on each of them: all add up in one order."""
         if self.shards == 1:
             return numbers
         return torch.stack(self._all_gather(numbers, self.shards, self.group)).sum(dim=0)
 
-    def gather_rows(self, velocity: torch.Tensor) -> list[torch.Tensor]:
-        """The velocity of every guidance row, where each row was computed by other ranks: X → [X of row 0, X of row 1]."""
-        assert self.rows > 1
-        return self._all_gather(velocity.contiguous(), self.rows, self.row_group)
+    def gather_branches(self, velocity: torch.Tensor) -> list[torch.Tensor]:
+        """The velocity of every guidance branch, each computed by other ranks: X → [X of branch 0, X of branch 1]."""
+        assert self.branches > 1
+        return self._all_gather(velocity.contiguous(), self.branches, self.branch_group)
 
     def head_shares(self, heads: int) -> tuple[int, ...]:
         """How many heads each shard attends with."""
@@ -144,28 +144,29 @@ def pack_heads(parts: Sequence[torch.Tensor], shares: Sequence[int]) -> torch.Te
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def plan_layout(world_size: int, guidance_rows: int, cfg_parallel: str = "auto") -> tuple[int, int]:
-    """(rows side by side, shards) for a run. "auto": two rows side by side where there are two and the ranks halve.
+def plan_layout(world_size: int, guidance_branches: int, cfg_parallel: str = "auto") -> tuple[int, int]:
+    """(branches side by side, shards) for a run. "auto": two side by side where there are two and the ranks halve.
 
     Raises InputError where "on" asks for what this world cannot do.
     """
-    fits = guidance_rows == 2 and world_size % 2 == 0
+    fits = guidance_branches == 2 and world_size % 2 == 0
     if cfg_parallel == "on" and not fits:
-        reason = "there is one guidance row" if guidance_rows != 2 else f"the number of processes, {world_size}, is odd"
+        odd = f"the number of processes, {world_size}, is odd"
+        reason = "there is one guidance branch" if guidance_branches != 2 else odd
         raise InputError(f"--cfg_parallel on: {reason}; use auto or off")
-    rows = 2 if fits and cfg_parallel != "off" else 1
-    return rows, world_size // rows
+    branches = 2 if fits and cfg_parallel != "off" else 1
+    return branches, world_size // branches
 
 
-def make_layout(world: World, guidance_rows: int, cfg_parallel: str = "auto") -> Layout:
-    """The layout of a run with 1 or 2 guidance rows on this world; creates the groups (every rank must call it)."""
-    rows, shards = plan_layout(world.size, guidance_rows, cfg_parallel)
+def make_layout(world: World, guidance_branches: int, cfg_parallel: str = "auto") -> Layout:
+    """The layout of a run with 1 or 2 guidance branches on this world; creates the groups (every rank must call it)."""
+    branches, shards = plan_layout(world.size, guidance_branches, cfg_parallel)
     if world.size == 1:
         return Layout()
-    row, shard = divmod(world.rank, shards)
-    if rows == 1:
-        return Layout(rows, shards, row, shard, dist.group.WORLD)
+    branch, shard = divmod(world.rank, shards)
+    if branches == 1:
+        return Layout(branches, shards, branch, shard, dist.group.WORLD)
     # Without a time-out of their own, groups take the backend's, which is shorter than the run's.
-    groups = [dist.new_group(range(r * shards, (r + 1) * shards), timeout=TIMEOUT) for r in range(rows)]
-    row_groups = [dist.new_group(range(s, world.size, shards), timeout=TIMEOUT) for s in range(shards)]
-    return Layout(rows, shards, row, shard, groups[row], row_groups[shard])
+    groups = [dist.new_group(range(r * shards, (r + 1) * shards), timeout=TIMEOUT) for r in range(branches)]
+    branch_groups = [dist.new_group(range(s, world.size, shards), timeout=TIMEOUT) for s in range(shards)]
+    return Layout(branches, shards, branch, shard, groups[branch], branch_groups[shard])

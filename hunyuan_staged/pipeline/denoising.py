@@ -24,7 +24,6 @@ from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models import transformer
-from hunyuan_staged.models.embeddings import conditioning_of
 from hunyuan_staged.models.modulations import Modulations, remove_linears, table_bytes
 from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
@@ -38,6 +37,7 @@ from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import cache, conditions, loop, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
+from hunyuan_staged.sampling.guidance import guidance_branches
 from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.state import Start
 from hunyuan_staged.weights import components, loading, lora
@@ -187,10 +187,8 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
     skeleton = components.transformer_skeleton(folder, version.name, weights_dtype=options.weights_dtype)
     linears = remove_linears(skeleton)
-    lengths = [
-        conditioning_of(job.embeddings, prefix, device=torch.device("cpu"), dtype=dtype).length
-        for prefix in settings.prefixes
-    ]
+    scale = settings.guidance_scale
+    prompts = guidance_branches(job.embeddings, scale, device=torch.device("cpu"), dtype=dtype)
     caching = resolving.resolve_cache(options, settings, config.get("num_layers", versions.LAYERS), report.warn)
     files = options.adapter_files()
     adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
@@ -208,7 +206,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
         skeleton=skeleton,
         linears=linears,
         shape=shape,
-        text_tokens=max(lengths),
+        text_tokens=max(prompt.length for prompt in prompts),
         caching=caching,
         adapters=adapters,
     )
@@ -258,7 +256,7 @@ class Denoiser:
             modulations=self.modulations,
             compile=setup.compiled,
         )
-        rows = [conditioning_of(setup.job.embeddings, p, device=device, dtype=dtype) for p in settings.prefixes]
+        prompts = guidance_branches(setup.job.embeddings, settings.guidance_scale, device=device, dtype=dtype)
         noise = schedule.initial_noise(setup.shape, setup.options.seed, dtype).to(device)
         cached = cache.Cache(setup.caching, layout, forward.total) if setup.caching else None
         if cached:
@@ -275,7 +273,7 @@ class Denoiser:
                 forward,
                 noise if start.latents is None else start.latents.to(device),
                 conditions.condition_channels(noise, setup.job.embeddings.get("image_latents")),
-                rows,
+                prompts,
                 setup.sigmas,
                 loop.Sampling(settings.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
                 progress=report.progress,

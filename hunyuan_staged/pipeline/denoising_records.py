@@ -60,7 +60,7 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         setup.size,
         plan.offloaded,
         layers=setup.weights.count,
-        rows=settings.branches,
+        branches=settings.branches,
         ranks=world.size,
         steps=timings.steps_worth(
             settings.num_inference_steps, caching.type if caching else None, caching.reused if caching else None

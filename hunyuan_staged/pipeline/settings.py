@@ -33,11 +33,6 @@ class Settings:
         """Of guidance: 2 with it, else 1."""
         return 2 if self.guidance_scale != 1 else 1
 
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Of the embeddings of each guidance branch, in the loop's order."""
-        return ("negative_", "") if self.branches == 2 else ("",)
-
 
 def resolve_settings(
     options: DenoiseOptions, config: Mapping[str, Any], version: TransformerVersion, flow_shift: float, image: Any

@@ -1,11 +1,11 @@
 """Feature caches: some steps of the denoising loop take most of the transformer from the steps before.
 
-A plan (CacheSettings) says which steps may be reused; a Cache holds, per guidance row, what they are reused from: this
+A plan (CacheSettings) says which steps may be reused; a Cache holds, per guidance branch, what they are reused from: this
 rank's shard of it. Off the plan, a step is what it is without a cache, bit for bit.
 
 deepcache, teacache and taylorcache follow a fixed schedule, as in the official code, and never make the host wait for a
 GPU. firstblock and magcache look at what was computed, and wait for one number: firstblock at every step that it may
-reuse, magcache at every computed one. The number is summed over a row's ranks in one order, so that all decide alike.
+reuse, magcache at every computed one. The number is summed over a branch's ranks in one order, so that all decide alike.
 
 Letters: S video tokens, s this rank's; L text tokens; C channels.
 """
@@ -33,36 +33,36 @@ Blocks = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass
-class Row:
-    """What a guidance row keeps: tensors [1, s, C] (text: [1, L, C]) and numbers, from its last computed step."""
+class BranchState:
+    """What a guidance branch keeps: tensors [1, s, C] (text: [1, L, C]) and numbers, from its last computed step."""
 
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-TEXT, NUMBERS = "text", "numbers"  # of a row's state; all other tensors are this rank's shard of the video
-# The order of a row's numbers in a file.
+TEXT, NUMBERS = "text", "numbers"  # of a branch's state; all other tensors are this rank's shard of the video
+# The order of a branch's numbers in a file.
 _NUMBERS = {"taylorcache": ("step",), "teacache": ("step",), "firstblock": ("run",), "magcache": ("step", "allowed")}
 
 
 class Cache:
     """The state of one run's cache on this process.
 
-    cache(row, step, blocks, video, text) stands for blocks(video, text, 0, None)[0], the video [1, s, C] behind the last
-    block. total: S, of the whole video.
+    cache(branch, step, blocks, video, text) stands for blocks(video, text, 0, None)[0], the video [1, s, C] behind the
+    last block. total: S, of the whole video.
     """
 
     def __init__(self, settings: CacheSettings, layout: Layout, total: int) -> None:
         self.settings, self.layout, self.total = settings, layout, total
-        self.rows: dict[int, Row] = {}
+        self.branches: dict[int, BranchState] = {}
         self._reused: dict[int, bool] = {}
 
-    def __call__(self, row: int, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        state = self.rows.setdefault(row, Row())
+    def __call__(self, branch: int, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        state = self.branches.setdefault(branch, BranchState())
         video, reused = STRATEGIES[self.settings.type](self, state, step, blocks, video, text)
         self._reused[step] = self._reused.get(step, True) and reused
         if step >= self.settings.last_reuse:
-            del self.rows[row]
+            del self.branches[branch]
         return video
 
     def keeps(self, step: int) -> bool:
@@ -71,14 +71,14 @@ class Cache:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(computed, reused) steps so far; reused are those of which this process computed no guidance row whole."""
+        """(computed, reused) steps so far; reused are those of which this process computed no guidance branch whole."""
         reused = sum(self._reused.values())
         return len(self._reused) - reused, reused
 
     @property
     def state_bytes(self) -> int:
         """What the state takes on this process now."""
-        return sum(tensor.nbytes for row in self.rows.values() for tensor in row.kept.values())
+        return sum(tensor.nbytes for branch in self.branches.values() for tensor in branch.kept.values())
 
     def tensors(self, world: World) -> dict[str, torch.Tensor]:
         """The state of all ranks as it goes into a file, by name: video tensors whole. Every rank must call it."""
@@ -86,26 +86,26 @@ class Cache:
 
         names = _NUMBERS.get(self.settings.type, ())
         found: dict[str, torch.Tensor] = {}
-        for number, row in sorted(self.rows.items()):
-            for name, tensor in row.kept.items():
+        for number, branch in sorted(self.branches.items()):
+            for name, tensor in branch.kept.items():
                 found[f"cache.{number}.{name}"] = tensor if name == TEXT else self.layout.gather(tensor, self.total)
-            if names and row.kept:
-                values = [row.numbers[name] for name in names]
+            if names and branch.kept:
+                values = [branch.numbers[name] for name in names]
                 found[f"cache.{number}.{NUMBERS}"] = torch.tensor(values, dtype=torch.float64)
-        if self.layout.rows > 1:
-            for number in range(self.layout.rows):
+        if self.layout.branches > 1:
+            for number in range(self.layout.branches):
                 found |= world.broadcast_tensors(
-                    found if self.layout.row == number else {}, number * self.layout.shards
+                    found if self.layout.branch == number else {}, number * self.layout.shards
                 )
         return found
 
-    def restore(self, tensors: Mapping[str, torch.Tensor], done: int, device: torch.device, rows: int) -> None:
-        """Take over the state that `tensors` gave after `done` steps, on any layout. rows: of guidance, in all.
+    def restore(self, tensors: Mapping[str, torch.Tensor], done: int, device: torch.device, branches: int) -> None:
+        """Take over the state that `tensors` gave after `done` steps, on any layout. branches: of guidance, in all.
 
         InputError for a state that does not fit.
         """
         holds = self.settings.first_kept < done <= self.settings.last_reuse
-        for number in self.layout.my_rows(rows) if holds else ():
+        for number in self.layout.my_branches(branches) if holds else ():
             prefix = f"cache.{number}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             numbers = own.pop(NUMBERS, None)
@@ -118,10 +118,10 @@ class Cache:
                 )
             kept = {name: (x if name == TEXT else self.layout.scatter(x)).to(device) for name, x in own.items()}
             values = numbers.tolist() if numbers is not None else []
-            self.rows[number] = Row(kept, dict(zip(names, values, strict=True)))
+            self.branches[number] = BranchState(kept, dict(zip(names, values, strict=True)))
 
     def mean_ratio(self, above: torch.Tensor, below: torch.Tensor) -> float:
-        """Over all ranks of the row: the sum of `above` [..] over the sum of `below` [..]; waits for the device."""
+        """Over all ranks of the branch: the sum of `above` [..] over the sum of `below` [..]; waits for the device."""
         import torch
 
         sums = torch.stack([above.sum(dtype=torch.float32), below.sum(dtype=torch.float32)])
@@ -130,15 +130,15 @@ class Cache:
 
 
 def _deepcache(
-    cache: Cache, row: Row, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
+    cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
     """Reused steps take what the last computed one had before the last blocks, and compute those."""
     edge = cache.settings.edge
     if cache.settings.may_reuse(step):
-        return blocks(row.kept["video"], row.kept[TEXT], edge, None)[0], True
+        return blocks(branch.kept["video"], branch.kept[TEXT], edge, None)[0], True
     video, text = blocks(video, text, 0, edge)
     if cache.keeps(step):
-        row.kept = {"video": video, TEXT: text}
+        branch.kept = {"video": video, TEXT: text}
     return blocks(video, text, edge, None)[0], False
 
 
@@ -150,27 +150,27 @@ def _taylor(order: int) -> Callable[..., tuple[torch.Tensor, bool]]:
     """
 
     def run(
-        cache: Cache, row: Row, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
+        cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
     ) -> tuple[torch.Tensor, bool]:
         if cache.settings.may_reuse(step):
-            ahead = step - row.numbers["step"]
-            for power in range(len(row.kept)):
-                video = video.add(row.kept[f"order{power}"], alpha=ahead**power / math.factorial(power))
+            ahead = step - branch.numbers["step"]
+            for power in range(len(branch.kept)):
+                video = video.add(branch.kept[f"order{power}"], alpha=ahead**power / math.factorial(power))
             return video, True
         out = blocks(video, text, 0, None)[0]
         if cache.keeps(step):
             terms = [out - video]
-            for power in range(min(order, len(row.kept))):
-                terms.append((terms[power] - row.kept[f"order{power}"]) / (step - row.numbers["step"]))
-            row.kept = {f"order{power}": term for power, term in enumerate(terms)}
-            row.numbers = {"step": float(step)}
+            for power in range(min(order, len(branch.kept))):
+                terms.append((terms[power] - branch.kept[f"order{power}"]) / (step - branch.numbers["step"]))
+            branch.kept = {f"order{power}": term for power, term in enumerate(terms)}
+            branch.numbers = {"step": float(step)}
         return out, False
 
     return run
 
 
 def _firstblock(
-    cache: Cache, row: Row, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
+    cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
     """All steps compute the first block. Where it adds nearly what it added at the last computed step (mean absolute
     difference over mean absolute value, below the threshold), the rest adds what it added then.
@@ -181,19 +181,19 @@ def _firstblock(
     assert settings.threshold is not None
     first, text = blocks(video, text, 0, 1)
     change = first - video
-    if row.kept and settings.may_reuse(step) and row.numbers["run"] < settings.interval - 1:
-        before = row.kept["change"]
+    if branch.kept and settings.may_reuse(step) and branch.numbers["run"] < settings.interval - 1:
+        before = branch.kept["change"]
         if cache.mean_ratio((change - before).abs(), before.abs()) < settings.threshold:
-            row.numbers["run"] += 1
-            return first + row.kept["residual"], True
+            branch.numbers["run"] += 1
+            return first + branch.kept["residual"], True
     out = blocks(first, text, 1, None)[0]
     if cache.keeps(step):
-        row.kept, row.numbers = {"change": change, "residual": out - first}, {"run": 0.0}
+        branch.kept, branch.numbers = {"change": change, "residual": out - first}, {"run": 0.0}
     return out, False
 
 
 def _magcache(
-    cache: Cache, row: Row, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
+    cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
     """As teacache, for as many steps as the error stays below the threshold: it is the sum over them of how far the size
     of what the blocks add has drifted, if it goes on growing or shrinking as between the last two computed steps.
@@ -205,23 +205,23 @@ def _magcache(
 
     settings = cache.settings
     assert settings.threshold is not None
-    if row.kept and settings.may_reuse(step) and step - row.numbers["step"] <= row.numbers["allowed"]:
-        return video + row.kept["order0"], True
+    if branch.kept and settings.may_reuse(step) and step - branch.numbers["step"] <= branch.numbers["allowed"]:
+        return video + branch.kept["order0"], True
     out = blocks(video, text, 0, None)[0]
     if cache.keeps(step):
         residual, allowed = out - video, 0
-        if row.kept:
-            pair = residual, row.kept["order0"]
+        if branch.kept:
+            pair = residual, branch.kept["order0"]
             sizes, before = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in pair)
             ratio = cache.mean_ratio(sizes / before, before.new_ones(before.shape))
-            rate, drift, error = ratio ** (1 / (step - row.numbers["step"])), 1.0, 0.0
+            rate, drift, error = ratio ** (1 / (step - branch.numbers["step"])), 1.0, 0.0
             while allowed < settings.interval - 1:
                 drift *= rate
                 error += abs(1 - drift)
                 if not error < settings.threshold:
                     break
                 allowed += 1
-        row.kept, row.numbers = {"order0": residual}, {"step": float(step), "allowed": float(allowed)}
+        branch.kept, branch.numbers = {"order0": residual}, {"step": float(step), "allowed": float(allowed)}
     return out, False
 
 

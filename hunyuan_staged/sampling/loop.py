@@ -38,7 +38,7 @@ def denoise(
     velocity: VelocityModel,
     noise: torch.Tensor,
     condition: torch.Tensor | Condition,
-    rows: Sequence[Conditioning],
+    branches: Sequence[Conditioning],
     sigmas: torch.Tensor,
     sampling: Sampling = PLAIN,
     *,
@@ -53,7 +53,7 @@ def denoise(
             the loop goes on bit for bit.
         condition: the channels behind the latents, [1, 33, T, h, w] at every step, or what gives those of a step's
             timestep.
-        rows: one Conditioning without guidance, [negative, positive] with it.
+        branches: one Conditioning without guidance, [unconditional, conditional] with it.
         sigmas: [steps + 1], from 1 to 0.
         sampling: guidance, layout, cache, and the steps that have been done.
         on_step: on_step(i, latents) is called after step i, counted from 0; it must not change the latents, which stay
@@ -73,13 +73,13 @@ def denoise(
             velocity(
                 hidden_states,
                 timesteps[i : i + 1],
-                rows[row],
+                branches[branch],
                 timestep_r,
-                *([partial(cache, row, i)] if cache else []),
+                *([partial(cache, branch, i)] if cache else []),
             )
-            for row in layout.my_rows(len(rows))
+            for branch in layout.my_branches(len(branches))
         ]
-        velocities = layout.gather_rows(mine[0]) if layout.rows > 1 else mine
+        velocities = layout.gather_branches(mine[0]) if layout.branches > 1 else mine
         latents = euler_step(latents, guide(velocities, sampling.guidance_scale), levels[i], levels[i + 1])
         if on_step:
             on_step(i, latents)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.verify.checks import BOUNDS, Bound, Check, compared, drawn, finite, place_for, weight_bytes
 from hunyuan_staged.versions import TransformerVersion
@@ -62,8 +62,8 @@ def check_transformer(
         image = torch.zeros(1, IMAGE_TOKENS, config["image_embed_dim"])
     extra = {"timestep_r": following} if version.use_meanflow else {}
     for prefix in ("", "negative_") if version.guidance_scale != 1 else ("",):
-        rows = conditioning_of(given, prefix, device=place, dtype=dtype)
-        ours = forward(hidden, timestep, rows, extra.get("timestep_r"))
+        prompt = Conditioning.from_embeddings(given, negative=bool(prefix), device=place, dtype=dtype)
+        ours = forward(hidden, timestep, prompt, extra.get("timestep_r"))
         text = {
             f"encoder_{theirs}{suffix}": given[f"{prefix}prompt_{own}{suffix}"].to(place)
             for own, theirs in (("embeds", "hidden_states"), ("embeds_mask", "attention_mask"))

@@ -74,7 +74,7 @@ def test_stage_2_prints_its_plan_and_writes_nothing(inputs, tmp_path):
     assert shown["video"] == "160x96, 9 frames"
     assert shown["tokens"] == f"{3 * 6 * 10} of the video, {9 + 5} of the text"
     assert shown["steps"] == "2, guidance 6"
-    assert shown["ranks"] == "1: 1 guidance row x 1 sequence shard"
+    assert shown["ranks"] == "1: 1 guidance branch x 1 sequence shard"
     assert shown["attention"].startswith("torch (no GPU")
     assert re.search(r"fp8; computed in torch\.float32", shown["weights"])
     assert re.match(r"1 of \d+ \(as asked\)", shown["offloaded blocks"])
@@ -87,7 +87,7 @@ def test_a_plan_of_several_processes_is_printed_once(inputs, tmp_path):
     before = contents(inputs)
     ranks = run_ranks(2, 2, "--input_dir", inputs, *SMALL, "--dry_run", said=tmp_path / "said")
     assert [rank.status() for rank in ranks] == [0, 0], ranks[0].said()
-    assert rows(ranks[0].said())["ranks"] == "2: 2 guidance rows x 1 sequence shard"
+    assert rows(ranks[0].said())["ranks"] == "2: 2 guidance branches x 1 sequence shard"
     assert ranks[1].said() == ""
     assert contents(inputs) == before
 
@@ -134,7 +134,7 @@ def test_two_processes_offload_to_one_copy(inputs, tmp_path, resident):
     ranks = run_ranks(2, 2, *arguments, said=tmp_path / "said")
     assert [rank.status() for rank in ranks] == [0, 0], ranks[0].said()
     latents = load_latents(out)[0]
-    assert torch.equal(latents, resident), "a guidance row each: the same arithmetic"
+    assert torch.equal(latents, resident), "a guidance branch each: the same arithmetic"
 
 
 def test_float8_is_near_recorded_and_the_same_offloaded(inputs, tmp_path, resident):

@@ -49,7 +49,7 @@ def test_latents_config_and_report(done):
     assert config["prompt"] == "a" and config["video_length"] == 9 and config["stage2_elapsed_time"] > 0
     assert (config["height"], config["width"], config["aspect_ratio"]) == (96, 160, "16:9")
     assert "no GPU: torch's scaled_dot_product_attention" in result.stderr
-    assert "1 guidance row x 1 sequence shard" in result.stderr
+    assert "1 guidance branch x 1 sequence shard" in result.stderr
     assert result.stderr.splitlines()[-1].endswith(f"run_stage3.sh --input_dir={folder}")
     assert "[1, 32, 3, 6, 10]" in result.stderr + result.stdout
 

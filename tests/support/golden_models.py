@@ -7,7 +7,7 @@ import torch
 from conftest import golden_weights
 from safetensors import safe_open
 
-from hunyuan_staged.models.embeddings import Conditioning, conditioning_of
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.upsampler import build_upsampler
 from hunyuan_staged.weights.configs import official_transformer_config
@@ -43,15 +43,15 @@ def golden(folder, name: str):
         "prompt_embeds_mask_2": tensors["byt5_mask"],
         "image_embeds": tensors["vision_states"],
     }
-    return tensors, model, conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+    return tensors, model, Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def golden_rows(tensors: dict, device: torch.device = CPU) -> list[Conditioning]:
-    """[negative, positive] of the golden loop."""
+def golden_branches(tensors: dict, device: torch.device = CPU) -> list[Conditioning]:
+    """[unconditional, conditional] of the golden loop."""
     names = {
         "prompt_embeds": "text_states",
         "prompt_embeds_mask": "text_mask",
@@ -59,8 +59,8 @@ def golden_rows(tensors: dict, device: torch.device = CPU) -> list[Conditioning]
         "prompt_embeds_mask_2": "byt5_mask",
     }
     return [
-        conditioning_of(
-            {ours: tensors[theirs][row][None] for ours, theirs in names.items()}, "", device=device, dtype=torch.float32
+        Conditioning.from_embeddings(
+            {ours: tensors[theirs][row][None] for ours, theirs in names.items()}, device=device, dtype=torch.float32
         )
         for row in range(2)
     ]

@@ -16,18 +16,18 @@ from hunyuan_staged.parallel.layout import split_evenly
     ("ranks", "branches", "cfg_parallel"), [(2, 1, "auto"), (3, 2, "auto"), (4, 2, "auto"), (4, 2, "off")]
 )
 def test_the_bytes_of_a_share(golden_folder, ranks, branches, cfg_parallel):
-    tensors, model, row = golden(golden_folder, "dit_t2v")
+    tensors, model, conditioning = golden(golden_folder, "dit_t2v")
     layout = lone_share(ranks, branches, cfg_parallel)
     attention = choose_attention("torch", CPU, torch.float32)
     forward = Transformer(model, attention, tensors["hidden_states"].shape[2:], layout)
-    out = forward(tensors["hidden_states"], tensors["timestep"], row)
+    out = forward(tensors["hidden_states"], tensors["timestep"], conditioning)
     assert out.shape == tensors["output"].shape and torch.isfinite(out).all()
     config, shards = model.config, layout.shards
     heads, width = config.num_attention_heads, config.attention_head_dim
     mine, own = split_evenly(forward.total, shards)[0], split_evenly(heads, shards)[0]
     there = 3 * mine * (heads - own) * width
     back = (forward.total - mine) * own * width
-    text = (shards - 1) * row.length * own * width
+    text = (shards - 1) * conditioning.length * own * width
     gathered = (shards - 1) * mine * config.out_channels
     expected = 4 * (config.num_layers * (there + back + text) + gathered)
     assert sum(layout.sent) == expected
@@ -44,9 +44,9 @@ def test_the_bytes_of_a_share(golden_folder, ranks, branches, cfg_parallel):
 
 def test_a_share_has_the_layout_of_its_run():
     layout = lone_share(8, 2, "auto")
-    assert (layout.rows, layout.shards, layout.my_rows(2)) == (2, 4, [0])
+    assert (layout.branches, layout.shards, layout.my_branches(2)) == (2, 4, [0])
     velocity = torch.ones(1, 2)
-    assert [part.tolist() for part in layout.gather_rows(velocity)] == [[[1.0, 1.0]]] * 2
+    assert [part.tolist() for part in layout.gather_branches(velocity)] == [[[1.0, 1.0]]] * 2
     assert layout.sent == [8]
     with pytest.raises(InputError, match="--cfg_parallel on: the number of processes, 3, is odd"):
         lone_share(3, 2, "on")

@@ -14,7 +14,7 @@ from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.demo import CHECKPOINT, evaluate, train, world
 from hunyuan_staged.encoders import text
 from hunyuan_staged.files import video
-from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_training_sees_what_stage_1_and_the_suites_forward_see():
             with torch.no_grad():
                 embeddings["image_embeds"] = learner.image(pixel_values=images[row : row + 1]).last_hidden_state
             condition[:, :32, :1], condition[:, 32, 0] = latents[row : row + 1, :, :1], 1
-        conditioning = conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+        conditioning = Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
         alone = forward(torch.cat([noisy[row : row + 1], condition], 1), timestep[row : row + 1], conditioning)
         assert (together[row] - alone[0]).norm() / alone.norm() < 1e-5
 

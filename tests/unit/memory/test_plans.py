@@ -201,7 +201,7 @@ def test_the_longest_video():
 
 
 def seconds(denoising: DenoisingSize, offloaded: int = 0, **given) -> float | None:
-    options = {"layers": 54, "rows": 2, "ranks": 1, "steps": 50} | given
+    options = {"layers": 54, "branches": 2, "ranks": 1, "steps": 50} | given
     return timings.expected_seconds(given.pop("gpu", GPU), denoising, offloaded, **options)
 
 
@@ -225,9 +225,9 @@ def test_expected_time_is_a_measured_one_or_unknown():
     assert seconds(WHOLE, 54) is None
     assert seconds(replace(WHOLE, kernel="flash2")) is None
     assert seconds(replace(WHOLE, video_tokens=111_601)) is None
-    for other in ({"layers": 2}, {"rows": 1}, {"ranks": 2}, {"float8": True}):
+    for other in ({"layers": 2}, {"branches": 1}, {"ranks": 2}, {"float8": True}):
         assert seconds(WHOLE, **other) is None
-    assert timings.expected_seconds("NVIDIA A100", WHOLE, 0, layers=54, rows=2, ranks=1, steps=50) is None
+    assert timings.expected_seconds("NVIDIA A100", WHOLE, 0, layers=54, branches=2, ranks=1, steps=50) is None
 
 
 def test_the_times_that_a_plan_states_are_those_of_the_benchmarks():

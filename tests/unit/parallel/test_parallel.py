@@ -10,14 +10,14 @@ from hunyuan_staged.parallel.world import World
 
 
 @pytest.mark.parametrize(
-    ("world", "rows", "plan"),
+    ("world", "branches", "plan"),
     [(1, 2, (1, 1)), (2, 2, (2, 1)), (3, 2, (1, 3)), (4, 2, (2, 2)), (8, 2, (2, 4)), (8, 1, (1, 8)), (7, 2, (1, 7))],
 )
-def test_plan(world, rows, plan):
+def test_plan(world, branches, plan):
     if world == 1:
-        assert make_layout(World(0, 1, torch.device("cpu")), rows) == Layout()
+        assert make_layout(World(0, 1, torch.device("cpu")), branches) == Layout()
     else:
-        assert plan_layout(world, rows) == plan
+        assert plan_layout(world, branches) == plan
 
 
 @pytest.mark.parametrize(("total", "parts"), [(7, 3), (5, 8), (16, 16), (111600, 7)])
@@ -35,19 +35,20 @@ def test_one_process_moves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("world", "rows", "wish", "plan"),
+    ("world", "branches", "wish", "plan"),
     [(4, 2, "auto", (2, 2)), (4, 2, "off", (1, 4)), (6, 2, "on", (2, 3)), (1, 2, "off", (1, 1)), (3, 1, "off", (1, 3))],
 )
-def test_cfg_parallel_is_followed(world, rows, wish, plan):
-    assert plan_layout(world, rows, wish) == plan
+def test_cfg_parallel_is_followed(world, branches, wish, plan):
+    assert plan_layout(world, branches, wish) == plan
 
 
 @pytest.mark.parametrize(
-    ("world", "rows", "reason"), [(3, 2, "the number of processes, 3, is odd"), (4, 1, "there is one guidance row")]
+    ("world", "branches", "reason"),
+    [(3, 2, "the number of processes, 3, is odd"), (4, 1, "there is one guidance branch")],
 )
-def test_cfg_parallel_on_is_refused_where_it_cannot_be(world, rows, reason):
+def test_cfg_parallel_on_is_refused_where_it_cannot_be(world, branches, reason):
     with pytest.raises(InputError, match=f"--cfg_parallel on: {reason}; use auto or off"):
-        plan_layout(world, rows, "on")
+        plan_layout(world, branches, "on")
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (4, 3), (2, 3)])
@@ -109,11 +110,11 @@ def test_exchanges_lose_nothing_when_nothing_divides(size, total, heads, length)
 
 def rows_of(world: World) -> list:
     layout = make_layout(world, 2)
-    mine = torch.full((1, 2), float(layout.row))
-    return [layout.my_rows(2), [part.tolist() for part in layout.gather_rows(mine)], layout.shard]
+    mine = torch.full((1, 2), float(layout.branch))
+    return [layout.my_branches(2), [part.tolist() for part in layout.gather_branches(mine)], layout.shard]
 
 
-def test_guidance_rows_run_side_by_side():
+def test_guidance_branches_run_side_by_side():
     seen = run_ranks(4, rows_of)
     both = [[[0.0, 0.0]], [[1.0, 1.0]]]
     assert seen == [[[0], both, 0], [[0], both, 1], [[1], both, 0], [[1], both, 1]]

@@ -12,7 +12,7 @@ import torch
 from folders import embed
 from forked import Moment, run_stage
 from forked import run_ranks as run_stages
-from golden_models import CPU, build, distance, golden_rows, load
+from golden_models import CPU, build, distance, golden_branches, load
 
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.demo import CHECKPOINT
@@ -163,7 +163,7 @@ def test_deepcache_takes_what_came_before_the_last_block():
         source = before.get(step, step)
         assert value == pytest.approx(1000 * source + 1 + source / 100 + 10 + step + 2)
     assert [run for run in runs if run[0] in before] == [(3, 1), (4, 1), (6, 1)]
-    assert cache.counts == (5, 3) and not cache.rows, "the state is freed"
+    assert cache.counts == (5, 3) and not cache.branches, "the state is freed"
 
 
 def test_teacache_adds_what_all_blocks_added():
@@ -172,14 +172,14 @@ def test_teacache_adds_what_all_blocks_added():
         source = {3: 2, 4: 2, 6: 5}.get(step, step)
         assert value == pytest.approx(1000 * step + plain(source, 0))
     assert not [run for run in runs if run[0] in (3, 4, 6)]
-    assert cache.counts == (5, 3) and not cache.rows
+    assert cache.counts == (5, 3) and not cache.branches
 
 
 def test_taylorcache_follows_what_grows_evenly():
     """The blocks add a linear function of the step, which a first-order expansion gives exactly."""
     found, _, cache = outcomes(settings("taylorcache"))
     assert found == pytest.approx([plain(step) for step in range(STEPS)])
-    assert cache.counts == (5, 3) and not cache.rows
+    assert cache.counts == (5, 3) and not cache.branches
 
 
 def test_firstblock_computes_the_first_block_and_stops_at_the_threshold():
@@ -190,7 +190,7 @@ def test_firstblock_computes_the_first_block_and_stops_at_the_threshold():
     for step, value in enumerate(found):
         source = {3: 2, 5: 4}.get(step, step)
         assert value == pytest.approx(1000 * step + 1 + step / 100 + 10 + source + 2)
-    assert cache.counts == (6, 2) and not cache.rows
+    assert cache.counts == (6, 2) and not cache.branches
     assert [step for step in range(STEPS) if (step, 1) not in outcomes(settings("firstblock"))[1]] == [3, 4, 6]
 
 
@@ -281,7 +281,7 @@ def golden_model(folder):
 def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None, device=CPU, **options):
     """The latents of STEPS guided steps of the golden model, and the cache. With `streamed` its blocks are offloaded."""
     tensors, _ = load(folder / "loop_cfg6_shift5.safetensors")
-    rows = golden_rows(tensors, device)
+    branches = golden_branches(tensors, device)
     model, blocks = copy.deepcopy(golden_model(folder)), None
     if options.pop("streamed", False):
         blocks = stream_blocks(model, device)
@@ -297,7 +297,7 @@ def run_loop(folder, chosen: CacheSettings | None, layout: Layout | None = None,
         forward,
         noise,
         condition_channels(noise, None),
-        rows,
+        branches,
         flow_sigmas(STEPS, 5.0),
         Sampling(6.0, layout=layout, cache=cache, start=options.pop("start", 0)),
         on_step=partial(watch, cache) if watch else None,
@@ -317,7 +317,9 @@ def test_a_cached_loop_is_near_the_plain_one_and_goes_on_to_the_same_bits(golden
     chosen, states, sizes = settings(kind), {}, {0}
 
     def watch(cache, step, latents):
-        sizes.add(sum(x.nbytes for row in cache.rows.values() for name, x in row.kept.items() if name != "text"))
+        sizes.add(
+            sum(x.nbytes for branch in cache.branches.values() for name, x in branch.kept.items() if name != "text")
+        )
         states[step + 1] = latents.clone(), {n: x.clone() for n, x in cache.tensors(ALONE).items()}
 
     latents, cache = run_loop(golden_folder, chosen, watch=watch)
@@ -359,7 +361,7 @@ def test_a_state_that_does_not_fit_is_refused():
     cache = Cache(settings("teacache"), Layout(), 3)
     fits = {"cache.0.order0": torch.zeros(1, 3, 2), "cache.0.numbers": torch.tensor([2.0], dtype=torch.float64)}
     cache.restore(fits, 4, CPU, 1)
-    assert cache.rows[0].numbers == {"step": 2.0}
+    assert cache.branches[0].numbers == {"step": 2.0}
     for broken in ({}, fits | {"cache.0.order0": torch.zeros(1, 4, 2)}, {"cache.0.order0": torch.zeros(1, 3, 2)}):
         with pytest.raises(InputError, match="the saved state of teacache does not fit this run"):
             Cache(settings("teacache"), Layout(), 3).restore(broken, 4, CPU, 1)
@@ -400,7 +402,7 @@ def test_a_stopped_run_with_a_cache_goes_on_to_the_same_bits(inputs, tmp_path, k
 
 @pytest.mark.parametrize(("kind", "size", "resumed"), [("taylorcache", 2, 2), ("firstblock", 4, 1), ("magcache", 1, 4)])
 def test_any_number_of_processes_saves_and_goes_on(inputs, tmp_path, kind, size, resumed):
-    """2: a row each, the same arithmetic, so the same bits. 4: each row on two shards, whose sums round otherwise."""
+    """2: a branch each, the same arithmetic, so the same bits. 4: each branch on two shards, whose sums round otherwise."""
     args = ["--input_dir", inputs, *SMALL, "--cache_step_interval", 4, *CACHED, kind]
     args += ["--cache_threshold", "inf"] if kind != "taylorcache" else []
     status, said = run_stage(2, *args, "--output_dir", tmp_path / "whole", said=tmp_path / "said")

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from golden_models import CPU, build, distance, golden_rows, load
+from golden_models import CPU, build, distance, golden_branches, load
 from ranks import run_ranks
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.parallel.layout import Layout, make_layout
 from hunyuan_staged.parallel.world import World
@@ -23,14 +23,14 @@ from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, timeste
 def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
     tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
     model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
-    rows = golden_rows(tensors)
+    branches = golden_branches(tensors)
     attention = choose_attention("torch", CPU, torch.float32)
     velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
     return denoise(
         velocity,
         tensors["noise"],
         condition_channels(tensors["noise"], None),
-        rows,
+        branches,
         flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
         Sampling(float(metadata["guidance_scale"]), layout=layout),
     )
@@ -56,7 +56,7 @@ def loop_on(world: World, folder) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_processes_give_what_one_gives(golden_folder, size):
-    """2: a guidance row each, the same arithmetic. 3 and 4: sums are split over shards, so not the same bits."""
+    """2: a guidance branch each, the same arithmetic. 3 and 4: sums are split over shards, so not the same bits."""
     one = run_loop(golden_folder)
     for latents in run_ranks(size, loop_on, golden_folder):
         assert torch.equal(latents, one) if size == 2 else distance(latents, one) < 1e-5
@@ -81,9 +81,9 @@ def test_condition_channels_of_text_and_of_an_image():
 
 
 def test_guidance():
-    negative, positive = torch.tensor([1.0]), torch.tensor([2.0])
-    assert guide([negative, positive], 6.0).item() == 7.0
-    assert guide([positive], 1.0).item() == 2.0
+    unconditional, conditional = torch.tensor([1.0]), torch.tensor([2.0])
+    assert guide([unconditional, conditional], 6.0).item() == 7.0
+    assert guide([conditional], 1.0).item() == 2.0
 
 
 def test_meanflow_gets_the_next_timestep_and_zero_last():
@@ -165,7 +165,9 @@ def test_image_and_meanflow_loops_agree_with_a_plain_one(golden_folder, name, sh
         "prompt_embeds_mask_2": tensors["byt5_mask"],
         "image_embeds": tensors["vision_states"],
     }
-    row = conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+    conditioning = Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
     velocity = Transformer(model, choose_attention("torch", CPU, torch.float32), noise.shape[2:])
-    latents = denoise(velocity, noise, condition_channels(noise, image), [row], sigmas, Sampling(use_meanflow=meanflow))
+    latents = denoise(
+        velocity, noise, condition_channels(noise, image), [conditioning], sigmas, Sampling(use_meanflow=meanflow)
+    )
     assert distance(latents, reference) < 1e-5

@@ -40,13 +40,13 @@ def loop(model, blocks=None, modulations=None, *, sigmas=SIGMAS, noise=None, sta
     """The latents of two guidance branches."""
     width = model.config.text_embed_dim
     nothing = torch.zeros(1, 0, 0)
-    rows = [Conditioning(draw(1, count, width, seed=count), nothing, nothing) for count in (3, 5)]
+    branches = [Conditioning(draw(1, count, width, seed=count), nothing, nothing) for count in (3, 5)]
     attention = choose_attention("torch", **F32)
     forward = Transformer(model, attention, GRID, blocks=blocks, modulations=modulations)
     cache = Cache(caching, forward.layout, forward.total) if caching else None
     noise = draw(1, 32, *GRID) if noise is None else noise
     channels = condition_channels(noise, None)
-    return denoise(forward, noise, channels, rows, sigmas, Sampling(6.0, cache=cache, start=start))
+    return denoise(forward, noise, channels, branches, sigmas, Sampling(6.0, cache=cache, start=start))
 
 
 def hoisted(folder, *, sigmas=SIGMAS, offloaded=0, weights_dtype=None, adapt=iter):

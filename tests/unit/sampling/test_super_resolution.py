@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.memory.offloading import stream_blocks
-from hunyuan_staged.models.embeddings import conditioning_of
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.parallel.layout import Layout, make_layout
@@ -45,12 +45,12 @@ def test_the_published_transformer_has_the_official_tensors(golden_folder):
     assert len(official) == 1797
 
 
-def text_row(tensors: dict, row: int = 0):
+def conditioning_of_row(tensors: dict, row: int = 0):
     names = ("text_states", "text_mask", "byt5_states", "byt5_mask")
     ours = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
     embeddings = {our: tensors[name][row : row + 1] for our, name in zip(ours, names, strict=True)}
     embeddings["image_embeds"] = tensors["vision_states"]
-    return conditioning_of(embeddings, "", device=CPU, dtype=torch.float32)
+    return Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
 
 
 def golden_transformer(folder: Path, latent_size, layout: Layout | None = None) -> Transformer:
@@ -63,7 +63,7 @@ def golden_transformer(folder: Path, latent_size, layout: Layout | None = None) 
 def test_forward_gives_the_official_numbers(golden_folder, task):
     tensors, _ = load(golden_folder / f"sr_dit_{task}.safetensors")
     velocity = golden_transformer(golden_folder, tensors["hidden_states"].shape[2:])
-    out = velocity(tensors["hidden_states"], tensors["timestep"], text_row(tensors), tensors["timestep_r"])
+    out = velocity(tensors["hidden_states"], tensors["timestep"], conditioning_of_row(tensors), tensors["timestep_r"])
     assert distance(out, tensors["output"]) < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_streamed_blocks_give_the_same_bits(golden_folder):
     attention = choose_attention("torch", CPU, torch.float32)
     blocks = stream_blocks(resident.model, CPU)
     streamed = Transformer(resident.model, attention, tensors["hidden_states"].shape[2:], blocks=blocks)
-    arguments = (tensors["hidden_states"], tensors["timestep"], text_row(tensors), tensors["timestep_r"])
+    arguments = (tensors["hidden_states"], tensors["timestep"], conditioning_of_row(tensors), tensors["timestep_r"])
     assert torch.equal(streamed(*arguments), resident(*arguments))
 
 
@@ -109,7 +109,7 @@ class Golden:
             transformer if velocity is None else lambda *args: velocity(transformer, *args),
             noise,
             condition or self.condition(),
-            [text_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
+            [conditioning_of_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
             flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
             Sampling(guidance_scale, meanflow, layout),
             on_step=lambda _, latents: steps.append(latents),
@@ -275,7 +275,7 @@ def run_on(world: World, folder: Path, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("size", "name"), [(2, "720p_cfg"), (3, "1080p_i2v"), (2, "720p_t2v")])
 def test_processes_give_what_one_gives(golden_folder, size, name):
-    """With a guidance row each the same arithmetic, hence the same bits; shards split sums."""
+    """With a guidance branch each the same arithmetic, hence the same bits; shards split sums."""
     one = golden_run(golden_folder, name).run()[-1]
     for latents in run_ranks(size, run_on, golden_folder, name):
         assert torch.equal(latents, one) if name == "720p_cfg" else distance(latents, one) < 1e-5

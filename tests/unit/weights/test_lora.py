@@ -229,7 +229,7 @@ def test_float8_offloading_and_two_processes_through_the_script(tiny_official, o
     one, _ = run("one", "--lora", path)
     two, recorded = run("two", "--lora", path, size=2)
     assert distance(two, one) < 1e-5 and json.loads(recorded["lora"])[0]["sha256"] == provenance.sha256(path)
-    # Both guidance rows on both processes: the sequence is what is split.
+    # Both guidance branches on both processes: the sequence is what is split.
     assert distance(run("split", "--lora", path, "--cfg_parallel", "off", size=2)[0], one) < 1e-5
     stored, without = run("stored", "--lora", path, *fp8)[0], run("without", *fp8)[0]
     assert torch.equal(run("streamed", "--lora", path, *fp8, "--enable_offloading")[0], stored)
