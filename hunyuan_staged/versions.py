@@ -128,11 +128,21 @@ class SuperResolutionVersion:
     flow_shift: float = 2.0
     guidance_scale: float = 1.0  # distilled: the negative branch is not run
     use_meanflow: bool = True
+    sparse: bool = False
 
     @property
     def name(self) -> str:
         """The folder name under transformer/ and upsampler/, e.g. 720p_sr_distilled."""
         return f"{self.resolution}_sr_distilled"
+
+    def warnings(self, guidance_scale: float, num_inference_steps: int) -> list[str]:
+        """As TransformerVersion.warnings."""
+        told = []
+        if guidance_scale != self.guidance_scale:
+            told.append(f"{self.name} has guidance distilled into it: 1 is right, not {guidance_scale:g}")
+        if num_inference_steps != self.num_inference_steps:
+            told.append(f"{self.name} was made for {self.num_inference_steps} steps, not {num_inference_steps}")
+        return told
 
 
 # Source: the official implementation's command line and pipeline configs.

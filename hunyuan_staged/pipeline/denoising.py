@@ -9,11 +9,9 @@ A Denoiser takes any number of setups of one model, one after the other.
 """
 
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,28 +20,26 @@ from hunyuan_staged.attention import modes
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
-from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded, weights_of, widened_bytes
-from hunyuan_staged.models import transformer
-from hunyuan_staged.models.modulations import Modulations, remove_linears, table_bytes
+from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
+from hunyuan_staged.models.modulations import remove_linears, table_bytes
 from hunyuan_staged.options import DenoiseOptions, offload_asked
-from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
+from hunyuan_staged.parallel.layout import make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.common import torch_dtype
+from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
 from hunyuan_staged.pipeline.transformers import choose_transformer
 from hunyuan_staged.runtime.progress import SILENT, Reporter
-from hunyuan_staged.sampling import cache, conditions, loop, schedule
+from hunyuan_staged.sampling import conditions, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
-from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
 from hunyuan_staged.sampling.guidance import guidance_branches
-from hunyuan_staged.sampling.precompute import ModulationReader, step_times
-from hunyuan_staged.sampling.state import Start
+from hunyuan_staged.sampling.precompute import ModulationReader
 from hunyuan_staged.weights import components, loading, lora
 from hunyuan_staged.weights.folder import ModelFolder
 
-BEGINNING = Start()
+Setup = TypeVar("Setup", bound="DenoiseSetup")
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,11 @@ class DenoiseSetup:
         return ModulationReader(
             self.folder, version, self.skeleton, self.linears, device=self.world.device, dtype=self.dtype, adapt=adapt
         )
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor | conditions.Condition]:
+        """(starting noise [1, 32, T, h, w], condition channels, or what gives those of a step), on the device."""
+        noise = schedule.initial_noise(self.shape, self.options.seed, self.dtype).to(self.world.device)
+        return noise, conditions.condition_channels(noise, self.job.embeddings.get("image_latents"))
 
     @cached_property
     def weights(self) -> BlockWeights:
@@ -133,7 +134,7 @@ class DenoiseSetup:
             ),
         )
 
-    def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> "Denoiser":
+    def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> Denoiser:
         """Load the transformer as planned. Every rank calls it."""
         world, options = self.world, self.options
         layout = make_layout(world, self.settings.branches, options.cfg_parallel)
@@ -173,6 +174,21 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
     image = job.embeddings.get("image_latents")
     settings = resolving.resolve_settings(options, job.config, version, flow_shift, image)
+    return assemble(DenoiseSetup, options, job, world, (folder, path, settings), report)
+
+
+def assemble(
+    kind: type[Setup],
+    options: DenoiseOptions,
+    job: DenoiseJob,
+    world: World,
+    chosen: tuple[ModelFolder, str, Settings],
+    report: Reporter,
+    **more: Any,
+) -> Setup:
+    """A setup of a kind. chosen: model folder, its path or hub id, settings; more: what this kind has besides."""
+    folder, path, settings = chosen
+    version = settings.version
     for warning in resolving.sampling_warnings(options, settings):
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
@@ -194,7 +210,7 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
     adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
     for line in adapters.found:
         report.info(line)
-    return DenoiseSetup(
+    return kind(
         options=options,
         job=job,
         world=world,
@@ -209,77 +225,5 @@ def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Repo
         text_tokens=max(prompt.length for prompt in prompts),
         caching=caching,
         adapters=adapters,
+        **more,
     )
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """Latents [1, 32, T, h, w], float32, on the CPU; the seconds they took; (steps computed, reused from a cache)."""
-
-    latents: torch.Tensor
-    seconds: float
-    steps: tuple[int, int]
-
-
-@dataclass
-class Denoiser:
-    """A loaded transformer. modulations: of the last schedule. layouts: by the number of guidance branches; their process
-    groups serve every run."""
-
-    model: Any
-    modulations: Modulations
-    blocks: StreamedBlocks | None = None
-    layouts: dict[int, Layout] = field(default_factory=dict)
-
-    def run(
-        self,
-        setup: DenoiseSetup,
-        start: Start = BEGINNING,
-        callbacks: Sequence[Callback] = (),
-        report: Reporter = SILENT,
-    ) -> Denoised:
-        """Denoise. Every rank calls it, with as many callbacks of the same kinds; see sampling/callbacks.py."""
-        settings, dtype, device = setup.settings, setup.dtype, setup.world.device
-        branches = settings.branches
-        if branches not in self.layouts:
-            self.layouts[branches] = make_layout(setup.world, branches, setup.options.cfg_parallel)
-        layout = self.layouts[branches]
-        started = time.perf_counter()
-        if not self.modulations.cover(step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)):
-            self.modulations = setup.modulations.read(setup.sigmas)
-        forward = transformer.Transformer(
-            self.model,
-            setup.attention,
-            setup.shape[2:],
-            layout,
-            self.blocks,
-            modulations=self.modulations,
-            compile=setup.compiled,
-        )
-        prompts = guidance_branches(setup.job.embeddings, settings.guidance_scale, device=device, dtype=dtype)
-        noise = schedule.initial_noise(setup.shape, setup.options.seed, dtype).to(device)
-        cached = cache.Cache(setup.caching, layout, forward.total) if setup.caching else None
-        if cached:
-            cached.restore(start.more, start.done, device, branches)
-        more = partial(cached.tensors, setup.world) if cached else dict
-        with active(callbacks) as after_step:
-
-            def on_step(index: int, latents: torch.Tensor) -> None:
-                if cached:
-                    report.set_postfix("{} computed, {} reused".format(*cached.counts))
-                after_step(AfterStep(index, latents, more))
-
-            latents = loop.denoise(
-                forward,
-                noise if start.latents is None else start.latents.to(device),
-                conditions.condition_channels(noise, setup.job.embeddings.get("image_latents")),
-                prompts,
-                setup.sigmas,
-                loop.Sampling(settings.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
-                progress=report.progress,
-                on_step=on_step,
-            ).cpu()
-        if cached:
-            report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
-        counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
-        return Denoised(latents, time.perf_counter() - started, counts)

@@ -14,7 +14,8 @@ from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS
 from hunyuan_staged.parallel.layout import Layout, plan_layout
 from hunyuan_staged.pipeline.common import gpu_name
-from hunyuan_staged.pipeline.denoising import Denoised, DenoiseSetup
+from hunyuan_staged.pipeline.denoiser import Denoised
+from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.jobs import output_dir
 from hunyuan_staged.sampling import schedule
 from hunyuan_staged.sampling.state import RunIdentity

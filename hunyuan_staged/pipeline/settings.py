@@ -8,7 +8,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseOptions
 from hunyuan_staged.sampling import cache_settings
-from hunyuan_staged.versions import TransformerVersion
+from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion
 
 MAX_SHIFT = 100
 # What lightx2v's distilled weights and adapters were made for.
@@ -19,7 +19,7 @@ FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0
 class Settings:
     """What shapes a denoising, beside what goes into it."""
 
-    version: TransformerVersion
+    version: TransformerVersion | SuperResolutionVersion
     height: int
     width: int
     video_length: int
@@ -58,6 +58,15 @@ def resolve_settings(
         asked = options.aspect_ratio
         if asked and geometry.size_for_ratio(version.resolution, asked) != (height, width):
             raise InputError(f"--aspect_ratio {asked} contradicts the image, which is {width}x{height}")
+    sampling = resolve_sampling(options, version, flow_shift)
+    length = options.video_length or version.video_length
+    return Settings(version, height, width, length, *sampling, resolve_dtype(options, config))
+
+
+def resolve_sampling(
+    options: DenoiseOptions, version: TransformerVersion | SuperResolutionVersion, flow_shift: float
+) -> tuple[int, float, float]:
+    """(steps, guidance_scale, flow_shift), each from its option, else the version's; flow_shift: the version's."""
     if options.flow_shift is not None and not 0 < options.flow_shift <= MAX_SHIFT:
         raise InputError(f"{options.flow_shift:g} is outside 0 to {MAX_SHIFT}", option="flow_shift")
     sampling = {
@@ -72,16 +81,12 @@ def resolve_settings(
             raise InputError(f"{given[other]:g} contradicts --four_steps, {FOUR_STEPS[other]:g}", option=other)
         sampling = FOUR_STEPS
     steps, guidance_scale, flow_shift = (sampling | given).values()
-    return Settings(
-        version,
-        height,
-        width,
-        options.video_length or version.video_length,
-        int(steps),
-        guidance_scale,
-        flow_shift,
-        options.dtype or config.get("dtype") or DEFAULT_DTYPE,
-    )
+    return int(steps), guidance_scale, flow_shift
+
+
+def resolve_dtype(options: DenoiseOptions, config: Mapping[str, Any]) -> str:
+    """The name of the dtype that is asked for, else stage 1's."""
+    return options.dtype or config.get("dtype") or DEFAULT_DTYPE
 
 
 def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: bool) -> TransformerVersion:
@@ -103,7 +108,7 @@ def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: b
 def sampling_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
     """What to tell a user whose settings these weights were not made for."""
     version = settings.version
-    if not options.four_steps:
+    if not options.four_steps or isinstance(version, SuperResolutionVersion):
         return version.warnings(settings.guidance_scale, settings.num_inference_steps)
     if options.lora or (version.cfg_distilled and options.transformer):
         return []
@@ -120,7 +125,11 @@ WIDTHS = {
 }
 
 
-def check_widths(embeddings: Mapping[str, Any], model_config: Mapping[str, Any], version: TransformerVersion) -> None:
+def check_widths(
+    embeddings: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    version: TransformerVersion | SuperResolutionVersion,
+) -> None:
     """InputError for embeddings that another model's encoders made, before the transformer is loaded."""
     for name, entry in WIDTHS.items():
         if name in embeddings and entry in model_config and embeddings[name].shape[2] != model_config[entry]:
@@ -136,7 +145,7 @@ def resolve_cache(
     """The feature cache of a run of a transformer of so many layers, if it has one."""
     if not options.enable_cache:
         return None
-    if settings.version.step_distilled:
+    if settings.version.use_meanflow:
         warn(f"{settings.version.name} takes few, long steps, which have little in common: a cache costs it much")
     kind = options.cache_type or cache_settings.DEFAULT_CACHE_TYPE
     return cache_settings.resolve(kind, options.cache_options(), settings.num_inference_steps, layers)
