@@ -47,6 +47,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     from hunyuan_staged.pipeline import encoding
     from hunyuan_staged.pipeline.common import free_memory
 
+    run.info(f"prompt {options.prompt!r}")  # first: what follows takes seconds to import
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
     picture = encoding.read_image(options)
     run.lock_all(encoding.locks(options), unless=options.dry_run)
@@ -58,6 +59,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     if options.dry_run:
         run.show_plan(setup.rows(plan, free))
         return
+    run.record_plan(setup.rows(plan, free))
     if left := encoding.outdated(options):
         run.warn(left)
     tensors = encoding.encode(setup, plan, run)

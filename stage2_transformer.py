@@ -34,15 +34,18 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     job = jobs.read(options)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = denoising.resolve(options, job, run.world, run)
+    free = free_memory(run.world)
+    plan = setup.plan(free)
+    rows = denoising_records.rows(setup, plan, free)
     if options.dry_run:
-        free = free_memory(run.world)
-        run.show_plan(denoising_records.rows(setup, setup.plan(free), free))
+        run.show_plan(rows)
         return
     folder, steps = jobs.output_dir(options), setup.settings.num_inference_steps
     identity = denoising_records.identity(setup)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)
-    denoiser = setup.load(setup.plan(free_memory(run.world)), run)
+    run.record_plan(rows)
+    denoiser = setup.load(plan, run)
     run.info(denoising_records.describe(setup))
     with run.timed("compute"):
         denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts), run)

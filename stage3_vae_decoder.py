@@ -38,6 +38,7 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     if options.dry_run:
         run.show_plan(setup.rows(plan, free, run.world.size))
         return
+    run.record_plan(setup.rows(plan, free, run.world.size))
     if other := decoding.replaced(options, job):
         run.warn(other)
     written = decoding.run(setup, plan, run)

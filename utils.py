@@ -7,13 +7,14 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hunyuan_staged.errors import InputError, one_line, write_stdout
-from hunyuan_staged.runtime.environment import await_turn, check_environment, is_whole_run
+from hunyuan_staged.files.event_log import NO_LOG, EventLog
+from hunyuan_staged.runtime.environment import await_turn, check_environment, started_by_launcher
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back
@@ -27,20 +28,22 @@ MIB_PER_KIB = 1 / 1024
 class Run(Reporter):
     """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote.
 
-    As a context it ends the bars and lets go of the folders that were claimed.
+    events: where --log_json wants what is said here, too. As a context it ends the bars and lets go of the folders that
+    were claimed.
     """
 
-    def __init__(self, name: str, world: World, interrupts: Interrupts) -> None:
+    def __init__(self, name: str, world: World, interrupts: Interrupts, events: EventLog) -> None:
         from loguru import logger
 
         self.name, self.world, self.device, self.log = name, world, world.device, logger
+        self.events = events
         self.interrupts = interrupts
         self.seconds: dict[str, float] = {}
         self.written: list[str] = []
         self.planned = False
         self.started = time.perf_counter()
         self._last: list[str] = []
-        self._result = ""
+        self._video: tuple[Path, str] | None = None
         self._bars: list[Any] = []
         self._claims = contextlib.ExitStack()
         logger.remove()
@@ -77,28 +80,32 @@ class Run(Reporter):
 
     def info(self, text: str) -> None:
         self.log.info(text)
+        self.events.write("info", text=one_line(text))
 
     def warn(self, text: str) -> None:
         self.log.warning(text)
+        self.events.write("warning", text=one_line(text))
 
     def warn_or_refuse(self, reason: str | None, *, strict: bool) -> None:
         """Warn of files that do not belong together; with --strict, InputError."""
         if reason and strict:
             raise InputError(f"{reason}; --strict refuses that")
         if reason:
-            self.log.warning(reason)
+            self.warn(reason)
 
     def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
         """A tqdm bar with the time left, on the first process alone; without a terminal a line every 10 %."""
         from tqdm import tqdm
 
+        total = options.get("total", len(iterable) if isinstance(iterable, Sized) else None)
+        about = {"total": total, "initial": options.get("initial", 0)}
         bar: Any
         if self.world.is_main and not sys.stderr.isatty():
-            bar = LineBar(iterable, say=self.info, **options)
+            bar = LineBar(iterable, say=self.log.info, **options)
         else:
             bar = tqdm(iterable, disable=not self.world.is_main, dynamic_ncols=True, **options)
         self._bars.append(bar)
-        return bar
+        return self.events.timed(options.get("desc", "progress"), bar, **about)
 
     def set_postfix(self, text: str) -> None:
         """Show a few words behind the newest bar, from its next redrawing on."""
@@ -116,28 +123,35 @@ class Run(Reporter):
     def show_plan(self, rows: Mapping[str, object]) -> None:
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
         self.planned = True
+        self.record_plan(rows)
         if self.world.is_main:
             width = max(map(len, rows))
             for name, value in rows.items():
                 write_stdout(f"{name:{width}}  {one_line(value)}\n")
 
+    def record_plan(self, rows: Mapping[str, object]) -> None:
+        """Add a plan to the events alone."""
+        self.events.write("plan", **{name.replace(" ", "_"): one_line(value) for name, value in rows.items()})
+
     def add_output(self, path: str | Path, what: str) -> None:
         """Note a file for the closing report."""
         self.written.append(f"{path}: {what}")
+        self.events.write("output", path=Path(path).absolute(), what=what)
 
     def next_stage(self, stage: int, folder: str | Path) -> None:
         """Have the last line name the command of the stage that follows, unless the launcher runs that itself."""
-        if not is_whole_run():
+        if started_by_launcher() is None:
             script = Path(__file__).absolute().with_name(f"run_stage{stage}.sh")
             near = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
             self._last.append(f"next: {shlex.join(['bash', str(near), f'--input_dir={folder}'])}")
 
     def add_video(self, path: Path, frames: int, fps: float) -> None:
         """Have the last line name the video; run by itself, the stage also prints its path on standard output."""
-        length = f"{frames / fps:.2f} s, {frames} frames"
-        seconds = time.perf_counter() - self.started
-        self._last.append(f"video {path.absolute()}: {length}; {seconds:.1f} s in all")
-        self._result = "" if is_whole_run() else f"{path.absolute()}\n"
+        self._video = path, f"{frames / fps:.2f} s, {frames} frames"
+
+    def _age(self) -> float:
+        """Seconds since the stage began."""
+        return round(time.perf_counter() - self.started, 3)
 
     def report(self) -> None:
         """The closing lines: files with their shapes, seconds by part, peak memory of device and host."""
@@ -147,17 +161,26 @@ class Run(Reporter):
             self.log.info(f"wrote {one_line(line)}")
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         # ru_maxrss is in KiB on Linux.
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MIB_PER_KIB
-        memory = f"host {host:.0f} MiB"
+        peaks = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MIB_PER_KIB)}
         if self.device.type == "cuda":
             import torch
 
-            memory = f"device {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB, {memory}"
+            peaks = {"device": round(torch.cuda.max_memory_allocated(self.device) / 2**20), **peaks}
+        memory = ", ".join(f"{where} {peak} MiB" for where, peak in peaks.items())
         self.log.info(f"{self.name} done: {parts}; peak memory: {memory}")
+        seconds = {name: round(seconds, 3) for name, seconds in self.seconds.items()}
+        self.events.write("done", seconds=seconds | {"all": self._age()}, peak_mib=peaks)
         for line in self._last:
             self.log.info(line)
-        if self._result and self.world.is_main:
-            write_stdout(self._result)
+        if self._video:
+            self._report_video(*self._video)
+
+    def _report_video(self, path: Path, length: str) -> None:
+        launched = started_by_launcher()
+        seconds = self._age() if launched is None else time.monotonic() - launched
+        self.log.info(f"video {path.absolute()}: {length}; {seconds:.1f} s in all")
+        if launched is None and self.world.is_main:
+            write_stdout(f"{path.absolute()}\n")
 
 
 def _tidy(record: Any) -> None:
@@ -185,11 +208,12 @@ def run_stage(
     process, in which any others that torchrun started have nothing to do. modules: what body imports, for a stage that the
     launcher starts before its turn. InputError becomes one line and status 2, with
     --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our fault and
-    keeps its traceback. On several processes the first that fails says so, and all of them end.
+    keeps its traceback. On several processes the first that fails says so, and all of them end. The events of
+    --log_json are the first process's.
     """
     if not await_turn(modules):
         return 0
-    world = None
+    world, events = None, NO_LOG
     with Interrupts() as interrupts:
         try:
             interrupts.unblock()
@@ -197,16 +221,20 @@ def run_stage(
             if not is_first() and not every_rank:
                 return 0
             checked = check(options) if check else None
+            if is_first():
+                events = EventLog(options.log_json, name)
             from hunyuan_staged.parallel.world import PATIENCE_SECONDS, lone_world, start_world, stop_world
 
             world = start_world() if every_rank else lone_world()
             interrupts.patience = PATIENCE_SECONDS if world.size > 1 else None
-            with Run(name, world, interrupts) as run:
+            events.write("start", options=vars(options), processes=world.size, device=str(world.device))
+            with Run(name, world, interrupts, events) as run:
                 body(run, checked)
                 world.barrier("end")
                 run.report()
             stop_world(world)
         except BaseException as error:
+            events.write("error", kind=type(error).__name__, text=one_line(error))
             if world is not None and world.size > 1:
                 leave(name, error, options.debug, world, interrupts)
             return status_of_error(name, interrupts.cause_of(error), options.debug)

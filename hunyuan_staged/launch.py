@@ -20,6 +20,7 @@ from typing import Any
 
 from hunyuan_staged.errors import InputError, write_stdout
 from hunyuan_staged.files import contract
+from hunyuan_staged.files.event_log import EventLog
 from hunyuan_staged.options import DEFAULT_OUTPUT_DIR
 from hunyuan_staged.parsing import parse, refuse
 from hunyuan_staged.runtime.environment import check_working_folder
@@ -184,30 +185,44 @@ def run(python: str, command: Command) -> int:
     numbers = [command.only] if command.only else [1, 2, 3]
     lists = [command.flags] if command.only else split_flags(command.flags)
     options = [check_flags(STAGES[number - 1], argv) for number, argv in zip(numbers, lists, strict=True)]
-    whole = not command.only and not options[-1].dry_run
-    started = time.monotonic()
+    if command.only or options[-1].dry_run:
+        return run_stages(python, command, numbers, lists)
+    began = time.monotonic()
+    events = EventLog(options[-1].log_json, "run")
+    events.write("start", flags=command.flags, gpus=command.gpus)
+    status = run_stages(python, command, numbers, lists, began)
+    seconds = round(time.monotonic() - began, 3)
+    if status:
+        events.write("error", status=status, seconds=seconds)
+        return status
+    video = Path(options[-1].output_video or Path(options[-1].input_dir) / contract.VIDEO_FILE).absolute()
+    events.write("done", seconds={"all": seconds}, video=video)
+    write_stdout(f"{video}\n")
+    return 0
+
+
+def run_stages(
+    python: str, command: Command, numbers: Sequence[int], lists: Sequence[list[str]], began: float | None = None
+) -> int:
+    """Run stages by number, each with its list of flags; the status is the first failure's. began: of a whole run."""
+    # Whatever a stage or a library prints: a whole run's standard output is the video's path.
+    stdout = None if began is None else sys.stderr.fileno()
     with Supervisor() as supervisor:
         groups = []
         for number, argv in zip(numbers, lists, strict=True):
             stage = STAGES[number - 1]
             count = 1 if stage in ALONE else command.gpus
-            # Whatever a stage or a library prints: a whole run's standard output is the video's path.
-            stdout = sys.stderr.fileno() if whole else None
             words = [python, str(ROOT / f"{stage}.py"), *argv]
             # All at once: what a later stage imports is there when its turn comes.
             early = number != numbers[0]
             name = f"{stage}.py"
-            groups.append(supervisor.start(words, count, name=name, stdout=stdout, whole=whole, early=early))
+            groups.append(supervisor.start(words, count, name=name, stdout=stdout, began=began, early=early))
         for group in groups:
             if supervisor.received:
                 print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
                 return SIGNALLED + supervisor.received
             if status := supervisor.finish(group):
                 return status
-    if whole:
-        video = Path(options[-1].output_video or Path(options[-1].input_dir) / contract.VIDEO_FILE).absolute()
-        print(f"{time.monotonic() - started:.0f} s in all", file=sys.stderr, flush=True)
-        write_stdout(f"{video}\n")
     return 0
 
 

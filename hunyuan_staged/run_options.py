@@ -8,6 +8,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
+from hunyuan_staged.files.event_log import OPTION, check_log
 from hunyuan_staged.sampling import cache_settings
 
 DEMO_CHECKPOINT = Path(__file__).with_name("demo") / "checkpoint"  # that ships, and is used where none is named
@@ -40,10 +41,16 @@ class RunOptions:
     dry_run: bool = flag(
         "print what the run would take, and stop: nothing is loaded or written", group="other", default=False
     )
+    log_json: str | None = flag(
+        "add an event a line to this file, as JSON objects; a further run adds its own", group="other", metavar="FILE"
+    )
     debug: bool = flag("show the traceback of an error", group="other", default=False)
 
     # Options that name a file or a folder.
-    paths: ClassVar[tuple[str, ...]] = ("model_path", "input_dir", "output_dir", "image_path", "output_video")
+    paths: ClassVar[tuple[str, ...]] = (
+        *("model_path", "input_dir", "output_dir", "image_path", "output_video"),
+        OPTION,
+    )
 
     def check(self) -> None:
         """Refuse what can be judged without reading a file; InputError names the option."""
@@ -57,6 +64,8 @@ class RunOptions:
                 Path(value).exists()
             except OSError as error:
                 raise InputError(f"{value}: {error.strerror}", option=name) from error
+        if self.log_json is not None:
+            check_log(self.log_json)
 
 
 def offload_help(blocks: str) -> str:

@@ -162,7 +162,6 @@ def resolve(
 
 def encode(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
     """All tensors of the embeddings. One part of the model is loaded at a time."""
-    report.info(f"prompt {setup.options.prompt!r}")
     report.info(f"transformer version {setup.version.name}; encoding in {setup.dtypes} on {setup.world.device}")
     return encode_text(setup, plan, report) | encode_image(setup, report)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.environment import rank_info
 
-WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"  # set by the launcher: another stage follows, or the launcher has the last word
-
-
+# Set by the launcher, which runs this stage as one of all three: when it began, by the machine's own clock.
+WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"
 # Set by the launcher: the end of a pipe that a stage reads a byte from before it begins, while the one before it works.
 TURN_PIPE = "HUNYUAN_STAGED_TURN_PIPE"
 
 
-def is_whole_run() -> bool:
-    """Whether the launcher runs this stage as one of all three."""
-    return WHOLE_RUN in os.environ
+def started_by_launcher() -> float | None:
+    """When the whole run began that this stage is one of, as time.monotonic() counts; None for a stage by itself."""
+    started = os.environ.get(WHOLE_RUN)
+    return None if started is None else float(started)
 
 
 def await_turn(modules: Iterable[str]) -> bool:

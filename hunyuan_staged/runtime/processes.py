@@ -34,8 +34,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def child_environment(count: int, whole: bool = False) -> dict[str, str]:
-    """What each of `count` processes is started in; what the user set stays. whole: as a stage of a whole run."""
+def child_environment(count: int, began: float | None = None) -> dict[str, str]:
+    """What each of `count` processes is started in; what the user set stays. began: when the whole run did."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -52,7 +52,7 @@ def child_environment(count: int, whole: bool = False) -> dict[str, str]:
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if kept.get("PYTHONOPTIMIZE", "").isdecimal() and int(kept["PYTHONOPTIMIZE"]) > 1:
         kept["PYTHONOPTIMIZE"] = "1"  # transformers needs its docstrings
-    return defaults | kept | ({WHOLE_RUN: "1"} if whole else {})
+    return defaults | kept | ({} if began is None else {WHOLE_RUN: repr(began)})
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Supervisor:
         *,
         name: str,
         stdout: int | None = None,
-        whole: bool = False,
+        began: float | None = None,
         early: bool = False,
     ) -> Group:
         """Start `count` processes of a command.
@@ -124,12 +124,12 @@ class Supervisor:
         Args:
             name: what the line on stderr calls the command where its processes cannot have spoken themselves.
             stdout: a file descriptor, else this process's own.
-            whole: it is a stage of a whole run, which its environment says.
+            began: when the whole run did that it is a stage of, which its environment says.
             early: it gets ready and waits for `finish`, see environment.await_turn.
 
         InputError: it cannot be started.
         """
-        environment = child_environment(count, whole)
+        environment = child_environment(count, began)
         if early:
             read, write = os.pipe()
             try:
@@ -146,10 +146,10 @@ class Supervisor:
         return group
 
     def run(
-        self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None, whole: bool = False
+        self, command: Sequence[str], count: int, *, name: str, stdout: int | None = None, began: float | None = None
     ) -> int:
         """`start`, then `finish`."""
-        return self.finish(self.start(command, count, name=name, stdout=stdout, whole=whole))
+        return self.finish(self.start(command, count, name=name, stdout=stdout, began=began))
 
     def finish(self, group: Group) -> int:
         """The status of the processes of a command: 0, or that of the first to fail, which ends the others.

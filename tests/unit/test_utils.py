@@ -1,6 +1,8 @@
 """What the scripts share: refusals in one line, statuses, the closing report, and the flags of a whole run."""
 
 import argparse
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from hunyuan_staged.pipeline.common import torch_dtype
 from hunyuan_staged.runtime import failure
 from hunyuan_staged.runtime.environment import WHOLE_RUN
 
-ARGS = argparse.Namespace(debug=False)
+ARGS = argparse.Namespace(debug=False, log_json=None)
 
 
 def as_rank_1_of_2(monkeypatch):
@@ -60,7 +62,7 @@ def test_a_stage_run_by_itself_names_the_next_command_and_prints_the_path(capfd,
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(WHOLE_RUN, raising=False)
     if whole:
-        monkeypatch.setenv(WHOLE_RUN, "1")
+        monkeypatch.setenv(WHOLE_RUN, repr(time.monotonic() - 3600))
 
     def body(run, _):
         run.next_stage(3, "a folder")
@@ -70,7 +72,9 @@ def test_a_stage_run_by_itself_names_the_next_command_and_prints_the_path(capfd,
     told = capfd.readouterr()
     assert told.out == ("" if whole else f"{tmp_path}/clip.mp4\n")
     assert (f"next: bash {ROOT}/run_stage3.sh '--input_dir=a folder'\n" in told.err) != whole
-    assert f"video {tmp_path}/clip.mp4: 1.38 s, 33 frames; " in told.err
+    seconds = re.search(rf"video {tmp_path}/clip.mp4: 1.38 s, 33 frames; (\d+\.\d) s in all\n", told.err)
+    assert seconds, told.err
+    assert (float(seconds[1]) >= 3600) == whole, "those of the whole run"
 
 
 @pytest.mark.parametrize("where", ["check", "body"])
@@ -87,7 +91,7 @@ def test_debug_shows_the_traceback_and_keeps_the_status(capfd):
     def fail(_):
         raise InputError("bad")
 
-    assert utils.run_stage("stage x", argparse.Namespace(debug=True), check=fail, body=lambda *_: None) == 2
+    assert utils.run_stage("stage x", argparse.Namespace(debug=True, log_json=None), check=fail, body=lambda *_: None) == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-2:] == ["hunyuan_staged.errors.InputError: bad", "error: bad"]

@@ -163,7 +163,7 @@ def test_a_stage_by_itself_waits_for_nothing(monkeypatch):
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_stage_knows_whether_it_is_one_of_a_whole_run(whole, monkeypatch):
     monkeypatch.delenv(WHOLE_RUN, raising=False)
-    program = f"import os, sys; sys.exit(7 if {WHOLE_RUN!r} in os.environ else 0)"
+    program = f"import os, sys; sys.exit(7 if os.environ.get({WHOLE_RUN!r}) == '12.5' else 0)"
     with Supervisor() as supervisor:
-        status = supervisor.run([sys.executable, "-c", program], 1, name="x.py", whole=whole)
+        status = supervisor.run([sys.executable, "-c", program], 1, name="x.py", began=12.5 if whole else None)
     assert status == (7 if whole else 0)
