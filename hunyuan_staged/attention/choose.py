@@ -90,8 +90,8 @@ def choose_attention(
     if mode == "torch":
         return AttentionMode("torch", "torch's scaled_dot_product_attention, as it chooses", dense(sdpa()))
     if mode == SPARSE_ATTN_MODE:
-        core, reason = ssta.fastest_kernel(device, dtype, head_width)
-        return AttentionMode(mode, reason, partial(ssta.SparseAttention, device=device, core=core))
+        kernel, reason = ssta.fastest_kernel(device, dtype, head_width)
+        return AttentionMode(mode, reason, partial(ssta.SparseAttention, device=device, kernel=kernel))
     if device.type != "cuda":
         if mode == DEFAULT_ATTN_MODE:
             return AttentionMode("torch", "no GPU: torch's scaled_dot_product_attention", dense(sdpa()))

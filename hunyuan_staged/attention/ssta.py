@@ -125,7 +125,7 @@ def _blocks(tokens: int, size: int) -> int:
 def gathered(tiles: SstaGrid) -> SstaKernel:
     """Plain torch, anywhere: for each head and each tile of queries, dense attention over the keys that are kept."""
 
-    def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         edge, out = tiles.number * tiles.size, torch.empty_like(q)
         everyone = torch.ones(len(q) - edge, dtype=torch.bool, device=q.device)
         for head in range(q.shape[1]):
@@ -136,7 +136,7 @@ def gathered(tiles: SstaGrid) -> SstaKernel:
             out[edge:, head] = F.scaled_dot_product_attention(query[:, edge:], key, value)[0]
         return out
 
-    return core
+    return kernel
 
 
 def flash4(tiles: SstaGrid) -> SstaKernel:
@@ -146,7 +146,7 @@ def flash4(tiles: SstaGrid) -> SstaKernel:
 
     parts = tiles.size // FLASH4_KEYS
 
-    def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         text = len(q) - tiles.number * tiles.size
         counts, indices = block_lists(mask, parts, _blocks(text, FLASH4_KEYS), _blocks(text, tiles.size))
         # All are whole blocks; the kernel wants a list of partial ones, too, and this one is empty.
@@ -154,7 +154,7 @@ def flash4(tiles: SstaGrid) -> SstaKernel:
         blocks = BlockSparseTensorsTorch(none, nothing, counts, indices, block_size=(tiles.size, FLASH4_KEYS))
         return output_alone(flash_attn_func(q[None], k[None], v[None], block_sparse_tensors=blocks))[0]
 
-    return core
+    return kernel
 
 
 def flex(tiles: SstaGrid) -> SstaKernel:
@@ -163,7 +163,7 @@ def flex(tiles: SstaGrid) -> SstaKernel:
 
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         length = len(q)
         text = _blocks(length - tiles.number * tiles.size, tiles.size)
         counts, indices = block_lists(mask, 1, text, text)
@@ -184,14 +184,14 @@ def flex(tiles: SstaGrid) -> SstaKernel:
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         return compiled(query, key, value, block_mask=blocks)[0].transpose(0, 1)
 
-    return core
+    return kernel
 
 
 def flex_block_attn(tiles: SstaGrid) -> SstaKernel:
     """The flex_block_attn package, which takes whole blocks alone: the text is padded by repeating its last token."""
     from flex_block_attn import flex_block_attn_func
 
-    def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         length = len(q)
         text = _blocks(length - tiles.number * tiles.size, tiles.size)
         missing = (tiles.number + text) * tiles.size - length
@@ -200,7 +200,7 @@ def flex_block_attn(tiles: SstaGrid) -> SstaKernel:
         out = flex_block_attn_func(*(x.contiguous() for x in padded), tiles.size, tiles.size, whole[None])
         return out[0].transpose(0, 1)[:length]
 
-    return core
+    return kernel
 
 
 KERNELS: dict[str, Callable[[SstaGrid], SstaKernel]] = {
@@ -231,7 +231,7 @@ class SparseAttention:
         self,
         grid: Sequence[int],
         device: torch.device,
-        core: str,
+        kernel: str,
         *,
         tile: Grid | None = None,
         window: Grid | None = None,
@@ -242,9 +242,9 @@ class SparseAttention:
         self.tiles = SstaGrid((frames, rows, columns), tile or (IMAGE_TILE if single else TILE), device)
         self.window = self.tiles.window(window or (IMAGE_WINDOW if single else WINDOW))
         self.top_k = top_k_of(frames) if top_k is None else top_k
-        self.core = KERNELS[core](self.tiles)
+        self.kernel = KERNELS[kernel](self.tiles)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (self.tiles.gather(x[0]) for x in (q, k, v))
         mask = block_mask(q, k, self.tiles, self.window, self.top_k)
-        return self.tiles.scatter(self.core(q, k, v, mask))[None]
+        return self.tiles.scatter(self.kernel(q, k, v, mask))[None]

@@ -79,18 +79,18 @@ def host_rank(args: argparse.Namespace) -> dict[str, float]:
     world = start_world()
     blocks = skeleton(args.layers).transformer_blocks
     before = resident_bytes()
-    home = HostBlocks(blocks, range(len(blocks)), world.device, world, torch.bfloat16)
-    if home.leader:
-        home.memory.fill_(1)
-    home.ready()
+    host_blocks = HostBlocks(blocks, range(len(blocks)), world.device, world, torch.bfloat16)
+    if host_blocks.leader:
+        host_blocks.memory.fill_(1)
+    host_blocks.ready()
     # What a process has touched counts for it, and each touches all: blocks are copied from there to its device.
-    total = int(home.memory.view(-1, 4096)[:, 0].sum(dtype=torch.int64))
-    assert total == home.memory.nbytes // 4096
+    total = int(host_blocks.memory.view(-1, 4096)[:, 0].sum(dtype=torch.int64))
+    assert total == host_blocks.memory.nbytes // 4096
     world.barrier("touched")
     taken = world.all_gather_text("taken", str(resident_bytes() - before))
     world.barrier("measured")
     stop_world(world)
-    size = home.memory.nbytes
+    size = host_blocks.memory.nbytes
     host = sum(map(int, taken))
     return {"ranks": world.size, "weights_gib": size / GIB, "host_gib": host / GIB, "host_share": host / size}
 

@@ -35,10 +35,10 @@ def cached_seconds(
     for number in range(settings.first_kept, min(settings.start + 3 * settings.interval, settings.last_reuse)):
         before = cached.counts[1]
 
-        def through(branch: int, _: int, *rest: Any, number: int = number) -> Any:
+        def run_blocks(branch: int, _: int, *rest: Any, number: int = number) -> Any:
             return cached(branch, number, *rest)
 
-        taken = step(through)
+        taken = step(run_blocks)
         seconds[cached.counts[1] > before].append(taken)
     computed, reused = (statistics.median(seconds[kind][1:] or seconds[kind]) for kind in (False, True))
     # Of a type that adapts, as many as the interval allows.

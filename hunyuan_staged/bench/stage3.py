@@ -64,17 +64,17 @@ def decode(
     from hunyuan_staged.parallel.layout import split_evenly
 
     if decoding.tile_size is not None:
-        tiling = Tiling(decoding.tile_size, args.tile_overlap, decoding.at_once)
+        tiling = Tiling(decoding.tile_size, args.tile_overlap, decoding.latent_frames_per_chunk)
         yield from tiled.decode_frames(module, latents, config, tiling, world=world)
     elif args.share_of is None:
         yield from whole.decode_whole(module, latents, config, decoding, world=world)
     else:
         forward = Decoder(module)
         scaled = (latents / config["scaling_factor"]).to(forward.device, forward.dtype)
-        spans = chunk_spans(latents.shape[2], decoding.at_once, config["temporal_compression_ratio"])
+        spans = chunk_spans(latents.shape[2], decoding.latent_frames_per_chunk, config["temporal_compression_ratio"])
         # The second rank: it has as many rows as any, and from three ranks on two neighbours.
         shard = whole.RowShard(1, split_evenly(latents.shape[3], args.share_of), copies)
-        chunks = whole.over_ranks(forward, scaled, spans, decoding.at_once, shard, as_float=False)
+        chunks = whole.over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=False)
         collections.deque(chunks, maxlen=0)
 
 
@@ -89,7 +89,8 @@ def tile_result(
     tile, forward = plan.tiles[0], Decoder(module)
     part = latents[..., : tile.y.size, : tile.x.size]
     seconds = statistics.median(
-        timed(lambda: collections.deque(forward(part, decoding.at_once), maxlen=0)) for _ in range(args.steps + 1)
+        timed(lambda: collections.deque(forward(part, decoding.latent_frames_per_chunk), maxlen=0))
+        for _ in range(args.steps + 1)
     )
     flops = decoder_flops(config, latents.shape[2], tile.y.size, tile.x.size)
     return sum(one.cost for one in plan.tiles) / tile.cost * flops, {
@@ -139,7 +140,7 @@ def described(args: argparse.Namespace, world: "World", decoding: planning.Decod
         "share_of": args.share_of,
         "tile_size": decoding.tile_size,
         "bands": decoding.bands,
-        "latent_frames_at_once": decoding.at_once,
+        "latent_frames_at_once": decoding.latent_frames_per_chunk,
         "with_video": bool(args.output_video),
     }
 

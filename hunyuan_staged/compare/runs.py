@@ -22,7 +22,7 @@ LIBRARIES = "pip install scikit-image matplotlib"
 
 
 def measure_frames(a: Clip, b: Clip, *, tile_size: int, tile_overlap: float, progress: Any = quiet) -> Quality:
-    """Go through both clips once. tile_size is in px; InputError as tiles.tile_plan."""
+    """Go through both clips once. tile_size is in px; InputError as tiling.tile_plan."""
     ratio = geometry.SPATIAL_RATIO
     plan = tiling.tile_plan(
         a.height // ratio, a.width // ratio, tile_size=tile_size, tile_overlap=tile_overlap, spatial_ratio=ratio

@@ -21,9 +21,9 @@ class FrameBatch:
     floats: torch.Tensor | None = None
 
 
-def chunk_spans(latent_frames: int, at_once: int, temporal_ratio: int) -> list[slice]:
+def chunk_spans(latent_frames: int, latent_frames_per_chunk: int, temporal_ratio: int) -> list[slice]:
     """The frames of each chunk: the first latent frame is one frame, any other temporal_ratio of them."""
-    stops = [*range(at_once, latent_frames, at_once), latent_frames]
+    stops = [*range(latent_frames_per_chunk, latent_frames, latent_frames_per_chunk), latent_frames]
     edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
@@ -88,7 +88,7 @@ class FiniteChecks:
         """finite [] is true, or not nought, where all of `what` is."""
         self._pending.append((what, *_to_host(finite)))
 
-    def settle(self, keep: int = 0) -> None:
+    def read(self, keep: int = 0) -> None:
         """Read all but the `keep` latest. Raises FloatingPointError where one of them is not finite."""
         while len(self._pending) > keep:
             what, finite, event = self._pending.popleft()

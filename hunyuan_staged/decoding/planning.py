@@ -35,9 +35,9 @@ def _remembered(channels: Sequence[int], layers: int, ratio: int) -> float:
 
 
 def decoder_working(
-    at_once: int, tile: tuple[int, int, int], open_px: int, config: Mapping[str, Any], itemsize: int
+    latent_frames_per_chunk: int, tile: tuple[int, int, int], open_px: int, config: Mapping[str, Any], itemsize: int
 ) -> int:
-    """Bytes beside the weights while a tile (T, H, W) is decoded in chunks of at_once latent frames.
+    """Bytes beside the weights while a tile (T, H, W) is decoded.
 
     open_px: of all tiles that are begun and not finished, which remember frames.
     """
@@ -45,7 +45,7 @@ def decoder_working(
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
     channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
     latent_frames = (frames - 1) // temporal + 1
-    chunk = min(frames, at_once * temporal) + 2
+    chunk = min(frames, latent_frames_per_chunk * temporal) + 2
     positions = height * width // ratio**2
     behind = DECODER_TENSORS * channels[-1] * chunk * height * width
     if chunk - 2 < frames:
@@ -56,14 +56,19 @@ def decoder_working(
 
 
 def whole_working(
-    at_once: int, bands: int, ranks: int, size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int
+    latent_frames_per_chunk: int,
+    bands: int,
+    ranks: int,
+    size: tuple[int, int, int],
+    config: Mapping[str, Any],
+    itemsize: int,
 ) -> int:
     """Bytes beside the weights while whole frames of a video (T, H, W) are decoded: at most, of all ranks or bands."""
     frames, height, width = size
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
     channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
     convolutions = 2 * (int(config.get("layers_per_block") or VAE_LAYERS) + 1) + 1
-    latent_frames, chunk = (frames - 1) // temporal + 1, min(frames, at_once * temporal)
+    latent_frames, chunk = (frames - 1) // temporal + 1, min(frames, latent_frames_per_chunk * temporal)
     rows, columns = height // ratio, width // ratio
     if ranks > 1:
         rows = -(-rows // ranks)  # a rank is sent what it needs beyond its own, row by row
@@ -95,7 +100,7 @@ class Request:
     overlap: float = DEFAULT_TILE_OVERLAP
     ranks: int = 1
     bands: int | None = None
-    at_once: int | None = None
+    latent_frames_per_chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Decoding:
     that takes, by part; whole frames on one process in how many bands of rows."""
 
     tile_size: int | None
-    at_once: int
+    latent_frames_per_chunk: int
     reason: str
     parts: Mapping[str, int]
     bands: int = 1
@@ -143,19 +148,19 @@ def fit_decoding(
     around = {"weights": weights, "frames": 3 * frames * height * width}
     ranks = row_ranks(height // ratio, asked.ranks)
 
-    def whole(bands: int, at_once: int, reason: str) -> Decoding:
-        working = whole_working(at_once, bands, ranks, size, config, itemsize)
-        return Decoding(None, at_once, reason, around | {"working memory": working}, bands)
+    def whole(bands: int, chunk: int, reason: str) -> Decoding:
+        working = whole_working(chunk, bands, ranks, size, config, itemsize)
+        return Decoding(None, chunk, reason, around | {"working memory": working}, bands)
 
-    def tiled(tile: int, at_once: int, reason: str) -> Decoding:
+    def tiled(tile: int, chunk: int, reason: str) -> Decoding:
         cut = tiling.tile_plan(
             height // ratio, width // ratio, tile_size=tile, tile_overlap=asked.overlap, spatial_ratio=ratio
         )
         sides = (cut.rows[0].size * ratio, cut.columns[0].size * ratio)
         last_row = cut.rows[-1].size * sum(span.size for span in cut.columns) * ratio**2
         open_px = max(sides[0] * sides[1], last_row)
-        working = decoder_working(at_once, (frames, *sides), open_px, config, itemsize)
-        return Decoding(tile, at_once, reason, around | {"working memory": working})
+        working = decoder_working(chunk, (frames, *sides), open_px, config, itemsize)
+        return Decoding(tile, chunk, reason, around | {"working memory": working})
 
     # In the order of preference; of each size the longest chunk that fits with the reserve, or else the shortest.
     tried: list[Decoding] = []
@@ -167,14 +172,15 @@ def fit_decoding(
             reason = "as asked" if asked.whole else "the default"
             if bands > 1:
                 reason = f"in one piece they would need {gib(whole(1, 1, '').total)}, {gib(room)} are free"
-            tried += [whole(bands, at_once, reason) for at_once in ([asked.at_once] if asked.at_once else useful)]
+            chunks = [asked.latent_frames_per_chunk] if asked.latent_frames_per_chunk else useful
+            tried += [whole(bands, chunk, reason) for chunk in chunks]
     if not asked.whole:
         wanted = [(asked.tile_size, "as asked")]
         if asked.tile_size is None:
             reason = f"{tried[-1].describe(ranks)} would need {gib(tried[-1].total)}, {gib(room)} are free"
             wanted = [(tile, reason) for tile in (DEFAULT_TILE_SIZE, SMALL_TILE_SIZE)]
-        sizes = [asked.at_once] if asked.at_once else CHUNK_SIZES
-        tried += [tiled(tile, at_once, reason) for tile, reason in wanted if tile for at_once in sizes]
+        sizes = [asked.latent_frames_per_chunk] if asked.latent_frames_per_chunk else CHUNK_SIZES
+        tried += [tiled(tile, chunk, reason) for tile, reason in wanted if tile for chunk in sizes]
     chosen = next((one for one in tried if one.total + RESERVE <= room), tried[-1])
     if chosen.total > room:
         fits = tiled(SMALL_TILE_SIZE, 1, "").total <= room
@@ -198,4 +204,4 @@ def decoding_seconds(
         return None
     if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
         return None
-    return measured_decoding(gpu, size, decoding.tile_size, decoding.at_once)
+    return measured_decoding(gpu, size, decoding.tile_size, decoding.latent_frames_per_chunk)

@@ -63,7 +63,7 @@ def _pieces(
     """The pieces of a tile's latents. Where memory runs out, the tile is decoded again in tiles of half its side, once."""
     done = 0
     try:
-        for piece in decoder(latents, tiling.at_once):
+        for piece in decoder(latents, tiling.latent_frames_per_chunk):
             yield piece
             done += 1
         return
@@ -80,7 +80,7 @@ def _pieces(
         torch.cuda.empty_cache()
     plan = tile_plan(height, width, tile_size=half, tile_overlap=tiling.tile_overlap, spatial_ratio=ratio)
     try:
-        for number, piece in enumerate(_blended(decoder, latents, plan, tiling.at_once)):
+        for number, piece in enumerate(_blended(decoder, latents, plan, tiling.latent_frames_per_chunk)):
             if number >= done:
                 yield piece
     except torch.OutOfMemoryError as error:
@@ -90,10 +90,12 @@ def _pieces(
         ) from None
 
 
-def _blended(decoder: Decoder, latents: torch.Tensor, plan: TilePlan, at_once: int) -> Iterator[torch.Tensor]:
+def _blended(
+    decoder: Decoder, latents: torch.Tensor, plan: TilePlan, latent_frames_per_chunk: int
+) -> Iterator[torch.Tensor]:
     """The pieces of what `plan` cuts into smaller tiles, chunk by chunk."""
     blender = Blender(plan)
-    parts = [decoder(_cut(latents, tile), at_once) for tile in plan.tiles]
+    parts = [decoder(_cut(latents, tile), latent_frames_per_chunk) for tile in plan.tiles]
     for chunk, pieces in enumerate(zip(*parts, strict=True)):
         height, width = (spans[-1].stop * plan.spatial_ratio for spans in (plan.rows, plan.columns))
         whole = pieces[0].new_empty(len(pieces[0]), height, width, 3)
@@ -151,7 +153,7 @@ def decode_frames(
     assert decoder is not None, f"rank {world.rank} has tiles to decode and no decoder"
     forward = Decoder(decoder)
     scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
-    spans = chunk_spans(latents.shape[2], tiling.at_once, config["temporal_compression_ratio"])
+    spans = chunk_spans(latents.shape[2], tiling.latent_frames_per_chunk, config["temporal_compression_ratio"])
     order = piece_order(plan, len(spans))
     start = partial(_pieces, forward, plan.spatial_ratio, tiling, warn)
     mine = _own_pieces([place for place in order if owners[place[0]] == world.rank], len(spans), scaled, start)
@@ -165,12 +167,12 @@ def decode_frames(
         checks.add(f"tile {tile.row},{tile.column}", torch.isfinite(piece).all())
         canvas.draw(tile, chunk, spans[chunk], piece)
         # Read one piece late, so that the device has the next one to work on meanwhile.
-        checks.settle(keep=1)
+        checks.read(keep=1)
         if (tile.row, tile.column) == (len(plan.rows) - 1, len(plan.columns) - 1):
             # The chunk before this one: the device works on the next meanwhile.
             yield from canvas.arrived()
             canvas.leave(spans[chunk])
-    checks.settle()
+    checks.read()
     yield from canvas.arrived()
 
 

@@ -48,7 +48,7 @@ class Tiling:
 
     tile_size: int | None = DEFAULT_TILE_SIZE
     tile_overlap: float = DEFAULT_TILE_OVERLAP
-    at_once: int = CHUNK_SIZES[0]
+    latent_frames_per_chunk: int = CHUNK_SIZES[0]
 
 
 @dataclass(frozen=True)

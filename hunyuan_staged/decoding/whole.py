@@ -6,7 +6,7 @@ and the mid block's attention sees all ranks' keys and values. Nothing is comput
 Bands: one after the other, each through the whole video, since what its convolutions remember is what fills memory. A
 band starts with the rows that its convolutions need beyond its own, and after each level drops those of no more use.
 
-Either way a value is computed from the same numbers as on one process in one piece. The same bits: see tests/test_whole.py.
+Either way a value is computed from the same numbers as on one process in one piece: the same bits.
 
 Letters: T frames, H x W px of the video; t, h, w the same of a latent; n frames of a chunk.
 """
@@ -135,16 +135,22 @@ def in_bands(
     height = latents.shape[3]
     rows = row_slices(split_evenly(height, decoding.bands))
     for own, layout in zip(rows, bands_of(forward.module, height, decoding.bands), strict=True):
-        for now, decoded in zip(spans, forward.chunks(values, decoding.at_once, layout), strict=True):
+        for now, decoded in zip(spans, forward.chunks(values, decoding.latent_frames_per_chunk, layout), strict=True):
             yield own, now, pack(decoded, as_float=as_float)
 
 
 def over_ranks(
-    forward: Decoder, latents: torch.Tensor, spans: Sequence[slice], at_once: int, shard: RowShard, *, as_float: bool
+    forward: Decoder,
+    latents: torch.Tensor,
+    spans: Sequence[slice],
+    latent_frames_per_chunk: int,
+    shard: RowShard,
+    *,
+    as_float: bool,
 ) -> Iterator[tuple[slice, slice, Pixels]]:
     """The same of whole frames on rank 0, chunk after chunk; on any other rank of its own rows, which rank 0 gets."""
     values = forward.before_chunks(latents[:, :, :, shard.rows[shard.rank]], shard)
-    for now, decoded in zip(spans, forward.chunks(values, at_once, shard), strict=True):
+    for now, decoded in zip(spans, forward.chunks(values, latent_frames_per_chunk, shard), strict=True):
         own = pack(decoded, as_float=as_float)
         yield (
             slice(0, latents.shape[3]),
@@ -179,7 +185,7 @@ def _pieces(
     if ranks == 1:
         return in_bands(forward, latents, spans, decoding, as_float=as_float)
     shard = RowShard(0, split_evenly(latents.shape[3], ranks), exchange)
-    return over_ranks(forward, latents, spans, decoding.at_once, shard, as_float=as_float)
+    return over_ranks(forward, latents, spans, decoding.latent_frames_per_chunk, shard, as_float=as_float)
 
 
 def _complete(
@@ -190,7 +196,7 @@ def _complete(
         checks.add(f"frames {now.start} to {now.stop - 1}", pixels.finite)
         buffer.put((now, slice(rows.start * ratio, rows.stop * ratio)), pixels.frames, pixels.floats)
         # Read one late, so that the device works on the next meanwhile.
-        checks.settle(keep=1)
+        checks.read(keep=1)
         if rows.stop == height and now.start >= buffer.left:
             yield from buffer.arrived()
             buffer.leave(now)
@@ -230,10 +236,10 @@ def decode_whole(
     assert decoder is not None, f"rank {world.rank} has rows to decode and no decoder"
     forward = Decoder(decoder)
     scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
-    spans = chunk_spans(latents.shape[2], decoding.at_once, config["temporal_compression_ratio"])
+    spans = chunk_spans(latents.shape[2], decoding.latent_frames_per_chunk, config["temporal_compression_ratio"])
     if world.rank:
         shard = RowShard(world.rank, split_evenly(height, ranks), exchange)
-        deque(over_ranks(forward, scaled, spans, decoding.at_once, shard, as_float=as_float), maxlen=0)
+        deque(over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=as_float), maxlen=0)
         return
     size = (spans[-1].stop, height * ratio, width * ratio)
     buffer = FrameBuffer(size, forward.device, forward.dtype if as_float else None)
@@ -253,5 +259,5 @@ def decode_whole(
         warn(f"out of memory: decoded again in {decoding.bands} bands of rows ({reason})")
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
-    checks.settle()
+    checks.read()
     yield from buffer.arrived()

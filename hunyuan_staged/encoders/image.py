@@ -71,7 +71,7 @@ def resize_and_center_crop(image: Image.Image, height: int, width: int) -> Image
 
 @torch.no_grad()
 def encode_image(processor: Any, model: nn.Module, image: Image.Image) -> torch.Tensor:
-    """SigLIP's last_hidden_state [1, N, W] on the CPU, in the model's dtype, of an image that has been through fit.
+    """SigLIP's last_hidden_state [1, N, W] on the CPU, in the model's dtype, of what resize_and_center_crop gave.
 
     processor: a SiglipImageProcessor; the one of Pillow gives the official numbers, torchvision's rounds differently.
     """

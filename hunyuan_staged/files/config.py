@@ -46,12 +46,12 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
     3: {"stage3_decode_time": NUMBER, "output_video": str, LATENTS_HASH: str},
 }
 MAX_CONFIG_BYTES = 2**20
-# How the sibling suite calls what we call otherwise.
+# How the TPU suite calls what we call otherwise.
 SIBLING_KEYS = {"model_id": "model_path", "num_frames": "video_length"}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """generation_config.json of a folder, the sibling suite's keys under our names; keys that are missing stay so.
+    """generation_config.json of a folder, the TPU suite's keys under our names; keys that are missing stay so.
 
     Raises InputError where the folder or the file is absent, where the file is not a JSON object, and for a key that is
     unknown or has a value of the wrong kind.

@@ -38,7 +38,7 @@ def embeddings_mismatch(
 ) -> str | None:
     """Why the embeddings in a folder are not those that its config describes; None where they are, or nothing tells.
 
-    metadata and embeddings_hash are the embeddings' own. The sibling suite records no hash.
+    metadata and embeddings_hash are the embeddings' own. The TPU suite records no hash.
     """
     embeddings, described = Path(folder) / EMBEDDINGS_FILE, Path(folder) / CONFIG_FILE
     recorded = config.get(EMBEDDINGS_HASH)

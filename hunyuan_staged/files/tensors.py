@@ -99,7 +99,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 def _dtypes(path: Path, metadata: Mapping[str, str]) -> dict[str, torch.dtype]:
     """The dtypes that dtype_info records, none where it is absent.
 
-    Two spellings are about: "torch.bfloat16" (latents) and "bfloat16" (the sibling suite's embeddings).
+    Two spellings are about: "torch.bfloat16" (latents) and "bfloat16" (the TPU suite's embeddings).
     """
     try:
         recorded = json.loads(metadata.get(DTYPE_INFO, "{}"))
@@ -192,7 +192,7 @@ def save_latents(
 def load_latents(folder: str | Path, resolution: str | None = None) -> tuple[torch.Tensor, dict[str, str]]:
     """(latents [1, C, t, h, w], metadata) of stage 2; InputError where they break the contract.
 
-    The sibling suite records no height and width (and not always num_frames): they are then filled in from the shape.
+    The TPU suite records no height and width (and not always num_frames): they are then filled in from the shape.
     """
     tensors, metadata = _load(folder, at_resolution(LATENTS_FILE, resolution), LATENTS_RULES)
     latents = tensors["latents"]

@@ -101,12 +101,12 @@ class HostBlocks:
         world: World,
         dtype: torch.dtype | None = None,
     ) -> None:
-        cuts = {packed_layout(blocks[index], dtype) for index in which}
-        assert len(cuts) == 1, "blocks of different shapes cannot share their slots"
-        (self.cut,) = cuts
+        layouts = {packed_layout(blocks[index], dtype) for index in which}
+        assert len(layouts) == 1, "blocks of different shapes cannot share their slots"
+        (self.layout,) = layouts
         self.which, self.world = list(which), world
-        self.memory, self.leader = shared_memory(len(self.which) * self.cut.size, world)
-        self.flat = dict(zip(self.which, self.memory.split(self.cut.size), strict=True))
+        self.memory, self.leader = shared_memory(len(self.which) * self.layout.size, world)
+        self.flat = dict(zip(self.which, self.memory.split(self.layout.size), strict=True))
         if device.type == "cuda":
             _pin(self.memory)
             release = weakref.finalize(self, _unpin, self.memory.data_ptr())
@@ -114,14 +114,14 @@ class HostBlocks:
 
     def views(self, index: int) -> list[torch.Tensor]:
         """A block's tensors in this memory, parameters before buffers."""
-        return self.cut.views(self.flat[index])
+        return self.layout.views(self.flat[index])
 
     def destinations(self, blocks: str) -> Destinations:
         """Where the loader is to put each tensor of the offloaded blocks; `blocks`: the name of their list in the model."""
         tensors = {
             f"{blocks}.{index}.{name}": view
             for index in self.which
-            for (name, *_), view in zip(self.cut.pieces, self.views(index), strict=True)
+            for (name, *_), view in zip(self.layout.pieces, self.views(index), strict=True)
         }
         return Destinations(tensors, self.leader)
 

@@ -45,15 +45,18 @@ class StreamedBlocks:
     point at the host's copy.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module] | nn.ModuleList, home: HostBlocks, device: torch.device) -> None:
-        self.blocks, self.home, self.device = list(blocks), home, device
-        self.order = {index: position for position, index in enumerate(home.which)}
+    def __init__(
+        self, blocks: Sequence[nn.Module] | nn.ModuleList, host_blocks: HostBlocks, device: torch.device
+    ) -> None:
+        self.blocks, self.host_blocks, self.device = list(blocks), host_blocks, device
+        self.order = {index: position for position, index in enumerate(host_blocks.which)}
         cuda = device.type == "cuda"
         self.copy_stream = torch.cuda.Stream(device) if cuda else None
         self.slots = [
-            torch.empty(home.cut.size, dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(home.which)))
+            torch.empty(host_blocks.layout.size, dtype=torch.uint8, device=device)
+            for _ in range(min(SLOTS, len(host_blocks.which)))
         ]
-        self.views = [home.cut.views(slot) for slot in self.slots]
+        self.views = [host_blocks.layout.views(slot) for slot in self.slots]
         self.arrived = [torch.cuda.Event() for _ in self.slots] if cuda else []
         self.computed = [torch.cuda.Event() for _ in self.slots] if cuda else []
         if self.copy_stream:
@@ -62,8 +65,8 @@ class StreamedBlocks:
                 slot.record_stream(self.copy_stream)
         self._free = deque(range(len(self.slots)))
         self._ahead: deque[tuple[int, int]] = deque()  # (position, slot) of what is on its way or there, in order
-        for index in home.which:
-            self._point(index, home.views(index))
+        for index in host_blocks.which:
+            self._point(index, host_blocks.views(index))
 
     def _point(self, index: int, views: Sequence[torch.Tensor]) -> None:
         for (_, tensor), view in zip(block_tensors(self.blocks[index]), views, strict=True):
@@ -75,12 +78,12 @@ class StreamedBlocks:
         with torch.cuda.stream(self.copy_stream) if self.copy_stream else nullcontext():
             if self.copy_stream:
                 self.copy_stream.wait_event(self.computed[slot])
-            self.slots[slot].copy_(self.home.flat[self.home.which[position]], non_blocking=True)
+            self.slots[slot].copy_(self.host_blocks.flat[self.host_blocks.which[position]], non_blocking=True)
             if self.copy_stream:
                 self.arrived[slot].record(self.copy_stream)
         self._ahead.append((position, slot))
 
-    def bring(self, index: int) -> int:
+    def acquire(self, index: int) -> int:
         """Have an offloaded block's weights on the device; the slot that they are in, to be released after use."""
         position = self.order[index]
         while self._ahead and self._ahead[0][0] != position:
@@ -95,8 +98,8 @@ class StreamedBlocks:
         return slot
 
     def release(self, index: int, slot: int) -> None:
-        """Send a block's weights back to the host, as it were, and begin to bring what comes SLOTS blocks later."""
-        self._point(index, self.home.views(index))
+        """Send a block's weights back to the host, as it were, and begin to fetch what comes SLOTS blocks later."""
+        self._point(index, self.host_blocks.views(index))
         if self.computed:
             self.computed[slot].record(torch.cuda.current_stream(self.device))
         self._free.append(slot)
@@ -113,7 +116,7 @@ class StreamedBlocks:
             if index not in self.order:
                 yield block
                 continue
-            slot = self.bring(index)
+            slot = self.acquire(index)
             try:
                 yield block
             finally:
@@ -125,7 +128,7 @@ class StreamedBlocks:
         for index in self.order:
 
             def before(module: nn.Module, args: tuple, index: int = index) -> None:
-                slots[index] = self.bring(index)
+                slots[index] = self.acquire(index)
 
             def after(module: nn.Module, args: tuple, output: object, index: int = index) -> None:
                 self.release(index, slots.pop(index))
@@ -140,20 +143,20 @@ def stream_blocks(
     """Offload so many of a loaded transformer's blocks (None: all), evenly spread, and move the rest to the device."""
     blocks = list(model.get_submodule("transformer_blocks").children())
     which = evenly_spaced(len(blocks) if offloaded is None else offloaded, len(blocks))
-    home = HostBlocks(blocks, which, device, world or World(0, 1, device))
+    host_blocks = HostBlocks(blocks, which, device, world or World(0, 1, device))
     for index in which:
-        for (_, tensor), view in zip(block_tensors(blocks[index]), home.views(index), strict=True):
-            if home.leader:
+        for (_, tensor), view in zip(block_tensors(blocks[index]), host_blocks.views(index), strict=True):
+            if host_blocks.leader:
                 view.copy_(tensor)
             tensor.data = view
-    home.ready()
+    host_blocks.ready()
     for name, child in model.named_children():
         if name != "transformer_blocks":
             child.to(device)
     for index, block in enumerate(blocks):
-        if index not in home.flat:
+        if index not in host_blocks.flat:
             block.to(device)
-    return StreamedBlocks(blocks, home, device)
+    return StreamedBlocks(blocks, host_blocks, device)
 
 
 def load_offloaded(
@@ -174,9 +177,9 @@ def load_offloaded(
     if not offloaded:
         return load(NO_DESTINATIONS), None
     own: Any = skeleton.get_submodule(blocks)
-    home = HostBlocks(own, evenly_spaced(offloaded, len(own)), device, world, dtype)
-    loaded = load(home.destinations(blocks))
-    home.ready()
+    host_blocks = HostBlocks(own, evenly_spaced(offloaded, len(own)), device, world, dtype)
+    loaded = load(host_blocks.destinations(blocks))
+    host_blocks.ready()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the loading left in pieces: memory is short here
-    return loaded, StreamedBlocks(own, home, device)
+    return loaded, StreamedBlocks(own, host_blocks, device)

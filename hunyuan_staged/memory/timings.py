@@ -52,15 +52,17 @@ def measured_steps() -> tuple[MeasuredStep, ...]:
     )
 
 
-def measured_decoding(gpu: str, size: tuple[int, int, int], tile_size: int | None, at_once: int) -> float | None:
+def measured_decoding(
+    gpu: str, size: tuple[int, int, int], tile_size: int | None, latent_frames_per_chunk: int
+) -> float | None:
     """Seconds of decoding a video of (T, H, W) with the published VAE in float16 on one GPU, tiles at an overlap of 0.25.
 
-    tile_size: None for whole frames; at_once: latent frames. None where just that has not been measured.
+    tile_size: None for whole frames; latent_frames_per_chunk: latent frames. None where just that has not been measured.
     """
     for row in _benchmarks()["decodings"]:
         measured = (row["num_frames"], row["height"], row["width"]), row["tile_size"], row["latent_frames_at_once"]
         on = _benchmarks()["machines"][row["machine"]]["gpu"]
-        if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, at_once):
+        if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, latent_frames_per_chunk):
             return float(row["seconds"])
     return None
 

@@ -105,7 +105,7 @@ def mlp_residual(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rest of a block, behind its attention: video [1, s, C] and text [1, L, C] → the same.
 
-    Apart from add_attention so that what attention gave is freed before the feed-forward's hidden layer, the largest
+    Apart from attention_residual so that what attention gave is freed before the feed-forward's hidden layer, the largest
     activation of all, comes to be.
     """
     shift, scale, gate = modulation[0, 3:]

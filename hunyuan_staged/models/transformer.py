@@ -55,13 +55,13 @@ class Transformer:
         self.model, self.layout, self.modulations = model, layout or Layout(), modulations
         self.compiled = compile
         self.blocks: Any = list(model.transformer_blocks) if blocks is None else blocks
-        self.before: Callable[..., Any] = packed_qkv if self.layout.shards > 1 else joint_qkv
-        self.parts: tuple[Callable[..., Any], ...] = attention_residual, mlp_residual
+        parts: list[Callable[..., Any]] = [packed_qkv if self.layout.shards > 1 else joint_qkv]
+        parts += [attention_residual, mlp_residual]
         if compile:
             # Without padding products whose number of tokens is odd: for no speed it costs a copy of the activations.
             how: dict[str, Any] = {"fullgraph": True, "options": {"shape_padding": False}}
-            self.before, *parts = (torch.compile(part, **how) for part in (self.before, *self.parts))
-            self.parts = tuple(parts)
+            parts = [torch.compile(part, **how) for part in parts]
+        self.joint_qkv, self.attention_residual, self.mlp_residual = parts
         config = model.config
         self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
         self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
@@ -79,12 +79,12 @@ class Transformer:
         timestep: torch.Tensor,
         conditioning: Conditioning,
         timestep_r: torch.Tensor | None = None,
-        through: RunBlocks | None = None,
+        run_blocks: RunBlocks | None = None,
     ) -> torch.Tensor:
         """The velocity [1, 32, T, h, w] for the input [1, 65, T, h, w] at a timestep [1] (sigma x 1000, float32, best on
         the host).
 
-        timestep_r [1] is for meanflow models alone. through(blocks, video, text) gives the video behind the last block,
+        timestep_r [1] is for meanflow models alone. run_blocks(blocks, video, text) gives the video behind the last block,
         from blocks(video, text, first, last), which runs some of them: what a cache may do otherwise than to run all.
         Every rank of the layout gets the whole velocity.
         """
@@ -107,11 +107,11 @@ class Transformer:
         def tokens() -> torch.Tensor:
             return F.linear(layout.scatter(patches), embed.weight.flatten(1), embed.bias)
 
-        if through is None:
+        if run_blocks is None:
             # Not held by a name here: it is as large as any activation, and the first block is done with it.
             video = self._run(modulation, tokens(), text, 0, None)[0]
         else:
-            video = through(partial(self._run, modulation), tokens(), text)
+            video = run_blocks(partial(self._run, modulation), tokens(), text)
         patches = layout.gather(model.proj_out(model.norm_out(video, temb)), self.total)
         frames, rows, columns = self.grid
         return rearrange(
@@ -148,10 +148,10 @@ class Transformer:
             del q, k, v
             outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
             self._mark_dynamic(outs[1], 0)
-            video, text = self.parts[0](block, video, text, *outs, modulation)
+            video, text = self.attention_residual(block, video, text, *outs, modulation)
             del attended, outs
             self._mark_dynamic(text, 1)
-            video, text = self.parts[1](block, video, text, modulation)
+            video, text = self.mlp_residual(block, video, text, modulation)
         return video, text
 
     def _mark_dynamic(self, x: torch.Tensor, dim: int) -> None:
@@ -163,7 +163,7 @@ class Transformer:
     ) -> Iterable[torch.Tensor]:
         """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
         if self.layout.shards == 1:
-            return self.before(block, video, text, modulation, self.rope)
+            return self.joint_qkv(block, video, text, modulation, self.rope)
         shares = self.layout.head_shares(block.attn.heads)
-        packed, text_qkv = self.before(shares, block, video, text, modulation, self.rope)
+        packed, text_qkv = self.joint_qkv(shares, block, video, text, modulation, self.rope)
         return self.layout.tokens_to_heads(packed, text_qkv, self.total)[None].unbind(2)

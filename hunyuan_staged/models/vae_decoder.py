@@ -2,7 +2,7 @@
 
 The modules' own forward goes over memory many times between two convolutions: bias, residual, norm, activation and
 padding are a pass each, and cuDNN turns the layout around besides. Here the layout is the one that convolutions compute
-in, and one pass (`padded`) does all that lies between two of them.
+in, and one pass (`norm_silu_pad`) does all that lies between two of them.
 
 A convolution looks back two frames and never ahead. So behind the mid block, whose attention sees all earlier frames, the
 decoder runs over chunks of frames, and each convolution remembers the last two frames of its input for the next chunk.
@@ -25,13 +25,13 @@ from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE
 
 
 def frame_causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at_once: int | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, queries_per_call: int | None = None
 ) -> torch.Tensor:
     """Attention in which each position sees its own frame and all earlier ones.
 
     query [B, t, M, C], of some or all of a frame's positions; key, value [B, t, N, C] → [B, t, M, C]. Frame by frame, so
     that no mask exists: frame i's queries against the keys of frames 0..i. The same sums as diffusers' masked call,
-    without the t*N x t*N mask. at_once: queries of a call where torch's own kernel computes; its rounding depends on it.
+    without the t*N x t*N mask. queries_per_call: where torch's own kernel computes; its rounding depends on it.
     """
     batch, frames, _, channels = query.shape
     # The products are for decoding alone: one clip, no gradients. Training has batches and goes through here, too.
@@ -42,7 +42,7 @@ def frame_causal_attention(
     for i in range(frames):
         keys, values = (x[:, : i + 1].reshape(batch, 1, -1, channels) for x in (key, value))
         queries = query[:, i : i + 1]
-        parts = [queries] if products or at_once is None else queries.split(at_once, dim=2)
+        parts = [queries] if products or queries_per_call is None else queries.split(queries_per_call, dim=2)
         outputs.append(torch.cat([attend(part, keys, values) for part in parts], dim=2))
     return torch.cat(outputs, dim=1)
 
@@ -65,7 +65,7 @@ def _attend_in_products(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 # -- between convolutions --
 
 
-class Sum:
+class PendingSum:
     """Activations that are yet to be added up: what a convolution gave [T, H, W, C], its bias [C], a residual.
 
     It is used once, by take or add, and then holds nothing: at full size each of these is gigabytes.
@@ -92,8 +92,8 @@ def normalise(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     return F.normalize(x.float(), dim=-1).to(x.dtype) * (x.shape[-1] ** 0.5 * gamma)
 
 
-def padded(
-    x: Sum | torch.Tensor, gamma: torch.Tensor | None, before: torch.Tensor | None, *, keep: bool = True
+def norm_silu_pad(
+    x: PendingSum | torch.Tensor, gamma: torch.Tensor | None, before: torch.Tensor | None, *, keep: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(input of the next convolution [T + 2, H + 2, W + 2, C], x added up [T, H, W, C], or None unless keep).
 
@@ -103,9 +103,9 @@ def padded(
     if x.is_cuda:
         from hunyuan_staged.models import vae_kernels
 
-        product, bias, residual = x.take() if isinstance(x, Sum) else (x, None, None)
-        return vae_kernels.padded(product, bias, residual, gamma, before, keep=keep)
-    added = x.add() if isinstance(x, Sum) else x
+        product, bias, residual = x.take() if isinstance(x, PendingSum) else (x, None, None)
+        return vae_kernels.norm_silu_pad(product, bias, residual, gamma, before, keep=keep)
+    added = x.add() if isinstance(x, PendingSum) else x
     values = added if gamma is None else F.silu(normalise(added, gamma))
     rows, columns = (torch.arange(-1, n + 1, device=added.device).clamp(0, n - 1) for n in added.shape[1:3])
     values = values[:, rows[:, None], columns]
@@ -169,7 +169,7 @@ ALL_ROWS = FrameLayout()
 
 
 @dataclass
-class Memory:
+class ConvCache:
     """What the causal convolutions of one video remember between two chunks: the last two frames of their input."""
 
     layout: FrameLayout = ALL_ROWS
@@ -193,26 +193,26 @@ class CausalCoder:
         self.device, self.dtype = weight.device, weight.dtype
 
     def _convolve(
-        self, layer: Any, x: Sum | torch.Tensor, norm: Any, memory: Memory, *, keep: bool = True
+        self, layer: Any, x: PendingSum | torch.Tensor, norm: Any, cache: ConvCache, *, keep: bool = True
     ) -> tuple[torch.Tensor, Any]:
         """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
-        before = memory.frames.get(layer)
-        inputs, added = padded(x, None if norm is None else norm.gamma.flatten(), before, keep=keep)
-        memory.layout.fill_halo(inputs, first=before is None)
-        if memory.last:
-            memory.frames.pop(layer, None)
+        before = cache.frames.get(layer)
+        inputs, added = norm_silu_pad(x, None if norm is None else norm.gamma.flatten(), before, keep=keep)
+        cache.layout.fill_halo(inputs, first=before is None)
+        if cache.last:
+            cache.frames.pop(layer, None)
         else:
-            memory.frames[layer] = inputs[-2:].clone()
+            cache.frames[layer] = inputs[-2:].clone()
         return _convolve(inputs, layer.conv.weight), added
 
-    def _resnet(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> Sum:
-        product, added = self._convolve(block.conv1, x, block.norm1, memory)
-        between = Sum(product, block.conv1.conv.bias)
+    def _resnet(self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache) -> PendingSum:
+        product, added = self._convolve(block.conv1, x, block.norm1, cache)
+        between = PendingSum(product, block.conv1.conv.bias)
         del product
-        product, _ = self._convolve(block.conv2, between, block.norm2, memory, keep=False)
+        product, _ = self._convolve(block.conv2, between, block.norm2, cache, keep=False)
         if block.conv_shortcut is not None:
             added = F.linear(added, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
-        return Sum(product, block.conv2.conv.bias, added)
+        return PendingSum(product, block.conv2.conv.bias, added)
 
     def _attention(self, block: Any, x: torch.Tensor, layout: FrameLayout = ALL_ROWS) -> torch.Tensor:
         normed = normalise(x, block.norm.gamma.flatten())
@@ -223,7 +223,7 @@ class CausalCoder:
             # [t, h, w, C] → [1, t, N, C]
             *(rows.flatten(1, 2)[None] for rows in (query, layout.gather_rows(key), layout.gather_rows(value))),
             # A row at a time: the bits must not depend on how many rows there are.
-            at_once=x.shape[2],
+            queries_per_call=x.shape[2],
         )
         return x + F.linear(attended.view(x.shape), block.proj_out.weight.flatten(1), block.proj_out.bias)
 
@@ -232,57 +232,59 @@ class Decoder(CausalCoder):
     """The forward of one loaded decoder."""
 
     @torch.no_grad()
-    def __call__(self, latents: torch.Tensor, frames_at_once: int | None = None) -> Iterator[torch.Tensor]:
+    def __call__(self, latents: torch.Tensor, latent_frames_per_chunk: int | None = None) -> Iterator[torch.Tensor]:
         """Frames [T, H, W, 3] in the decoder's range of about [-1, 1], from latents [1, C, t, h, w], chunk by chunk.
 
         A chunk comes from so many latent frames, all of them by default. The first latent frame gives one frame, any
         other as many as the decoder's temporal factor. Chunks change nothing but the rounding.
         """
         values = self.before_chunks(latents)
-        yield from self.chunks(values, frames_at_once or len(values))
+        yield from self.chunks(values, latent_frames_per_chunk or len(values))
 
     @torch.no_grad()
     def before_chunks(self, latents: torch.Tensor, layout: FrameLayout = ALL_ROWS) -> torch.Tensor:
         """conv_in and the mid block, over all frames: [1, C, t, h, w] → [t, h, w, C']."""
-        module, memory = self.module, Memory(layout, last=True)
+        module, cache = self.module, ConvCache(layout, last=True)
         latents = latents.to(self.device, self.dtype)[0].permute(1, 2, 3, 0).contiguous()
-        product, _ = self._convolve(module.conv_in, latents, None, memory)
-        x: Sum | torch.Tensor = Sum(product, module.conv_in.conv.bias, latents.repeat_interleave(module.repeat, dim=-1))
-        x = self._resnet(module.mid_block.resnets[0], x, memory)
+        product, _ = self._convolve(module.conv_in, latents, None, cache)
+        x: PendingSum | torch.Tensor = PendingSum(
+            product, module.conv_in.conv.bias, latents.repeat_interleave(module.repeat, dim=-1)
+        )
+        x = self._resnet(module.mid_block.resnets[0], x, cache)
         for attention, resnet in zip(module.mid_block.attentions, module.mid_block.resnets[1:], strict=True):
             if attention is not None:
                 x = self._attention(attention, x.add(), layout)
-            x = self._resnet(resnet, x, memory)
+            x = self._resnet(resnet, x, cache)
         return x.add()
 
     @torch.no_grad()
     def chunks(self, values: torch.Tensor, size: int, layout: FrameLayout = ALL_ROWS) -> Iterator[torch.Tensor]:
         """Frames as __call__ gives them, of `size` latent frames at a time, from what before_chunks gave of all."""
-        memory = Memory(layout)
+        cache = ConvCache(layout)
         for start in range(0, len(values), size):
-            memory.first, memory.last = start == 0, start + size >= len(values)
-            yield self._chunk(values[start : start + size], memory)
+            cache.first, cache.last = start == 0, start + size >= len(values)
+            yield self._chunk(values[start : start + size], cache)
 
-    def _chunk(self, values: torch.Tensor, memory: Memory) -> torch.Tensor:
-        crop = memory.layout.crop
-        x: Sum | torch.Tensor = crop(values, 0)
+    def _chunk(self, values: torch.Tensor, cache: ConvCache) -> torch.Tensor:
+        crop = cache.layout.crop
+        x: PendingSum | torch.Tensor = crop(values, 0)
         for level, block in enumerate(self.module.up_blocks, start=1):
             for resnet in block.resnets:
-                x = self._resnet(resnet, x, memory)
+                x = self._resnet(resnet, x, cache)
             for upsampler in block.upsamplers or ():
-                x = crop(self._upsample(upsampler, x, memory), level)
-        product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, memory, keep=False)
+                x = crop(self._upsample(upsampler, x, cache), level)
+        product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, cache, keep=False)
         return crop(product + self.module.conv_out.conv.bias, len(self.module.up_blocks))
 
-    def _upsample(self, block: Any, x: Sum | torch.Tensor, memory: Memory) -> torch.Tensor:
+    def _upsample(self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache) -> torch.Tensor:
         """Twice as high and wide, and with add_temporal_upsample twice as long but for a video's first frame."""
-        product, added = self._convolve(block.conv, x, None, memory)
+        product, added = self._convolve(block.conv, x, None, cache)
         bias = block.conv.conv.bias
         if not block.add_temporal_upsample:
             return spread(product, bias, added, time=1, group=product.shape[-1] // 4, repeats=block.repeats)
         group = product.shape[-1] // 8
         parts = []
-        if memory.first:
+        if cache.first:
             # One frame from the first: of each pair of groups in time the first half, which is the earlier group's place.
             first = {"time": 1, "group": 2 * group, "repeats": block.repeats // 2}
             parts.append(spread(product[:1], bias, added[:1], **first))

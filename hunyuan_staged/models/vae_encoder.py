@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from hunyuan_staged.models.vae_decoder import CausalCoder, Memory, Sum
+from hunyuan_staged.models.vae_decoder import CausalCoder, ConvCache, PendingSum
 
 
 def pack(x: torch.Tensor, *, time: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Encoder(CausalCoder):
     """The forward of one loaded encoder."""
 
     @torch.no_grad()
-    def __call__(self, video: torch.Tensor, frames_at_once: int | None = None) -> torch.Tensor:
+    def __call__(self, video: torch.Tensor, latent_frames_per_chunk: int | None = None) -> torch.Tensor:
         """The posterior [1, 2 C, t, h, w], means (its mode) before log-variances, of a video [1, 3, T, H, W] in [-1, 1].
 
         The video may lie on another device: so many frames of latents (None: all) come over, and are computed, at a time.
@@ -45,38 +45,38 @@ class Encoder(CausalCoder):
         frames, height, width = video.shape[2:]
         if (frames - 1) % time or height % space or width % space:
             raise ValueError(f"{frames} frames of {height}x{width}; allowed: {time}n + 1 frames, sides of {space}n")
-        values = torch.cat(list(self._chunks(video, (frames_at_once or frames) * time)))
+        values = torch.cat(list(self._chunks(video, (latent_frames_per_chunk or frames) * time)))
         return self._behind_chunks(values).permute(3, 0, 1, 2)[None]
 
     def _chunks(self, video: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         """[t, h, w, C] in front of the mid block. The first frame, which becomes a latent of its own, joins a chunk."""
-        memory, start = Memory(), 0
+        cache, start = ConvCache(), 0
         while start < video.shape[2]:
             stop = start + size if start else 1 + size - self.module.time_ratio
-            memory.first, memory.last = start == 0, stop >= video.shape[2]
+            cache.first, cache.last = start == 0, stop >= video.shape[2]
             chunk = video[0, :, start:stop].to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous()
-            yield self._down(chunk, memory)
+            yield self._down(chunk, cache)
             start = stop
 
-    def _down(self, chunk: torch.Tensor, memory: Memory) -> torch.Tensor:
+    def _down(self, chunk: torch.Tensor, cache: ConvCache) -> torch.Tensor:
         """A chunk of frames [T, H, W, 3] through the levels."""
-        product, _ = self._convolve(self.module.conv_in, chunk, None, memory, keep=False)
-        x: Any = Sum(product, self.module.conv_in.conv.bias)
+        product, _ = self._convolve(self.module.conv_in, chunk, None, cache, keep=False)
+        x: Any = PendingSum(product, self.module.conv_in.conv.bias)
         for block in self.module.down_blocks:
             for resnet in block.resnets:
-                x = self._resnet(resnet, x, memory)
+                x = self._resnet(resnet, x, cache)
             for downsampler in block.downsamplers or ():
-                x = self._downsample(downsampler, x, memory)
-        return x.add() if isinstance(x, Sum) else x
+                x = self._downsample(downsampler, x, cache)
+        return x.add() if isinstance(x, PendingSum) else x
 
-    def _downsample(self, block: Any, x: Any, memory: Memory) -> torch.Tensor:
+    def _downsample(self, block: Any, x: Any, cache: ConvCache) -> torch.Tensor:
         """Half as high and wide, and with add_temporal_downsample half as long but for a video's first frame."""
-        product, added = self._convolve(block.conv, x, None, memory)
+        product, added = self._convolve(block.conv, x, None, cache)
         values = product + block.conv.conv.bias
         if not block.add_temporal_downsample:
             return pack_with_shortcut(values, added, time=1)
         parts = []
-        if memory.first:
+        if cache.first:
             # It has no partner in time: its channels stand for both.
             parts.append(pack_with_shortcut(values[:1], added[:1], time=1, copies=2))
             values, added = values[1:], added[1:]
@@ -86,9 +86,9 @@ class Encoder(CausalCoder):
 
     def _behind_chunks(self, x: Any) -> torch.Tensor:
         """The mid block and conv_out, over all latents: [t, h, w, C] → [t, h, w, 2 C']."""
-        module, memory = self.module, Memory(last=True)
+        module, cache = self.module, ConvCache(last=True)
         first, second = module.mid_block.resnets
-        x = self._attention(module.mid_block.attentions[0], self._resnet(first, x, memory).add())
-        x = self._resnet(second, x, memory)
-        product, x = self._convolve(module.conv_out, x, module.norm_out, memory)
+        x = self._attention(module.mid_block.attentions[0], self._resnet(first, x, cache).add())
+        x = self._resnet(second, x, cache)
+        product, x = self._convolve(module.conv_out, x, module.norm_out, cache)
         return product + module.conv_out.conv.bias + channel_means(x, product.shape[-1])

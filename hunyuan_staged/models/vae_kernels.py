@@ -1,4 +1,4 @@
-"""Triton kernels of the VAE decoder, for decoder.py, which says what they compute. Imported where there is a GPU alone.
+"""Triton kernels of the VAE decoder, for vae_decoder.py, which says what they compute. Imported where there is a GPU alone.
 
 A program computes a few whole positions with all their channels, which lie side by side in memory.
 """
@@ -13,7 +13,7 @@ LENGTH_FLOOR = 1e-12  # of F.normalize
 
 # Compiled once for each width: nothing is specialised on the sizes of a tile, which differ at a video's borders.
 @triton.jit(do_not_specialize=["frames", "height", "width", "has_bias", "has_residual", "has_before", "keep"])
-def _padded(
+def _norm_silu_pad(
     product, bias, residual, gamma, before, out, kept, frames, height, width,
     has_bias, has_residual, has_before, keep, scale, floor,
     channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, has_norm: tl.constexpr,
@@ -49,7 +49,7 @@ def _padded(
     tl.store(out + target, value.to(out.dtype.element_ty), mask=live)
 
 
-def padded(
+def norm_silu_pad(
     product: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -58,7 +58,7 @@ def padded(
     *,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """decoder.padded of a sum by its parts."""
+    """vae_decoder.norm_silu_pad of a sum by its parts."""
     frames, height, width, channels = product.shape
     out = product.new_empty(frames + 2, height + 2, width + 2, channels)
     # What was given whole is not written again.
@@ -71,7 +71,7 @@ def padded(
     def there(tensor: torch.Tensor | None) -> torch.Tensor:
         return product if tensor is None else tensor
 
-    _padded[grid](
+    _norm_silu_pad[grid](
         product, there(bias), there(residual), there(gamma), there(before), out, there(kept), frames, height, width,
         int(bias is not None), int(residual is not None), int(before is not None), int(keep and summed),
         channels**0.5, LENGTH_FLOOR, channels, block, rows, gamma is not None, num_warps=8 if block >= 512 else 4,
@@ -106,7 +106,7 @@ def _spread(
 def spread(
     product: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, time: int, group: int, repeats: int
 ) -> torch.Tensor:
-    """decoder.spread."""
+    """vae_decoder.spread."""
     frames, height, width, _ = product.shape
     channels = x.shape[-1] * repeats // (time * 4)
     out = product.new_empty(frames * time, 2 * height, 2 * width, channels)

@@ -130,7 +130,7 @@ class DecodeSetup:
         return {
             "video": f"{width}x{height}, {frames} frames",
             "decoding": self.method(plan),
-            "latent frames at once": min(plan.at_once, self.job.latents.shape[2]),
+            "latent frames at once": min(plan.latent_frames_per_chunk, self.job.latents.shape[2]),
             "memory": f"{gib(plan.total)}: {held}",
             "free": free.describe(),
             "expected time": "unknown: not measured" if seconds is None else f"{seconds:.1f} s",
@@ -182,7 +182,7 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
     if plan.tile_size is None:
         batches = whole.decode_whole(decoder, latents, config, plan, **common)
     else:
-        tiling = Tiling(**setup.tiling(plan), at_once=plan.at_once)
+        tiling = Tiling(**setup.tiling(plan), latent_frames_per_chunk=plan.latent_frames_per_chunk)
         batches = tiled.decode_frames(decoder, latents, config, tiling, **common)
     with report.timed("compute"):
         if not world.is_main:

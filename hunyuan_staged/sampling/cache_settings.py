@@ -10,7 +10,7 @@ from typing import Any
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 
-# Of a run of CACHE_STEPS steps, as in the official code; other schedules keep their share of it (cache.settle).
+# Of a run of CACHE_STEPS steps, as in the official code; other schedules keep their share of it (resolve).
 CACHE_STEPS = 50
 CACHE_FLAGS = {"cache_start_step": 11, "cache_end_step": 45, "cache_step_interval": 4}
 # Which further flags a type of cache has, with their defaults. The thresholds are diffusers' (FirstBlockCacheConfig and

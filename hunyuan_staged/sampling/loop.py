@@ -3,18 +3,32 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from hunyuan_staged.models.embeddings import Conditioning
+from hunyuan_staged.models.transformer import RunBlocks
 from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import guide
 from hunyuan_staged.sampling.schedule import euler_step, timesteps_of
 
-VelocityModel = Callable[..., torch.Tensor]  # of (hidden_states, timestep, conditioning, timestep_r[, through])
+
+class VelocityModel(Protocol):
+    """A transformer's forward: see models/transformer.py."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        timestep_r: torch.Tensor | None = None,
+        run_blocks: RunBlocks | None = None,
+    ) -> torch.Tensor:
+        """The velocity [1, 32, T, h, w]."""
+        ...
 
 
 @dataclass(frozen=True)

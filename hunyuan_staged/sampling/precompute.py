@@ -58,9 +58,9 @@ class ModulationReader:
         tembs = time_embeddings(SimpleNamespace(time_embed=module), times, self.device)
         return Modulations(times, tembs, len(self.skeleton.transformer_blocks))
 
-    def destinations(self, modulations: Modulations, places: Destinations = NO_DESTINATIONS) -> Destinations:
-        """`places`, and the modulations filled by the way."""
-        return replace(places, consumed=self.shapes, take=modulations.add)
+    def destinations(self, modulations: Modulations, others: Destinations = NO_DESTINATIONS) -> Destinations:
+        """`others`, and the modulations filled by the way."""
+        return replace(others, consumed=self.shapes, take=modulations.add)
 
     def read(self, sigmas: torch.Tensor) -> Modulations:
         """The modulations of another schedule, from the file: one linear map after the other, nothing else is read."""

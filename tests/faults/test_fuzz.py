@@ -97,14 +97,14 @@ def test_configs(folder, raw):
 
 LATENTS = torch.ones(1, 32, 1, 2, 2)
 NOTES = ["dtype_info", "num_frames", "embeddings_sha256", "made_from_sha256", "format", "step", "settings", "origins"]
-FACTS = RunIdentity({"seed": 1}, {"processes": 1}, {})
+IDENTITY = RunIdentity({"seed": 1}, {"processes": 1}, {})
 GOOD_STATE = {
     "format": "1",
     "step": "2",
-    "settings": json.dumps(FACTS.inputs),
-    "circumstances": json.dumps(FACTS.environment),
+    "settings": json.dumps(IDENTITY.inputs),
+    "circumstances": json.dumps(IDENTITY.environment),
     "origins": "{}",
-    contract.MADE_FROM: FACTS.digest(),
+    contract.MADE_FROM: IDENTITY.digest(),
 }
 ODD_NOTES = (
     st.text(max_size=12)
@@ -116,7 +116,7 @@ ODD_NOTES = (
 
 def state_keeper(folder: Path) -> StateSaver:
     world = World(0, 1, torch.device("cpu"))
-    return StateSaver(folder, FACTS, steps=4, every=1, world=world)
+    return StateSaver(folder, IDENTITY, steps=4, every=1, world=world)
 
 
 @settings(fuzz, max_examples=METADATA)

@@ -201,7 +201,7 @@ def write_smallest_vae(folder: Path) -> Path:
 
 
 def test_the_real_models_latents(tmp_path, tpu_folder):
-    """The sibling suite's folder as it lies there: model_id for model_path, bfloat16, no height or width."""
+    """The TPU suite's folder as it lies there: model_id for model_path, bfloat16, no height or width."""
     folder = tmp_path / "real"
     shutil.copytree(tpu_folder, folder)
     before = json.loads((folder / contract.CONFIG_FILE).read_text())

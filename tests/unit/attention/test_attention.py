@@ -220,7 +220,7 @@ def test_what_an_ampere_gpu_takes(monkeypatch, mode, runs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "present", "core"),
+    ("dtype", "width", "present", "kernel"),
     [
         (torch.bfloat16, 128, ["flash_attn.cute"], "flash4"),
         (torch.bfloat16, 32, ["flash_attn.cute"], "flex"),
@@ -229,9 +229,9 @@ def test_what_an_ampere_gpu_takes(monkeypatch, mode, runs):
         (torch.bfloat16, 128, ["flash_attn.cute", "flex_block_attn"], "flex_block_attn"),
     ],
 )
-def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, present, core):
+def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, present, kernel):
     hopper(monkeypatch, *present)
-    assert ssta.fastest_kernel(CUDA, dtype, width)[0] == core
+    assert ssta.fastest_kernel(CUDA, dtype, width)[0] == kernel
 
 
 def test_blocks_outside_the_range_run_the_other_kernel():

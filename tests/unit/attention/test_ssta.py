@@ -24,8 +24,8 @@ def golden(golden_folder) -> dict[str, torch.Tensor]:
     return found | {"mask": tensors["block_mask"][0, :, :36, :36].bool()}
 
 
-def attention(core: str, device: torch.device = CPU) -> ssta.SparseAttention:
-    return ssta.SparseAttention(GOLDEN_GRID, device, core, tile=GOLDEN_TILE, top_k=GOLDEN_TOP_K)
+def attention(kernel: str, device: torch.device = CPU) -> ssta.SparseAttention:
+    return ssta.SparseAttention(GOLDEN_GRID, device, kernel, tile=GOLDEN_TILE, top_k=GOLDEN_TOP_K)
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -117,17 +117,17 @@ def test_the_package_is_called_as_it_documents(golden_folder, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("core", ["flash4", "flex"])
+@pytest.mark.parametrize("kernel", ["flash4", "flex"])
 @pytest.mark.parametrize("text", [1, 200, 384])
-def test_every_core_agrees_with_torch_on_the_gpu(core, text):
+def test_every_core_agrees_with_torch_on_the_gpu(kernel, text):
     """A grid that needs padding, and text whose last block is ragged."""
-    if core == "flash4":
+    if kernel == "flash4":
         pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
     grid = (13, 30, 26)
     draw = torch.Generator("cuda").manual_seed(2)
     tokens = grid[0] * grid[1] * grid[2] + text
     q, k, v = torch.randn(3, 1, tokens, 2, 128, device="cuda", dtype=torch.bfloat16, generator=draw)
     ours, plain = (
-        ssta.SparseAttention(grid, torch.device("cuda"), name, top_k=4)(q, k, v).float() for name in (core, "torch")
+        ssta.SparseAttention(grid, torch.device("cuda"), name, top_k=4)(q, k, v).float() for name in (kernel, "torch")
     )
     assert distance(ours, plain) < 5e-3

@@ -49,21 +49,23 @@ def golden_decoder(golden_folder):
     return decoder
 
 
-def decoded_by(decoder: torch.nn.Module, latents: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+def decoded_by(
+    decoder: torch.nn.Module, latents: torch.Tensor, latent_frames_per_chunk: int | None = None
+) -> torch.Tensor:
     """[1, 3, T, H, W], as diffusers gives it."""
-    return torch.cat(list(Decoder(decoder)(latents, at_once))).permute(3, 0, 1, 2)[None]
+    return torch.cat(list(Decoder(decoder)(latents, latent_frames_per_chunk))).permute(3, 0, 1, 2)[None]
 
 
-@pytest.mark.parametrize("at_once", [None, 1, 2])
-def test_decoder_matches_the_official_one(golden_decoder, golden_folder, at_once):
+@pytest.mark.parametrize("latent_frames_per_chunk", [None, 1, 2])
+def test_decoder_matches_the_official_one(golden_decoder, golden_folder, latent_frames_per_chunk):
     reference = load_file(golden_folder / "vae_5x7.safetensors")
-    decoded = decoded_by(golden_decoder, reference["latents"], at_once)
+    decoded = decoded_by(golden_decoder, reference["latents"], latent_frames_per_chunk)
     assert (decoded - reference["decoded"]).norm() / reference["decoded"].norm() < 1e-4
 
 
-@pytest.mark.parametrize(("frames", "at_once"), [(1, 8), (5, 2), (5, 1), (4, 3)])
+@pytest.mark.parametrize(("frames", "latent_frames_per_chunk"), [(1, 8), (5, 2), (5, 1), (4, 3)])
 @pytest.mark.parametrize("layers", [0, 1])
-def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
+def test_decoder_matches_diffusers_in_chunks(frames, latent_frames_per_chunk, layers):
     """A single frame, chunks of one latent frame, and a last chunk that is shorter."""
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
 
@@ -75,11 +77,15 @@ def test_decoder_matches_diffusers_in_chunks(frames, at_once, layers):
     reference.load_state_dict(decoder.state_dict())
     latents = draw_latents(frames, 3, 4)
     wanted = reference(latents)
-    torch.testing.assert_close(decoded_by(decoder, latents, at_once), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded_by(decoder, latents, latent_frames_per_chunk), wanted, rtol=1e-4, atol=1e-5)
 
 
-def decode_tiles(decoder, latents, config, *, tile_size, tile_overlap, at_once=CHUNK_SIZES[0], **options):
-    return tiled.decode_frames(decoder, latents, config, Tiling(tile_size, tile_overlap, at_once), **options)
+def decode_tiles(
+    decoder, latents, config, *, tile_size, tile_overlap, latent_frames_per_chunk=CHUNK_SIZES[0], **options
+):
+    return tiled.decode_frames(
+        decoder, latents, config, Tiling(tile_size, tile_overlap, latent_frames_per_chunk), **options
+    )
 
 
 def decoded(*args, **options) -> frames.FrameBatch:
@@ -246,14 +252,14 @@ def test_frames_leave_while_the_last_row_of_tiles_is_decoded(monkeypatch):
     pieces = []
     begin = Decoder.__call__
 
-    def watched(self, latents, at_once=None):
-        for piece in begin(self, latents, at_once):
+    def watched(self, latents, latent_frames_per_chunk=None):
+        for piece in begin(self, latents, latent_frames_per_chunk):
             pieces.append(len(piece))
             yield piece
 
     monkeypatch.setattr(Decoder, "__call__", watched)
     lengths, seen = [], []
-    options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "at_once": 1}
+    options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "latent_frames_per_chunk": 1}
     for block in decode_tiles(tiny_decoder(), draw_latents(3, 5, 7), CONFIG, **options):
         lengths.append(len(block.frames))
         seen.append(len(pieces))
@@ -263,11 +269,12 @@ def test_frames_leave_while_the_last_row_of_tiles_is_decoded(monkeypatch):
     assert pieces == [1, 4, 4] * 3 + [1] * 3 + [4] * 6
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 8])
-def test_chunks_change_nothing_but_rounding(at_once):
+@pytest.mark.parametrize("latent_frames_per_chunk", [1, 2, 8])
+def test_chunks_change_nothing_but_rounding(latent_frames_per_chunk):
     options = {"tile_size": 64, "tile_overlap": 0.25, "world": ALONE, "as_float": True}
     whole, chunked = (
-        decoded(tiny_decoder(), draw_latents(5, 5, 7), CONFIG, **options, at_once=n).floats for n in (99, at_once)
+        decoded(tiny_decoder(), draw_latents(5, 5, 7), CONFIG, **options, latent_frames_per_chunk=n).floats
+        for n in (99, latent_frames_per_chunk)
     )
     torch.testing.assert_close(chunked, whole, rtol=0, atol=2e-6)
 
@@ -279,8 +286,8 @@ def failing_at(monkeypatch, limit: int, after: int = 0) -> None:
     """A device on which a tile of more than `limit` latents fits only for the first `after` pieces."""
     begin = Decoder.__call__
 
-    def call(self, latents, at_once=None):
-        for number, piece in enumerate(begin(self, latents, at_once)):
+    def call(self, latents, latent_frames_per_chunk=None):
+        for number, piece in enumerate(begin(self, latents, latent_frames_per_chunk)):
             if latents.shape[-1] * latents.shape[-2] > limit and number >= after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
             yield piece
@@ -292,7 +299,7 @@ def failing_at(monkeypatch, limit: int, after: int = 0) -> None:
 def test_a_tile_that_does_not_fit_is_decoded_in_halves(monkeypatch, after):
     """The two tiles of 4 x 4 latents do not fit; those at the borders, of 4 x 1, do."""
     latents, said = draw_latents(3, 4, 7), []
-    options = {"tile_overlap": 0.25, "world": ALONE, "as_float": True, "at_once": 2}
+    options = {"tile_overlap": 0.25, "world": ALONE, "as_float": True, "latent_frames_per_chunk": 2}
     plain = decoded(tiny_decoder(), latents, CONFIG, tile_size=64, **options)
     halves = decoded(tiny_decoder(), latents, CONFIG, tile_size=32, **options)
     failing_at(monkeypatch, 15, after)
@@ -335,7 +342,13 @@ def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
             if world.rank >= size:
                 continue
             part = World(world.rank, size, world.device)
-            options = {"tile_size": tile_size, "tile_overlap": 0.25, "world": part, "as_float": True, "at_once": 2}
+            options = {
+                "tile_size": tile_size,
+                "tile_overlap": 0.25,
+                "world": part,
+                "as_float": True,
+                "latent_frames_per_chunk": 2,
+            }
             if world.rank > 0:
                 assert list(decode_tiles(decoder, latents, CONFIG, **options)) == []
             else:

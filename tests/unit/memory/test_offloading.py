@@ -55,8 +55,8 @@ def test_any_number_of_offloaded_blocks_gives_the_same_bits(offloaded, device):
     whole, x = model.to(place).run(X.to(place)), X.to(place)
     blocks = stream_blocks(model.cpu(), place, offloaded)
     assert len(blocks) == 6
-    at_home = blocks.home.memory.untyped_storage().data_ptr()
-    resting = [t for t in model.parameters() if t.untyped_storage().data_ptr() == at_home]
+    on_host = blocks.host_blocks.memory.untyped_storage().data_ptr()
+    resting = [t for t in model.parameters() if t.untyped_storage().data_ptr() == on_host]
     assert len(resting) == 2 * offloaded, "weight and bias of each"
     assert all(t.device.type == device for t in model.parameters() if not any(t is other for other in resting))
     for _ in range(3):
@@ -96,7 +96,7 @@ def test_two_blocks_at_a_time_are_off_the_host():
     model = Model(4)
     blocks = stream_blocks(model, CPU)
     assert len(blocks.slots) == 2
-    host = {view.data_ptr() for index in range(4) for view in blocks.home.views(index)}
+    host = {view.data_ptr() for index in range(4) for view in blocks.host_blocks.views(index)}
     slots = {view.data_ptr() for views in blocks.views for view in views}
     for index, block in enumerate(blocks[:]):
         assert {tensor.data_ptr() for tensor in block.parameters()} <= slots
@@ -117,11 +117,11 @@ def test_hooks_bring_the_weights_of_a_model_whose_forward_is_not_ours():
 
 
 def test_a_blocks_tensors_are_aligned_and_apart():
-    cut = packed_layout(nn.Linear(3, 5), torch.bfloat16)
-    assert cut.pieces == (("weight", (5, 3), torch.bfloat16, 0), ("bias", (5,), torch.bfloat16, 256))
-    assert cut.size == 512
-    flat = torch.zeros(cut.size, dtype=torch.uint8)
-    weight, bias = cut.views(flat)
+    layout = packed_layout(nn.Linear(3, 5), torch.bfloat16)
+    assert layout.pieces == (("weight", (5, 3), torch.bfloat16, 0), ("bias", (5,), torch.bfloat16, 256))
+    assert layout.size == 512
+    flat = torch.zeros(layout.size, dtype=torch.uint8)
+    weight, bias = layout.views(flat)
     weight.fill_(1)
     assert not bias.any() and weight.shape == (5, 3)
 
@@ -154,13 +154,13 @@ def test_weights_are_loaded_straight_into_their_places(layout, weights_dtype, ti
     states = whole.state_dict(), model.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name].float(), states[1][name].float()) for name in states[0])
-    start = blocks.home.memory.data_ptr()
+    start = blocks.host_blocks.memory.data_ptr()
     inside = [
         index
         for index, block in enumerate(model.transformer_blocks)
-        if all(start <= tensor.data_ptr() < start + blocks.home.memory.nbytes for tensor in block.parameters())
+        if all(start <= tensor.data_ptr() < start + blocks.host_blocks.memory.nbytes for tensor in block.parameters())
     ]
-    assert inside == blocks.home.which and len(inside) == 2
+    assert inside == blocks.host_blocks.which and len(inside) == 2
 
 
 def test_the_plan_counts_what_is_loaded(tiny_official):
@@ -202,7 +202,7 @@ def reads(world: World, folder: Path) -> tuple[str, list[str], list[float], floa
     blocks = loaded(folder, 2, world)[1]
     sums = [float(sum(t.double().sum() for t in block.parameters())) for block in blocks[:]]
     world.barrier("read")
-    cell = blocks.home.memory[:4].view(torch.float32)
+    cell = blocks.host_blocks.memory[:4].view(torch.float32)
     if world.rank == 1:
         cell.fill_(7.5)
     world.barrier("written")
@@ -216,7 +216,7 @@ def test_processes_of_a_machine_share_one_copy_that_one_of_them_reads(tiny_offic
     assert cell == cell_1 == 7.5, "what one writes the other sees"
     expected = [float(sum(t.double().sum() for t in block.parameters())) for block in one.transformer_blocks]
     assert sums == sums_1 == expected
-    offloaded = re.compile(rf"double_blocks\.({'|'.join(map(str, blocks.home.which))})\.")
+    offloaded = re.compile(rf"double_blocks\.({'|'.join(map(str, blocks.host_blocks.which))})\.")
     assert any(offloaded.match(name) for name in names)
     assert not any(offloaded.match(name) for name in names_1), "the file is read once"
     assert {name for name in names if not offloaded.match(name)} == set(names_1)
@@ -237,7 +237,7 @@ def test_the_hosts_copy_is_pinned_and_let_go():
     device = torch.device("cuda")
     model = Model(4)
     blocks = stream_blocks(model, device)
-    assert blocks.home.memory.is_pinned()
+    assert blocks.host_blocks.memory.is_pinned()
     assert isinstance(blocks, StreamedBlocks) and budget.SLOTS == 2
     model.run(X.to(device), blocks)
     del model, blocks

@@ -48,8 +48,8 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> int:
             for term in (bias, residual):
                 x = x if term is None else x + term.double().cpu()
             wide = (None if tensor is None else tensor.double().cpu() for tensor in (gamma, before))
-            wanted, added = vae_decoder.padded(x, *wide)
-            ours, kept = vae_kernels.padded(given["product"], bias, residual, gamma, before, keep=keep)
+            wanted, added = vae_decoder.norm_silu_pad(x, *wide)
+            ours, kept = vae_kernels.norm_silu_pad(given["product"], bias, residual, gamma, before, keep=keep)
             near(ours, wanted)
             if keep:
                 near(kept, added)
