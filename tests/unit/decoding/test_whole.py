@@ -27,9 +27,9 @@ def rough_decoder(layers: int = 1) -> torch.nn.Module:
     return decoder
 
 
-def decode(latents, *, at_once=2, bands=1, world=ALONE, decoder=None, **options) -> FrameBatch | None:
+def decode(latents, *, latent_frames_per_chunk=2, bands=1, world=ALONE, decoder=None, **options) -> FrameBatch | None:
     """All batches as one; None on the other ranks."""
-    how = Decoding(None, at_once, "", {}, bands)
+    how = Decoding(None, latent_frames_per_chunk, "", {}, bands)
     batches = list(
         whole.decode_whole(decoder or rough_decoder(), latents, CONFIG, how, world=world, as_float=True, **options)
     )
@@ -38,33 +38,36 @@ def decode(latents, *, at_once=2, bands=1, world=ALONE, decoder=None, **options)
     return FrameBatch(torch.cat([b.frames for b in batches]), torch.cat([b.floats for b in batches]))
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_one_piece_is_the_decoder(at_once):
+@pytest.mark.parametrize("latent_frames_per_chunk", [1, 3])
+def test_one_piece_is_the_decoder(latent_frames_per_chunk):
     latents = draw_latents(3, 5, 7)
-    video = decode(latents, at_once=at_once)
-    wanted = torch.cat(list(Decoder(rough_decoder())(latents / CONFIG["scaling_factor"], at_once)))
+    video = decode(latents, latent_frames_per_chunk=latent_frames_per_chunk)
+    wanted = torch.cat(list(Decoder(rough_decoder())(latents / CONFIG["scaling_factor"], latent_frames_per_chunk)))
     assert torch.equal(video.floats, (wanted / 2 + 0.5).clamp(0, 1))
     assert torch.equal(video.frames, (video.floats * 255 + 0.5).to(torch.uint8))
     assert video.frames.float().std() > 1
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("latent_frames_per_chunk", [1, 2])
 @pytest.mark.parametrize("bands", [2, 3, 7])
-def test_bands_give_the_bits_of_one_piece(bands, at_once):
+def test_bands_give_the_bits_of_one_piece(bands, latent_frames_per_chunk):
     """High enough that the middle bands of three see neither border, and see them crop."""
     latents = draw_latents(3, 41, 2)
-    one, cut = (decode(latents, at_once=at_once, bands=n, decoder=rough_decoder(layers=0)) for n in (1, bands))
+    one, cut = (
+        decode(latents, latent_frames_per_chunk=latent_frames_per_chunk, bands=n, decoder=rough_decoder(layers=0))
+        for n in (1, bands)
+    )
     assert torch.equal(cut.floats, one.floats)
     assert torch.equal(cut.frames, one.frames)
 
 
-def decode_as(world: World, sizes: tuple[int, ...], height: int, at_once: int) -> dict[str, np.ndarray]:
+def decode_as(world: World, sizes: tuple[int, ...], height: int, latent_frames_per_chunk: int) -> dict[str, np.ndarray]:
     """Decode as the first n of these processes would, for each n; rank 0 returns what it got."""
     results = {}
     for size in sizes:
         if world.rank < size:
             part = World(world.rank, size, world.device)
-            video = decode(draw_latents(3, height, 7), world=part, at_once=at_once)
+            video = decode(draw_latents(3, height, 7), world=part, latent_frames_per_chunk=latent_frames_per_chunk)
             assert (video is None) == (world.rank > 0)
             if video is not None:
                 results[json.dumps([size, "frames"])] = video.frames.numpy()
@@ -72,10 +75,10 @@ def decode_as(world: World, sizes: tuple[int, ...], height: int, at_once: int) -
     return results
 
 
-@pytest.mark.parametrize(("height", "at_once"), [(11, 2), (5, 1)])
-def test_any_number_of_ranks_gives_the_same_bits(height, at_once):
+@pytest.mark.parametrize(("height", "latent_frames_per_chunk"), [(11, 2), (5, 1)])
+def test_any_number_of_ranks_gives_the_same_bits(height, latent_frames_per_chunk):
     """Rows that do not divide, one row each, and more ranks than rows."""
-    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, at_once)[0]
+    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, latent_frames_per_chunk)[0]
     assert len(results) == 5 * 2
     for name, array in results.items():
         size, what = json.loads(name)
@@ -129,14 +132,14 @@ def test_nan_is_not_a_black_video(bands):
     latents = draw_latents(3, 5, 4)
     latents[0, 0, 1, 4, 3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^frames 1 to 4 decoded to NaN or Inf in torch\.float32$"):
-        decode(latents, at_once=1, bands=bands)
+        decode(latents, latent_frames_per_chunk=1, bands=bands)
 
 
 def refused(world: World) -> str:
     latents = draw_latents(2, 5, 4)
     latents[0, 0, 0, 4, 3] = float("nan")  # the last rank's; its NaN stays away from rank 0's pixels by attention alone
     try:
-        decode(latents, world=world, at_once=2)
+        decode(latents, world=world, latent_frames_per_chunk=2)
     except FloatingPointError as error:
         return str(error)
     return ""
@@ -171,9 +174,9 @@ def failing_at(monkeypatch, rows: int, after: int) -> None:
 @pytest.mark.parametrize("after", [0, 2])
 def test_frames_that_do_not_fit_are_decoded_in_bands(monkeypatch, after):
     latents, said = draw_latents(4, 8, 2), []
-    wanted = decode(latents, at_once=1)
+    wanted = decode(latents, latent_frames_per_chunk=1)
     failing_at(monkeypatch, 32, after)
-    video = decode(latents, at_once=1, warn=said.append)
+    video = decode(latents, latent_frames_per_chunk=1, warn=said.append)
     lines = [f"out of memory: decoded again in {n} bands of rows" for n in (2, 4)]
     assert said == [f"{line} (CUDA out of memory. Tried to allocate 2.00 GiB.)" for line in lines]
     assert torch.equal(video.floats, wanted.floats), "nothing is lost, and nothing comes twice"
@@ -187,4 +190,4 @@ def test_memory_that_runs_out_for_good_is_one_line(monkeypatch):
         match=r"^out of memory with whole frames in 4 bands of rows \(CUDA out of memory\. Tried to allocate 2\.00 GiB"
         r"\.\); the latents are on disk: run this stage again with --tile_size 128, or where more memory is free$",
     ):
-        decode(draw_latents(2, 4, 2), at_once=1)
+        decode(draw_latents(2, 4, 2), latent_frames_per_chunk=1)

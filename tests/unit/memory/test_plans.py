@@ -284,8 +284,8 @@ def test_what_a_chunk_of_whole_frames_takes():
     values = 1024 * 31 * 3600 * 2
     assert planning.whole_working(2, 1, 1, VIDEO, DECODER, 2) == behind + values
     # Measured on an H100 in chunks of 1, 2 and 4 latent frames: 11.8, 15.4 and 22.5 GiB.
-    for at_once, peak in ((1, 11.8), (2, 15.4), (4, 22.5)):
-        whole = decoding(80, whole=True, at_once=at_once)
+    for latent_frames_per_chunk, peak in ((1, 11.8), (2, 15.4), (4, 22.5)):
+        whole = decoding(80, whole=True, latent_frames_per_chunk=latent_frames_per_chunk)
         assert peak <= whole.total / GIB < peak + 0.2
 
 
@@ -306,12 +306,12 @@ def test_a_rank_takes_what_its_rows_take():
     remembered = 2 * 7 * (1024 / 256 + 1024 / 64 + 512 / 16 + 256 / 4 + 128)
     behind = ((4 * 32 + 2) * 128 + remembered) * 96 * 1280 * 2
     assert planning.whole_working(8, 1, 8, VIDEO, DECODER, 2) == behind + 1024 * 31 * 480 * 2
-    assert decoding(80, ranks=8).at_once == 8
+    assert decoding(80, ranks=8).latent_frames_per_chunk == 8
 
 
 def chosen(free: float, **given) -> tuple[int | None, int, int]:
     found = decoding(free, **given)
-    return found.tile_size, found.bands, found.at_once
+    return found.tile_size, found.bands, found.latent_frames_per_chunk
 
 
 def test_whole_frames_then_bands_then_tiles():
@@ -348,7 +348,7 @@ def test_small_frames_go_in_longer_chunks():
 def test_what_was_asked_for_is_honoured_or_refused():
     assert decoding(80, tile_size=128).tile_size == 128
     assert decoding(80, tile_size=256).reason == "as asked"
-    assert decoding(3.8, tile_size=256).at_once == 1, "without the reserve it fits"
+    assert decoding(3.8, tile_size=256).latent_frames_per_chunk == 1, "without the reserve it fits"
     with pytest.raises(InputError, match=r"tiles of 256 px, 121 frames, needs 3\.8 GiB .* --tile_size 128"):
         decoding(3.5, tile_size=256)
     assert chosen(24, whole=True) == (None, 1, 2)
@@ -366,7 +366,7 @@ def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
     assert seconds(tiles) == 8.61
     assert seconds(decoding(80)) == seconds(decoding(80), overlap=0) == 4.936
     assert seconds(decoding(15)) == 5.133
-    assert seconds(decoding(80, at_once=4)) == 4.858
+    assert seconds(decoding(80, latent_frames_per_chunk=4)) == 4.858
     assert seconds(decoding(80, size=(49, 720, 1280)), size=(49, 720, 1280)) == 1.997
     assert seconds(decoding(5)) is None, "shorter chunks were not measured"
     assert seconds(decoding(9)) is None, "bands were not measured"

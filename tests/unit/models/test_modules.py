@@ -126,12 +126,12 @@ def test_the_encoder_gives_diffusers_posterior_and_its_mode(vaes, frames):
     torch.testing.assert_close(moments.chunk(2, dim=1)[0], posterior.mode(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames_at_once", [1, 2, 3])
-def test_the_encoder_gives_the_same_in_chunks(vaes, frames_at_once):
+@pytest.mark.parametrize("latent_frames_per_chunk", [1, 2, 3])
+def test_the_encoder_gives_the_same_in_chunks(vaes, latent_frames_per_chunk):
     """Also a last chunk that is shorter. One thread, one kernel for any number of frames: the same bits."""
     encoder = Encoder(copy.deepcopy(vaes[0].encoder))
     video = drawn(1, 3, 17, 32, 48)
-    assert torch.equal(encoder(video, frames_at_once), encoder(video))
+    assert torch.equal(encoder(video, latent_frames_per_chunk), encoder(video))
 
 
 def test_an_encoded_frame_sees_no_later_one(vaes):
