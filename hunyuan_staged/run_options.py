@@ -7,8 +7,8 @@ from typing import ClassVar
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
-from hunyuan_staged.flags import flag
 from hunyuan_staged.files.event_log import OPTION, check_log
+from hunyuan_staged.flags import flag
 from hunyuan_staged.sampling import cache_settings
 
 DEMO_CHECKPOINT = Path(__file__).with_name("demo") / "checkpoint"  # that ships, and is used where none is named

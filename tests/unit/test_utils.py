@@ -91,7 +91,9 @@ def test_debug_shows_the_traceback_and_keeps_the_status(capfd):
     def fail(_):
         raise InputError("bad")
 
-    assert utils.run_stage("stage x", argparse.Namespace(debug=True, log_json=None), check=fail, body=lambda *_: None) == 2
+    assert (
+        utils.run_stage("stage x", argparse.Namespace(debug=True, log_json=None), check=fail, body=lambda *_: None) == 2
+    )
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-2:] == ["hunyuan_staged.errors.InputError: bad", "error: bad"]
