@@ -3,7 +3,6 @@
 A user's default exists here alone. Parsers (parsing.py), the launcher and docs/flags.md come from these classes.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hunyuan_staged.run_options import (
     DISABLE_OFFLOADING,
     DTYPES,
     FILES,
+    MAX_LORA_WEIGHT,
     MAX_STEPS,
     SAMPLING,
     SPEED,
@@ -229,7 +229,8 @@ class DenoiseOptions(RunOptions):
                 file, weight = text, 1.0
             if not Path(file).exists():
                 raise InputError(f"{text}: there is no file {file}; allowed is FILE[:WEIGHT]", option="lora")
-            if not math.isfinite(weight):
-                raise InputError(f"{text}: the weight {last} is not a finite number", option="lora")
+            if not abs(weight) <= MAX_LORA_WEIGHT:  # nor is NaN
+                allowed = f"allowed is -{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
+                raise InputError(f"{text}: the weight is {last}; {allowed}", option="lora")
             found.append((Path(file), weight))
         return found

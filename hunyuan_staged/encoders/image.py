@@ -3,6 +3,7 @@
 Pillow and numpy only, the official transforms bit for bit on 8-bit images; torchvision is not needed.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_encoder import Encoder
+from hunyuan_staged.weights.boundary import refusing, require_regular
 
 # Covering a bucket (1:4 at the narrowest) with an image still narrower than this would fill the memory.
 MAX_IMAGE_RATIO = 32
+MAX_IMAGE_BYTES = 2**28  # WebP and AVIF are read whole before they are looked at
 # Whatever its name, a file is opened as one of these: Pillow would start Ghostscript for an EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 
@@ -30,15 +33,20 @@ def load_image(path: str | Path) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--image_path {path}: no such file")
-    try:
+    require_regular(path, MAX_IMAGE_BYTES)
+    # Each decoder fails in its own way, and warns of what it passes over.
+    with refusing(f"--image_path {path}: cannot be read"), warnings.catch_warnings(action="ignore"):
         Image.init()
-        # Not every build of Pillow has all.
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise InputError(f"--image_path {path}: not an image that Pillow can open as {', '.join(FORMATS)}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image_path {path}: cannot be read: {error}") from error
+        try:
+            # Not every build of Pillow has all.
+            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+        except UnidentifiedImageError:
+            raise InputError(
+                f"--image_path {path}: not an image that Pillow can open as {', '.join(FORMATS)}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"--image_path {path}: cannot be read: {error}") from error
     if max(rgb.size) > MAX_IMAGE_RATIO * min(rgb.size):
         raise InputError(
             f"--image_path {path}: {rgb.width}x{rgb.height} is a strip; at most {MAX_IMAGE_RATIO}:1 is allowed"

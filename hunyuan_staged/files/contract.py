@@ -39,6 +39,12 @@ STAGE_FILES = {
     3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
 }
 
+# Of what is read whole: far above what the largest video has, far below what a host holds.
+MAX_BYTES = {
+    EMBEDDINGS_FILE: 2**30,
+    **{at_resolution(LATENTS_FILE, name): 2**33 for name in (None, *SUPER_RESOLUTION)},
+}
+
 # Metadata: the dtypes; the hash of everything that a file was made from; the hash of the file that it was made from, and
 # of latents that super resolution has made, that file's name.
 DTYPE_INFO = "dtype_info"

@@ -20,6 +20,7 @@ from hunyuan_staged.files.contract import (
     FRAMES_RULES,
     LATENTS_FILE,
     LATENTS_RULES,
+    MAX_BYTES,
     STATE_FILE,
     TensorRule,
     at_resolution,
@@ -67,8 +68,11 @@ def _order_metadata(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """safe_open, whose complaints become InputError."""
+    """safe_open, whose complaints become InputError. Files of a name that has a limit may not be larger."""
     require_file(path)
+    largest, size = MAX_BYTES.get(path.name), path.stat().st_size
+    if largest is not None and size > largest:
+        raise InputError(f"{path} has {size} bytes; at most {largest} are allowed")
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -81,15 +85,20 @@ def opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path} holds a tensor that torch cannot take ({error})") from error
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | Path, check_shapes: Callable[[Mapping[str, torch.Tensor]], None] = lambda tensors: None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file, on the CPU, in the dtype that dtype_info records.
 
-    Raises InputError for a file that is absent, cut short or no safetensors file, and for an unknown recorded dtype.
+    check_shapes is given the tensors without their numbers before any of these is read. Raises InputError for a file that
+    is absent, cut short or no safetensors file, that is larger than it can be, and for an unknown recorded dtype.
     """
     path = Path(path)
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        names = list(file.keys())
+        check_shapes({name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names})
+        tensors = {name: file.get_tensor(name) for name in names}
     for name, dtype in _dtypes(path, metadata).items():
         if name in tensors:
             tensors[name] = tensors[name].to(dtype)
@@ -165,10 +174,12 @@ def _load(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A stage's file, checked. rules: the tensors', or what gives them for the names that the file holds."""
     path = Path(folder) / name
-    tensors, metadata = load_tensors(path)
-    rules = rules(tensors) if callable(rules) else rules
-    check_tensors(path, tensors, rules)
-    check_values(path, tensors, rules)
+
+    def own(names: Iterable[str]) -> Mapping[str, TensorRule]:
+        return rules(names) if callable(rules) else rules
+
+    tensors, metadata = load_tensors(path, lambda empty: check_tensors(path, empty, own(empty)))
+    check_values(path, tensors, own(tensors))
     return tensors, metadata
 
 

@@ -1,6 +1,7 @@
 """Loading the encoders: the language model, the glyph encoder, the image encoder, and their tokenizers."""
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,18 @@ def glyph_tokens(colors: Mapping[str, Any], fonts: Mapping[str, int]) -> list[st
     return [f"<color-{i}>" for i in range(len(colors))] + [f"<{code[:2]}-font-{i}>" for code, i in fonts.items()]
 
 
+MAX_GLYPH_BYTES = 2**32  # five times what the published encoder's weights take in float32
 _GLYPH_PREFIX = "module.text_tower.encoder."
 GLYPH_SHARED = "embed_tokens.weight"
 
 
 def glyph_weights(path: Path) -> Iterator[Named]:
     """The encoder's tensors of Glyph-SDXL-v2's byt5_model.pt; the one pickle that is read, and as bare tensors only."""
-    require_regular(path)
+    require_regular(path, MAX_GLYPH_BYTES)
     with refusing(f"{path} is not a whole file of tensors"):
+        unpacked = _unpacked_bytes(path)
+        if unpacked > MAX_GLYPH_BYTES:
+            raise InputError(f"{path} has {unpacked} bytes unpacked; at most {MAX_GLYPH_BYTES} are allowed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = {
@@ -105,6 +110,14 @@ def glyph_weights(path: Path) -> Iterator[Named]:
                 f"{path}: {name} is {tensor.dtype}, {tensor.layout}; allowed are {', '.join(FLOATS)}, strided"
             )
         yield name, tensor
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """What a pickle's archive holds: torch writes it as it is, and reads it compressed, too."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 def language_skeleton(folder: ModelFolder) -> Any:

@@ -168,8 +168,9 @@ class _ModuleReader:
             return self.adapter.scale(module, rank)
         key = self.part["alpha"]
         alpha = self.adapter.tensors[key]
-        if alpha.numel() != 1 or not math.isfinite(alpha.item()):
-            self.wrong.append(f"{key} {list(alpha.shape)}, which is not one finite number")
+        if alpha.numel() != 1 or not lora_files.is_alpha(alpha.item()):
+            limit = lora_files.MAX_ALPHA
+            self.wrong.append(f"{key} {list(alpha.shape)}, which is not one number from {-limit:g} to {limit:g}")
             return 0.0
         return alpha.item() / rank
 

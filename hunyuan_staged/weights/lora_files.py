@@ -16,6 +16,7 @@ from hunyuan_staged.files.provenance import sha256
 from hunyuan_staged.weights.boundary import read_json, require_regular
 from hunyuan_staged.weights.loading import require_float
 from hunyuan_staged.weights.lora_keys import without_prefix
+from hunyuan_staged.weights.schema import quoted
 
 # (module, rank) → what its low-rank product is multiplied by, where the file has no alpha of its own for the module
 Scale = Callable[[str, int], float]
@@ -24,6 +25,7 @@ SETTINGS = "adapter_config.json"  # peft's, beside the weights
 PEFT_WEIGHTS = "adapter_model.safetensors"
 FOLDER_WEIGHTS = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")  # peft's, diffusers'
 ADAPTER_FOLDER = "default"  # peft's name for an adapter without one, and so of its folder
+MAX_ALPHA = 1e6  # trainers give about the rank
 _METADATA = "lora_adapter_metadata"  # diffusers' own, JSON, in a file's metadata
 
 
@@ -115,6 +117,11 @@ def _scale(given: Path, config: Mapping[str, Any], origin: str) -> Scale:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_alpha(value):
+        raise ValueError(f"{quoted(value)} is not a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}")
     return float(value)
+
+
+def is_alpha(value: float) -> bool:
+    """Whether an adapter may have this alpha; NaN it may not."""
+    return -MAX_ALPHA <= value <= MAX_ALPHA
