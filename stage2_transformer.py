@@ -25,9 +25,9 @@ def build_parser() -> Parser:
 
 def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     """Read the embeddings, plan, load the transformer, denoise, write the latents."""
-    from hunyuan_staged.pipeline import denoising, denoising_records, jobs
+    from hunyuan_staged.pipeline import denoising, denoising_records, jobs, previews
     from hunyuan_staged.pipeline.common import free_memory
-    from hunyuan_staged.sampling import callbacks
+    from hunyuan_staged.sampling import callbacks, preview_writer
     from hunyuan_staged.sampling.state import StateSaver
 
     run.lock_all(jobs.locks(options), unless=options.dry_run)
@@ -42,13 +42,16 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
         return
     folder, steps = jobs.output_dir(options), setup.settings.num_inference_steps
     identity = denoising_records.identity(setup)
+    looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)
     run.record_plan(rows)
     denoiser = setup.load(plan, run)
     run.info(denoising_records.describe(setup))
+    if run.world.is_main and not start.done:
+        preview_writer.remove(folder)
     with run.timed("compute"):
-        denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts), run)
+        denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts, looking), run)
     if run.world.is_main:
         saver.check(denoised.latents)
         with run.timed("write"):

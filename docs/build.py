@@ -318,11 +318,12 @@ def commands() -> list[ModuleType]:
     import stage1_text_encoder
     import stage2_transformer
     import stage3_vae_decoder
+    from hunyuan_staged import fit_preview
     from hunyuan_staged.compare import command as compare
     from hunyuan_staged.download import command as download
     from hunyuan_staged.verify import command as verify
 
-    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download, verify]
+    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download, verify, fit_preview]
 
 
 def meaning_and_default(action: argparse.Action) -> tuple[str, str]:

@@ -69,6 +69,11 @@ class DenoiseOptions(RunOptions):
     resume: bool = flag(
         "go on from the state of a run that was stopped, if there is one", group=STOPPING, default=False
     )
+    preview_every: int = flag(
+        "write preview.mp4 and preview.png every so many steps; 0: never (default: %(default)s)",
+        group=STOPPING,
+        default=0,
+    )
     aspect_ratio: str | None = flag(
         f"width:height (default: {DEFAULT_ASPECT_RATIO}, or the image's own for image to video)", group=VIDEO
     )
@@ -173,9 +178,10 @@ class DenoiseOptions(RunOptions):
             raise InputError(f"{steps} is not a positive number", option="num_inference_steps")
         if steps is not None and steps > MAX_STEPS:
             raise InputError(f"{steps} is more than {MAX_STEPS}", option="num_inference_steps")
-        if self.checkpoint_every < 0:
-            given = self.checkpoint_every
-            raise InputError(f"{given} is neither 0 (never) nor a number of steps", option="checkpoint_every")
+        for name in ("checkpoint_every", "preview_every"):
+            given = getattr(self, name)
+            if given < 0:
+                raise InputError(f"{given} is neither 0 (never) nor a number of steps", option=name)
         if self.guidance_scale is not None and not 1 <= self.guidance_scale < 100:
             raise InputError(f"{self.guidance_scale} is outside 1 to 100", option="guidance_scale")
         if self.offload_blocks is not None and self.offload_blocks < 0:

@@ -17,6 +17,7 @@ LATENTS_FILE = "stage2_latents.safetensors"
 FRAMES_FILE = "stage3_frames.safetensors"
 CONFIG_FILE = "generation_config.json"
 VIDEO_FILE = "output_video.mp4"
+PREVIEW_VIDEO, PREVIEW_PICTURE = "preview.mp4", "preview.png"  # of stage 2, while it denoises
 BASE = "base"  # what the latents of a run without super resolution are called where there are others
 # Where a stopped stage 2 goes on from; removed when the latents are there.
 STATE_FILE = "stage2_state.safetensors"
@@ -35,7 +36,7 @@ def at_resolution(name: str, resolution: str | None) -> str:
 # What each stage writes into its folder.
 STAGE_FILES = {
     1: (EMBEDDINGS_FILE, CONFIG_FILE),
-    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE),
+    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE, PREVIEW_VIDEO, PREVIEW_PICTURE),
     3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
 }
 

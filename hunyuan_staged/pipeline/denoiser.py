@@ -1,7 +1,7 @@
 """A loaded transformer, and what it makes of a setup of denoising.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -77,10 +77,10 @@ class Denoiser:
         more = partial(cached.tensors, setup.world) if cached else dict
         with active(callbacks) as after_step:
 
-            def on_step(index: int, latents: torch.Tensor) -> None:
+            def on_step(index: int, latents: torch.Tensor, clean: Callable[[], torch.Tensor]) -> None:
                 if cached:
                     report.set_postfix("{} computed, {} reused".format(*cached.counts))
-                after_step(AfterStep(index, latents, more))
+                after_step(AfterStep(index, latents, clean, more))
 
             latents = loop.denoise(
                 forward,

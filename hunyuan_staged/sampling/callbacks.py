@@ -18,11 +18,13 @@ from hunyuan_staged.sampling.state import StateSaver
 
 @dataclass(frozen=True)
 class AfterStep:
-    """A step that has been done: its number, from 0; the latents [1, 32, T, h, w] after it, not to be changed; what else
-    a run would need to go on from here, which every rank calls together where one does."""
+    """A step that has been done: its number, from 0; the latents [1, 32, T, h, w] after it, not to be changed; clean(),
+    what the step took the noiseless latents to be, on the device; what else a run would need to go on from here, which
+    every rank calls together where one does."""
 
     index: int
     latents: torch.Tensor
+    clean: Callable[[], torch.Tensor]
     more: Callable[[], dict[str, torch.Tensor]] = dict
 
 
@@ -115,7 +117,10 @@ class SaveState(contextlib.AbstractContextManager["SaveState"]):
             self.saver.save(step.index + 1, {"latents": step.latents} | step.more())
 
 
-def watching(saver: StateSaver, interrupts: Interrupts) -> list[Callback]:
-    """What watches a run whose state is kept: broken latents, signals, saving; signals only where states are saved."""
+def watching(saver: StateSaver, interrupts: Interrupts, looking: Sequence[Callback] = ()) -> list[Callback]:
+    """What watches a run whose state is kept: broken latents, signals, saving; signals only where states are saved.
+
+    looking: what sees every step that is sound, also one after which a signal ends the run.
+    """
     stop: list[Callback] = [StopOnSignal(interrupts, saver)] if saver.every else []
-    return [FiniteGuard(saver.world, saver.not_finite), *stop, SaveState(saver)]
+    return [FiniteGuard(saver.world, saver.not_finite), *looking, *stop, SaveState(saver)]

@@ -13,7 +13,7 @@ from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import guide
-from hunyuan_staged.sampling.schedule import euler_step, timesteps_of
+from hunyuan_staged.sampling.schedule import clean_estimate, euler_step, timesteps_of
 
 
 class VelocityModel(Protocol):
@@ -57,7 +57,7 @@ def denoise(
     sampling: Sampling = PLAIN,
     *,
     progress: Callable[..., Iterable[Any]] = quiet,
-    on_step: Callable[[int, torch.Tensor], None] | None = None,
+    on_step: Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None] | None = None,
 ) -> torch.Tensor:
     """Latents [1, 32, T, h, w] in float32 from noise of that shape, by Euler steps along the guided velocity.
 
@@ -70,8 +70,8 @@ def denoise(
         branches: one Conditioning without guidance, [unconditional, conditional] with it.
         sigmas: [steps + 1], from 1 to 0.
         sampling: guidance, layout, cache, and the steps that have been done.
-        on_step: on_step(i, latents) is called after step i, counted from 0; it must not change the latents, which stay
-            as they are after it.
+        on_step: on_step(i, latents, clean) is called after step i, counted from 0; it must not change the latents, which
+            stay as they are after it. clean() is what the step took the noiseless latents to be.
     """
     layout, cache, start = sampling.layout or Layout(), sampling.cache, sampling.start
     latents = noise.float()
@@ -94,7 +94,8 @@ def denoise(
             for branch in layout.my_branches(len(branches))
         ]
         velocities = layout.gather_branches(mine[0]) if layout.branches > 1 else mine
-        latents = euler_step(latents, guide(velocities, sampling.guidance_scale), levels[i], levels[i + 1])
+        guided = guide(velocities, sampling.guidance_scale)
+        latents = euler_step(latents, guided, levels[i], levels[i + 1])
         if on_step:
-            on_step(i, latents)
+            on_step(i, latents, partial(clean_estimate, latents, guided, levels[i + 1]))
     return latents

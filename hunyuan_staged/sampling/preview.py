@@ -3,115 +3,80 @@
 Letters: C latent channels; t, h, w of the latents.
 """
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files.atomic import replacing
 
 Factors = Sequence[Sequence[float]]  # [C + 1][3]: red, green and blue in [-1, 1] of each channel, and of none
 
-FACTORS_FILE = "preview_factors.json"  # in a VAE's folder
 SCALE = 8  # px of the preview for each latent
 
-# Of the published VAE, by least squares over a decoded video of 720p: 13 latent frames, each against the mean of the
-# frames that it becomes. Fitted on half of the latent frames it explains 0.976 of the variance of the other half.
-PUBLISHED: Factors = (
-    (0.0331, -0.0241, -0.0048),
-    (-0.0084, -0.0147, -0.0150),
-    (0.0013, 0.0188, 0.0073),
-    (-0.0251, -0.0168, 0.0284),
-    (0.0386, 0.0600, 0.0461),
-    (0.0352, 0.0377, -0.0285),
-    (0.0199, 0.0278, 0.0159),
-    (0.0069, -0.0146, -0.0158),
-    (0.0349, -0.0433, -0.0099),
-    (-0.0120, 0.0005, -0.0059),
-    (-0.0017, 0.0132, -0.0035),
-    (-0.0093, 0.0178, 0.0304),
-    (0.0394, 0.0584, 0.0599),
-    (0.0055, 0.0077, -0.0535),
-    (0.0093, 0.0027, 0.0129),
-    (-0.0120, -0.0254, -0.0140),
-    (0.0424, -0.0209, 0.0148),
-    (-0.0052, -0.0337, -0.0304),
-    (0.0167, 0.0464, 0.0287),
-    (0.0046, -0.0017, 0.0377),
-    (0.0470, 0.0530, 0.0466),
-    (0.0113, 0.0050, -0.0528),
-    (0.0040, 0.0209, 0.0089),
-    (-0.0066, -0.0268, -0.0078),
-    (0.0618, -0.0346, -0.0042),
-    (-0.0013, 0.0036, -0.0029),
-    (0.0191, 0.0546, 0.0198),
-    (-0.0197, -0.0230, 0.0171),
-    (0.0527, 0.0534, 0.0460),
-    (0.0241, 0.0411, -0.0182),
-    (-0.0067, 0.0071, 0.0074),
-    (0.0030, -0.0199, -0.0148),
-    (0.0460, -0.0286, -0.0601),
-)
+
+def as_weights(factors: Factors, channels: int, device: torch.device) -> torch.Tensor:
+    """Factors as a tensor [C + 1, 3] on the device; InputError where they are for another number of channels."""
+    weights = torch.tensor(factors, dtype=torch.float32)
+    if weights.shape != (channels + 1, 3):
+        raise InputError(f"preview factors are {list(weights.shape)}; {channels} latent channels need one more row")
+    return weights.to(device)
 
 
-def clean_estimate(latents: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The noiseless latents that a velocity points to: x - sigma v, since x = (1 - sigma) x0 + sigma noise."""
-    return latents - sigma * velocity
+def colors(latents: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Colours [t, 3, h, w] in [-1, 1], about, of latents [1, C, t, h, w], on their device; weights [C + 1, 3]."""
+    return torch.einsum("cthw,cr->trhw", latents[0].float(), weights[:-1]) + weights[-1, :, None, None]
 
 
-def preview_frames(latents: torch.Tensor, factors: Factors) -> np.ndarray:
-    """Frames uint8 [t, 8 h, 8 w, 3] of latents [1, C, t, h, w], one for each latent frame."""
-    weights = torch.tensor(factors, dtype=torch.float32, device=latents.device)
-    if weights.shape != (latents.shape[1] + 1, 3):
-        raise InputError(
-            f"preview factors are {list(weights.shape)}; {latents.shape[1]} latent channels need one more row"
-        )
-    colors = torch.einsum("cthw,cr->trhw", latents[0].float(), weights[:-1]) + weights[-1, :, None, None]
-    large = F.interpolate(colors, scale_factor=SCALE, mode="bilinear", align_corners=False)
-    return large.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def frames_of(colors: torch.Tensor) -> np.ndarray:
+    """Frames uint8 [t, 8 h, 8 w, 3] of colours [t, 3, h, w] on the CPU; what is not finite is grey."""
+    large = F.interpolate(colors.nan_to_num(0, 0, 0), scale_factor=SCALE, mode="bilinear", align_corners=False)
+    return large.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def fit_factors(latents: torch.Tensor, frames: np.ndarray) -> tuple[list[list[float]], float]:
-    """(factors, share of the variance that they explain), by least squares over one clip.
+@dataclass(frozen=True)
+class Samples:
+    """What factors are fitted to: latents and a one [N, C + 1], the mean colours of what they decode to [N, 3], and
+    whether each is of an odd latent frame [N]. N = t h w."""
 
-    latents [1, C, t, h, w] as the denoising loop leaves them; frames uint8 [T, H, W, 3] that they decode to. The first
-    latent frame belongs to the first frame, each other one to the mean of the 4 (or as many as there are) after it.
+    latents: torch.Tensor
+    colors: torch.Tensor
+    odd: torch.Tensor
+
+
+def samples(latents: torch.Tensor, frames: Iterable[np.ndarray]) -> Samples:
+    """Samples of one clip: latents [1, C, t, h, w] as the denoising loop leaves them; frames uint8 [H, W, 3], decoded.
+
+    The first latent frame belongs to the first frame, each other one to the mean of the 4 (or as many as there are) after
+    it. ValueError where the frames cannot be shared out so.
     """
-    _, channels, count, height, width = latents.shape
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1
-    rows, columns = pixels.shape[1] // height, pixels.shape[2] // width
-    means = pixels.view(len(pixels), height, rows, width, columns, 3).mean(dim=(2, 4))
+    _, _, count, height, width = latents.shape
+    means = torch.stack([_means(frame, height, width) for frame in frames])
+    if (len(means) - 1) % max(1, count - 1) or len(means) < count:
+        raise ValueError(f"{len(means)} frames do not belong to {count} latent frames")
     later = means[1:].unflatten(0, (count - 1, -1)).mean(dim=1) if count > 1 else means[:0]
-    target = torch.cat([means[:1], later]).reshape(-1, 3).double()
+    colors = torch.cat([means[:1], later]).reshape(-1, 3).double()
     inputs = latents[0].double().flatten(1).T  # [t * h * w, C]
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], dim=1)
-    solution = torch.linalg.lstsq(inputs, target).solution
-    error = (inputs @ solution - target).square().sum() / (target - target.mean(dim=0)).square().sum()
-    assert solution.shape == (channels + 1, 3)
-    return solution.tolist(), 1 - float(error)
+    return Samples(inputs, colors, (torch.arange(count) % 2 == 1).repeat_interleave(height * width))
 
 
-def save_factors(path: Path, factors: Factors) -> None:
-    """Write factors as JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        rows = [[round(value, 5) for value in row] for row in factors]
-        temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+def _means(frame: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Mean colours [h, w, 3] in [-1, 1] of a frame."""
+    blocks = frame.reshape(height, frame.shape[0] // height, width, frame.shape[1] // width, 3)
+    return torch.from_numpy(blocks.mean(axis=(1, 3), dtype=np.float32) / 127.5 - 1)
 
 
-def load_factors(vae_folder: Path) -> Factors:
-    """The factors in a VAE's folder, else those of the published VAE. InputError where the file is no such table."""
-    path = vae_folder / FACTORS_FILE
-    if not path.is_file():
-        return PUBLISHED
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        weights = torch.tensor(rows, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is no table of numbers ({error})") from error
-    if weights.ndim != 2 or weights.shape[1] != 3 or not torch.isfinite(weights).all():
-        raise InputError(f"{path} is {list(weights.shape)}; allowed are rows of 3 finite numbers")
-    return weights.tolist()
+def fit_factors(clips: Sequence[Samples]) -> tuple[list[list[float]], float]:
+    """(factors, share of the variance that they explain), by least squares over clips of one VAE.
+
+    The share is that of the odd latent frames by the factors that fit the even ones; of all where no frame is odd.
+    """
+    inputs, target, odd = (torch.cat([getattr(clip, name) for clip in clips]) for name in ("latents", "colors", "odd"))
+    left_out, used = (odd, ~odd) if odd.any() else (~odd, ~odd)
+    trial = torch.linalg.lstsq(inputs[used], target[used]).solution
+    found = target[left_out]
+    error = (inputs[left_out] @ trial - found).square().sum() / (found - found.mean(dim=0)).square().sum()
+    return torch.linalg.lstsq(inputs, target).solution.tolist(), 1 - float(error)

@@ -26,6 +26,14 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, next
     return latents + velocity.float() * (next_sigma - sigma)
 
 
+def clean_estimate(latents: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The noiseless latents that a velocity points to: x - sigma v, since x = (1 - sigma) x0 + sigma noise.
+
+    Along one velocity it is the same before and after an Euler step.
+    """
+    return latents - sigma * velocity.float()
+
+
 def initial_noise(shape: Sequence[int], seed: int, dtype: torch.dtype) -> torch.Tensor:
     """The starting noise [1, 32, T, h, w]: drawn on the CPU in the transformer's dtype, so that it depends on no device."""
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)

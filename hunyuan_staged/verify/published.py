@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.vae_constants import PUBLISHED_VAE
 from hunyuan_staged.verify.checks import Check
 from hunyuan_staged.versions import LAYERS, parse_version
 from hunyuan_staged.weights import components
@@ -29,14 +30,6 @@ TRANSFORMER: dict[str, Any] = {
     "text_embed_dim": 3584,
     "text_embed_2_dim": 1472,
     "image_embed_dim": 1152,
-}
-VAE: dict[str, Any] = {
-    "latent_channels": 32,
-    "block_out_channels": (128, 256, 512, 1024, 1024),
-    "layers_per_block": 2,
-    "spatial_compression_ratio": 16,
-    "temporal_compression_ratio": 4,
-    "scaling_factor": 1.03682,
 }
 LANGUAGE: dict[str, Any] = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
 GLYPH: dict[str, Any] = {"d_model": 1472}
@@ -88,7 +81,7 @@ def files_of(folder: ModelFolder, part: str, version: str) -> list[Check]:
         config.setdefault("use_meanflow", False)
         place = folders[0] / version if folder.official else folders[0]
     elif part == "vae":
-        config, expected, place = components.vae_config(folder), VAE, folders[0]
+        config, expected, place = components.vae_config(folder), PUBLISHED_VAE, folders[0]
     else:
         expected = {"text": LANGUAGE, "glyph": GLYPH, "image": IMAGE}[part]
         inner = {"text": "text_config", "glyph": "", "image": "vision_config"}[part]

@@ -36,6 +36,7 @@ from hunyuan_staged.weights.schema import DIFFUSERS_TRANSFORMER, GUIDER, SCHEDUL
 
 # The task of diffusers' pipelines.
 PIPELINES = {"HunyuanVideo15Pipeline": "t2v", "HunyuanVideo15ImageToVideoPipeline": "i2v"}
+PREVIEW_FACTORS = "preview_factors.json"  # beside a VAE's weights, for previews; no part of the model
 # Of each file a fingerprint reads so many pieces of so many bytes.
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 
@@ -165,7 +166,9 @@ class ModelFolder:
                 (f"{part}/{path.relative_to(folder).as_posix()}", path)
                 for folder in folders
                 for path in sorted(folder.rglob("*"))
-                if path.is_file() and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+                if path.is_file()
+                and path.name != PREVIEW_FACTORS
+                and not any(name.startswith(".") for name in path.relative_to(folder).parts)
             ]
         total = hashlib.sha256()
         for name, path in sorted(files):

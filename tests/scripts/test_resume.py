@@ -327,7 +327,7 @@ class Told(Reporter):
 def watched(saver: StateSaver, interrupts: Interrupts) -> Iterator[Callable[[int, torch.Tensor], None]]:
     """What the loop calls after a step."""
     with callbacks.active(callbacks.watching(saver, interrupts)) as after_step:
-        yield lambda index, latents: after_step(callbacks.AfterStep(index, latents))
+        yield lambda index, latents: after_step(callbacks.AfterStep(index, latents, lambda: latents))
 
 
 def keeper(folder: Path, **options) -> tuple[StateSaver, list[str]]:

@@ -316,7 +316,7 @@ def test_a_cached_loop_is_near_the_plain_one_and_goes_on_to_the_same_bits(golden
     """From the state after every step: as a stopped run does. The state is as large as the plan has it."""
     chosen, states, sizes = settings(kind), {}, {0}
 
-    def watch(cache, step, latents):
+    def watch(cache, step, latents, _):
         sizes.add(
             sum(x.nbytes for branch in cache.branches.values() for name, x in branch.kept.items() if name != "text")
         )

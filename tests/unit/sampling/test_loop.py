@@ -20,7 +20,7 @@ from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, timesteps_of
 
 
-def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
+def run_loop(folder, layout: Layout | None = None, on_step=None) -> torch.Tensor:
     tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
     model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
     branches = golden_branches(tensors)
@@ -33,6 +33,7 @@ def run_loop(folder, layout: Layout | None = None) -> torch.Tensor:
         branches,
         flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
         Sampling(float(metadata["guidance_scale"]), layout=layout),
+        on_step=on_step,
     )
 
 
@@ -50,16 +51,25 @@ def test_the_loop_gives_the_same_bits_twice(golden_folder):
     assert torch.equal(run_loop(golden_folder), run_loop(golden_folder))
 
 
-def loop_on(world: World, folder) -> torch.Tensor:
-    return run_loop(folder, make_layout(world, 2))
+def with_first_estimate(folder, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents, what the first step took them to be)."""
+    found = []
+    latents = run_loop(folder, layout, lambda i, _, clean: found.append(clean()))
+    assert torch.equal(found[-1], latents), "behind the last step no noise is left"
+    return latents, found[0]
+
+
+def loop_on(world: World, folder) -> tuple[torch.Tensor, torch.Tensor]:
+    return with_first_estimate(folder, make_layout(world, 2))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_processes_give_what_one_gives(golden_folder, size):
     """2: a guidance branch each, the same arithmetic. 3 and 4: sums are split over shards, so not the same bits."""
-    one = run_loop(golden_folder)
-    for latents in run_ranks(size, loop_on, golden_folder):
-        assert torch.equal(latents, one) if size == 2 else distance(latents, one) < 1e-5
+    one = with_first_estimate(golden_folder)
+    for rank in run_ranks(size, loop_on, golden_folder):
+        for found, alone in zip(rank, one, strict=True):
+            assert torch.equal(found, alone) if size == 2 else distance(found, alone) < 1e-5
 
 
 def test_noise_is_drawn_on_the_cpu_in_the_models_dtype():
@@ -109,9 +119,10 @@ def test_steps_are_reported_with_their_latents():
         condition_channels(noise, None),
         [None],
         flow_sigmas(4, 1.0),
-        on_step=lambda i, latents: steps.append((i, latents.mean().item())),
+        on_step=lambda i, latents, clean: steps.append((i, latents.mean().item(), clean().mean().item())),
     )
-    assert steps == [(0, -0.25), (1, -0.5), (2, -0.75), (3, -1.0)]
+    # A velocity of 1 everywhere leads to latents of -1, whatever the step.
+    assert steps == [(0, -0.25, -1), (1, -0.5, -1), (2, -0.75, -1), (3, -1.0, -1)]
 
 
 def in_diffusers(model):

@@ -112,7 +112,7 @@ class Golden:
             [conditioning_of_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
             flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
             Sampling(guidance_scale, meanflow, layout),
-            on_step=lambda _, latents: steps.append(latents),
+            on_step=lambda _, latents, __: steps.append(latents),
         )
         return steps
 
