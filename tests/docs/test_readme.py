@@ -18,7 +18,10 @@ from hunyuan_staged.verify import command as verify_command
 READMES = ("README.md", "README.zh.md")
 PAGES = (*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
 # In the order of their tables
-COMMANDS = (stage1_text_encoder, stage2_transformer, stage3_vae_decoder, command, download_command, verify_command)
+COMMANDS = (
+    *(stage1_text_encoder, stage2_transformer, stage3_vae_decoder),
+    *(command, download_command, verify_command, fit_preview),
+)
 STAGES = COMMANDS[:3]
 
 
