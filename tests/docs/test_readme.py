@@ -8,6 +8,7 @@ from conftest import ROOT
 import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
+from hunyuan_staged import fit_preview
 from hunyuan_staged.bench import cards
 from hunyuan_staged.bench import command as bench_command
 from hunyuan_staged.compare import command
