@@ -77,7 +77,7 @@ def tiny_super_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _drawn(factory: pytest.TempPathFactory, layout: str, *versions: str) -> Path:
     from filelock import FileLock
 
-    from hunyuan_staged.demo.draw import DEMO_VERSIONS, draw_checkpoint
+    from hunyuan_staged.demo.tiny import DEMO_VERSIONS, draw_checkpoint
 
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hunyuan_staged.demo import evaluate, train, world
+from hunyuan_staged.demo import evaluate, scenes, train
 from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
@@ -44,25 +44,25 @@ WEIGHTS = (0.0, 0.5, 1.0)  # that --judge compares
 # -- what is taught --
 
 
-def draw_scene(draw: random.Random, *, held_out: bool = False) -> world.Scene:
+def draw_scene(draw: random.Random, *, held_out: bool = False) -> scenes.Scene:
     """A random scene of one shape that falls and comes back, trained on or held out."""
-    share = 1 - np.abs(np.linspace(-1, 1, world.FRAMES))  # of the way down: 0 at both ends, 1 in the middle
+    share = 1 - np.abs(np.linspace(-1, 1, scenes.FRAMES))  # of the way down: 0 at both ends, 1 in the middle
     while True:
-        shape, color = draw.choice(world.SHAPES), draw.choice(list(world.COLORS))
-        thing = world._single(draw, shape, color, "down")
+        shape, color = draw.choice(scenes.SHAPES), draw.choice(list(scenes.COLORS))
+        thing = scenes._single(draw, shape, color, "down")
         # Both ways in the time of one: no faster than the VAE has seen things move.
         (x, y), way = thing.centers.mean(axis=0), draw.uniform(*WAY)
-        thing = replace(thing, centers=np.stack([np.full(world.FRAMES, x), y + way * (share - 0.5)], axis=1))
-        scene = world.Scene((thing,), MOTION, world._background(draw, [color]))
+        thing = replace(thing, centers=np.stack([np.full(scenes.FRAMES, x), y + way * (share - 0.5)], axis=1))
+        scene = scenes.Scene((thing,), MOTION, scenes._background(draw, [color]))
         if scene.held_out == held_out:
             return scene
 
 
-def held_out_prompts(count: int, seed: int = evaluate.SEED) -> list[tuple[world.Scene, str]]:
+def held_out_prompts(count: int, seed: int = evaluate.SEED) -> list[tuple[scenes.Scene, str]]:
     """(scene, prompt) pairs of combinations that training never saw, in sentences that the checkpoint knows."""
     draw = random.Random(f"{seed}/{MOTION}")
-    scenes = [draw_scene(draw, held_out=True) for _ in range(count)]
-    return [(scene, world.describe(scene, draw, world.FIRST)) for scene in scenes]
+    held_out = [draw_scene(draw, held_out=True) for _ in range(count)]
+    return [(scene, scenes.describe(scene, draw, scenes.FIRST)) for scene in held_out]
 
 
 def _path(frames: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def bounces(frames: np.ndarray) -> bool:
     return dip(frames) > DIP > float(np.ptp(_path(frames)[:, 0]))
 
 
-def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
+def judge(frames: np.ndarray, scene: scenes.Scene) -> dict[str, float]:
     """evaluate's verdict, where the direction of a shape that should bounce is right if it does."""
     seen = evaluate.judge(frames, scene)
     if scene.motion != MOTION:
@@ -101,7 +101,7 @@ def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
 class Lessons(train.Pool):
     """A pool of clips of which NEW_SHARE bounce."""
 
-    def draw(self) -> world.Scene:
+    def draw(self) -> scenes.Scene:
         return draw_scene(self.scenes) if self.scenes.random() < NEW_SHARE else super().draw()
 
 
@@ -219,12 +219,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each of WEIGHTS: the shares of evaluate over `count` held-out prompts of the new motion, with the mean
     of `dip` in pixels, and over as many of those that the checkpoint knows."""
-    generator = evaluate.Generator(model_path, device)
-    setting = generator.setting()
+    pipeline = evaluate.DemoPipeline(model_path, device)
+    setting = pipeline.setting()
     known = evaluate.held_out_prompts("single", count, new_wording=False)
     rows = []
     for weight in progress(WEIGHTS, desc="weights", unit="weight"):
-        taught = with_adapter(generator, model_path, file, weight)
+        taught = with_adapter(pipeline, model_path, file, weight)
         row: dict[str, Any] = {"weight": weight, "clips": count}
         for name, prompts in (("new", held_out_prompts(count)), ("known", known)):
             clips = [
@@ -239,14 +239,14 @@ def measure(
 
 
 def with_adapter(
-    generator: evaluate.Generator, model_path: str | Path, file: Path, weight: float
-) -> evaluate.Generator:
-    """The same generator, its transformer with an adapter at a weight."""
-    folder, version = open_model(model_path, ("transformer",)), generator.version.name
+    pipeline: evaluate.DemoPipeline, model_path: str | Path, file: Path, weight: float
+) -> evaluate.DemoPipeline:
+    """The same pipeline, its transformer with an adapter at a weight."""
+    folder, version = open_model(model_path, ("transformer",)), pipeline.version.name
     adapters = lora.load([(file, weight)], components.transformer_shapes(folder, version))
-    taught = copy.copy(generator)
+    taught = copy.copy(pipeline)
     taught.transformer = components.load_transformer(
-        folder, version, device=generator.device, dtype=torch.float32, adapt=adapters.fused
+        folder, version, device=pipeline.device, dtype=torch.float32, adapt=adapters.fused
     )
     return taught
 

@@ -42,7 +42,7 @@ EXACT = "torch"  # the mode that the others are held against
 
 
 def measure(
-    generators: Mapping[str, evaluate.Generator],
+    pipelines: Mapping[str, evaluate.DemoPipeline],
     types: Sequence[str],
     prompts: int,
     *,
@@ -51,22 +51,22 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each attention mode, type and strength, over so many prompts; each mode's first is without a cache.
 
-    generators: by attention mode, the exact one first.
+    pipelines: by attention mode, the exact one first.
     """
-    exact = next(iter(generators.values()))
+    exact = next(iter(pipelines.values()))
     setting = exact.setting()
     layers = len(exact.transformer.transformer_blocks)
     settings: list[tuple[str, Any]] = [("none", None)]
     for name in types:
         settings += [(name, cache_settings.resolve(name, given, setting.steps, layers)) for given in STRENGTHS[name]]
-    plans = [(mode, *plan) for mode in generators for plan in settings]
+    plans = [(mode, *plan) for mode in pipelines for plan in settings]
     held_out = evaluate.held_out_prompts("single", prompts)
     found: list[dict[str, list]] = [{"error": [], "computed": [], "verdicts": []} for _ in plans]
     runs = [(number, plan) for number in range(prompts) for plan in range(len(plans))]
     for number, plan in progress(runs, desc="caches", unit="clip"):
         scene, prompt = held_out[number]
         mode, _, chosen = plans[plan]
-        latents, (computed, _) = generators[mode].latents(prompt, evaluate.SEED + number, setting, chosen)
+        latents, (computed, _) = pipelines[mode].latents(prompt, evaluate.SEED + number, setting, chosen)
         if plan == 0:
             plain = latents
         found[plan]["error"].append(latent_errors(plain, latents)[0])
@@ -132,11 +132,11 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--prompts {args.prompts} is not a positive number")
     check_output_dir("--output_dir", args.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generators = {EXACT: evaluate.Generator(args.model_path, device)}
+    pipelines = {EXACT: evaluate.DemoPipeline(args.model_path, device)}
     for mode in args.attn_modes:
-        name = f"{mode}, bfloat16" if mode in generators else mode
-        generators[name] = evaluate.Generator(args.model_path, device, attn_mode=mode, dtype=torch.bfloat16)
-    rows = measure(generators, args.types, args.prompts, judge=args.judge, progress=tqdm)
+        name = f"{mode}, bfloat16" if mode in pipelines else mode
+        pipelines[name] = evaluate.DemoPipeline(args.model_path, device, attn_mode=mode, dtype=torch.bfloat16)
+    rows = measure(pipelines, args.types, args.prompts, judge=args.judge, progress=tqdm)
     with atomic.replacing(args.output_dir / "caches.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.types:

@@ -20,7 +20,7 @@ import torch
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.decoding import tiling
-from hunyuan_staged.demo import world
+from hunyuan_staged.demo import scenes
 from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DenoiseOptions
 from hunyuan_staged.runtime.progress import quiet
@@ -38,25 +38,25 @@ SWEEP = 1.5 * np.pi  # of the angle around the path's middle, from which a path 
 
 
 def _nearest(color: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
-    return min(named, key=lambda name: world.contrast(color, named[name]))
+    return min(named, key=lambda name: scenes.contrast(color, named[name]))
 
 
 def see_background(frames: np.ndarray) -> tuple[str, str]:
     """The named colours of the upper and the lower half, from the rim of all frames [T, H, W, 3]."""
     rim = 4
     names = []
-    for rows in (slice(0, world.HEIGHT // 2 - rim), slice(world.HEIGHT // 2 + rim, world.HEIGHT)):
+    for rows in (slice(0, scenes.HEIGHT // 2 - rim), slice(scenes.HEIGHT // 2 + rim, scenes.HEIGHT)):
         half = frames[:, rows]
         edge = np.concatenate([half[:, :, :rim].reshape(-1, 3), half[:, :, -rim:].reshape(-1, 3)])
-        names.append(_nearest(np.median(edge, axis=0), world.BACKGROUNDS))
+        names.append(_nearest(np.median(edge, axis=0), scenes.BACKGROUNDS))
     return names[0], names[1]
 
 
 def _foreground(frames: np.ndarray) -> np.ndarray:
     """[T, H, W] bool: pixels far from the median colour of their half's rim."""
     mask = np.zeros(frames.shape[:3], dtype=bool)
-    middle = world.HEIGHT // 2
-    for rows in (slice(0, middle), slice(middle, world.HEIGHT)):
+    middle = scenes.HEIGHT // 2
+    for rows in (slice(0, middle), slice(middle, scenes.HEIGHT)):
         half = frames[:, rows].astype(np.float32)
         edge = np.concatenate([half[:, :, :4].reshape(-1, 3), half[:, :, -4:].reshape(-1, 3)])
         mask[:, rows] = np.linalg.norm(half - np.median(edge, axis=0), axis=-1) > FOREGROUND
@@ -89,7 +89,7 @@ def see_motion(mask: np.ndarray) -> str:
 def see_shape(mask: np.ndarray) -> str:
     """The shape with the largest overlap, over the frames that show most of it; "" where there is none."""
     areas = mask.sum(axis=(1, 2))
-    votes: dict[str, float] = dict.fromkeys(world.SHAPES, 0.0)
+    votes: dict[str, float] = dict.fromkeys(scenes.SHAPES, 0.0)
     rows, columns = torch.meshgrid(torch.arange(mask.shape[1]) + 0.5, torch.arange(mask.shape[2]) + 0.5, indexing="ij")
     for frame in np.argsort(areas)[-8:]:
         seen = torch.from_numpy(mask[frame])
@@ -97,15 +97,15 @@ def see_shape(mask: np.ndarray) -> str:
             continue
         top, bottom = rows[seen].min(), rows[seen].max()
         left, right = columns[seen].min(), columns[seen].max()
-        for shape in world.SHAPES:
+        for shape in scenes.SHAPES:
             best = 0.0
             # Fitted to the box that it fills, with a little play in size and place.
             for scale in (0.94, 1.0, 1.06):
-                unit = world._distance(shape, (columns - 80) * 1.0, (rows - 48) * 1.0, torch.tensor(20.0)) < 0
+                unit = scenes._distance(shape, (columns - 80) * 1.0, (rows - 48) * 1.0, torch.tensor(20.0)) < 0
                 height = rows[unit].max() - rows[unit].min()
                 radius = 20.0 * (bottom - top + 1) / (height + 1) * scale
                 y = (top + bottom) / 2 - ((rows[unit].max() + rows[unit].min()) / 2 - 48) * radius / 20
-                drawn = world._distance(shape, columns - (left + right) / 2, rows - y, radius) < 0
+                drawn = scenes._distance(shape, columns - (left + right) / 2, rows - y, radius) < 0
                 best = max(best, float((drawn & seen).sum() / (drawn | seen).sum()))
             votes[shape] += best
     return max(votes, key=lambda shape: votes[shape]) if any(votes.values()) else ""
@@ -114,34 +114,34 @@ def see_shape(mask: np.ndarray) -> str:
 def see_word(frames: np.ndarray, length: int) -> str:
     """The characters on the card, read off its `length` cells in the mean frame."""
     grey = frames.astype(np.float32).mean(axis=(0, 3))
-    _, _, left, _ = world.card_box("0" * length)
-    top = (world.HEIGHT - world.CELL_HEIGHT) // 2
-    letters = world.atlas().numpy()
+    _, _, left, _ = scenes.card_box("0" * length)
+    top = (scenes.HEIGHT - scenes.CELL_HEIGHT) // 2
+    letters = scenes.atlas().numpy()
     letters = letters - letters.mean(axis=(1, 2), keepdims=True)
     letters /= np.linalg.norm(letters, axis=(1, 2), keepdims=True)
     word = ""
     for slot in range(length):
-        scores = np.zeros(len(world.CHARACTERS))
+        scores = np.zeros(len(scenes.CHARACTERS))
         for dy in range(-3, 4):
             for dx in range(-3, 4):
-                x = left + 6 + slot * world.CELL_WIDTH + dx
-                cell = -grey[top + dy : top + dy + world.CELL_HEIGHT, x : x + world.CELL_WIDTH]
+                x = left + 6 + slot * scenes.CELL_WIDTH + dx
+                cell = -grey[top + dy : top + dy + scenes.CELL_HEIGHT, x : x + scenes.CELL_WIDTH]
                 cell = cell - cell.mean()
                 scores = np.maximum(scores, (letters * cell).sum(axis=(1, 2)) / (np.linalg.norm(cell) + 1e-6))
-        word += world.CHARACTERS[int(scores.argmax())]
+        word += scenes.CHARACTERS[int(scores.argmax())]
     return word
 
 
-def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
+def judge(frames: np.ndarray, scene: scenes.Scene) -> dict[str, float]:
     """What of a scene the frames uint8 [T, H, W, 3] show, 0 or 1 each: of a card, its colour, background and word.
 
     Of a card's characters it is the share that is right; "single character" is there only where the word is one.
     """
     background = see_background(frames)
     if scene.word:
-        top, _, left, right = world.card_box(scene.word)
+        top, _, left, right = scenes.card_box(scene.word)
         rim = np.concatenate([frames[:, top + 1 : top + 5, left + 1 : right - 1].reshape(-1, 3)])
-        color = _nearest(np.median(rim, axis=0), world.COLORS)
+        color = _nearest(np.median(rim, axis=0), scenes.COLORS)
         read = see_word(frames, len(scene.word))
         same = [a == b for a, b in zip(read, scene.word, strict=True)]
         seen: dict[str, float] = {
@@ -153,7 +153,7 @@ def judge(frames: np.ndarray, scene: world.Scene) -> dict[str, float]:
         return seen | ({"single character": same[0]} if len(same) == 1 else {})
     (thing,) = scene.things
     mask = _foreground(frames)
-    color = _nearest(np.median(frames[mask], axis=0), world.COLORS) if mask.any() else ""
+    color = _nearest(np.median(frames[mask], axis=0), scenes.COLORS) if mask.any() else ""
     seen = {
         "color": color == thing.color,
         "background": background == scene.background,
@@ -176,7 +176,7 @@ class Setting:
     ablation: str = "none"
 
 
-class Generator:
+class DemoPipeline:
     """The three stages in one process: all parts of the demo checkpoint loaded once.
 
     The transformer computes in `dtype`, all else in float32. Raises InputError where attn_mode cannot run.
@@ -262,7 +262,7 @@ class Generator:
         """The same of latents."""
         from hunyuan_staged.decoding import tiled
         from hunyuan_staged.files import video
-        from hunyuan_staged.parallel import world as parallel_world
+        from hunyuan_staged.parallel.world import World
 
         height, width = (size * geometry.SPATIAL_RATIO for size in latents.shape[-2:])
         blocks = tiled.decode_frames(
@@ -270,7 +270,7 @@ class Generator:
             latents,
             self.vae_config,
             tiling.Tiling(),
-            world=parallel_world.World(0, 1, self.device),
+            world=World(0, 1, self.device),
         )
         with tempfile.TemporaryDirectory() as scratch:
             target = path or Path(scratch) / "clip.mp4"
@@ -294,11 +294,11 @@ def _off_by_one(forward: Any, setting: Setting) -> Any:
 
 def held_out_prompts(
     kind: str, count: int, seed: int = SEED, *, new_wording: bool = True
-) -> list[tuple[world.Scene, str]]:
+) -> list[tuple[scenes.Scene, str]]:
     """(scene, prompt) pairs that training never saw: not the combination, and with new_wording not the sentence."""
     draw = random.Random(f"{seed}/{kind}")
-    scenes = [world.draw_scene(draw, kind, held_out=True) for _ in range(count)]
-    return [(scene, world.describe(scene, draw, world.UNSEEN if new_wording else world.FIRST)) for scene in scenes]
+    held_out = [scenes.draw_scene(draw, kind, held_out=True) for _ in range(count)]
+    return [(scene, scenes.describe(scene, draw, scenes.UNSEEN if new_wording else scenes.FIRST)) for scene in held_out]
 
 
 def shares(verdicts: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -311,11 +311,11 @@ def shares(verdicts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def score(
-    generator: Generator, prompts: Sequence[tuple[world.Scene, str]], setting: Setting, progress: Any = quiet
+    pipeline: DemoPipeline, prompts: Sequence[tuple[scenes.Scene, str]], setting: Setting, progress: Any = quiet
 ) -> dict[str, float]:
     """The shares of these prompts' clips."""
     return shares(
-        judge(generator.frames(prompt, SEED + number, setting), scene)
+        judge(pipeline.frames(prompt, SEED + number, setting), scene)
         for number, (scene, prompt) in enumerate(progress(prompts, desc="judging", unit="clip"))
     )
 
@@ -334,26 +334,26 @@ SHEET = (
 )
 
 
-def contact_sheet(generator: Generator, path: Path, progress: Any = quiet) -> None:
+def contact_sheet(pipeline: DemoPipeline, path: Path, progress: Any = quiet) -> None:
     """A PNG with a row for each prompt of SHEET: five frames of its clip under its words."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(13)
     shown, gap, line = (0, 8, 16, 24, 32), 4, 20
     columns, rows = 2, len(SHEET) // 2
-    cell_width = len(shown) * (world.WIDTH // 2 + gap)
-    sheet = Image.new("RGB", (columns * (cell_width + 12), rows * (world.HEIGHT // 2 + line + 8)), "white")
+    cell_width = len(shown) * (scenes.WIDTH // 2 + gap)
+    sheet = Image.new("RGB", (columns * (cell_width + 12), rows * (scenes.HEIGHT // 2 + line + 8)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, prompt in enumerate(progress(SHEET, desc="contact sheet", unit="clip")):
-        frames = generator.frames(prompt, DenoiseOptions.seed, generator.setting())
+        frames = pipeline.frames(prompt, DenoiseOptions.seed, pipeline.setting())
         x0 = (number % columns) * (cell_width + 12) + 4
-        y0 = (number // columns) * (world.HEIGHT // 2 + line + 8) + 2
+        y0 = (number // columns) * (scenes.HEIGHT // 2 + line + 8) + 2
         pen.text((x0, y0), prompt, fill="black", font=font)
         for slot, frame in enumerate(shown):
             small = Image.fromarray(frames[frame]).resize(
-                (world.WIDTH // 2, world.HEIGHT // 2), Image.Resampling.LANCZOS
+                (scenes.WIDTH // 2, scenes.HEIGHT // 2), Image.Resampling.LANCZOS
             )
-            sheet.paste(small, (x0 + slot * (world.WIDTH // 2 + gap), y0 + line))
+            sheet.paste(small, (x0 + slot * (scenes.WIDTH // 2 + gap), y0 + line))
     sheet.save(path)
 
 
@@ -383,8 +383,8 @@ def run(args: argparse.Namespace) -> None:
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps {args.steps} is not a positive number")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(args.model_path, device)
-    setting = generator.setting(args.ablation, args.steps)
+    pipeline = DemoPipeline(args.model_path, device)
+    setting = pipeline.setting(args.ablation, args.steps)
     results: dict[str, Any] = {
         "ablation": args.ablation,
         "steps": setting.steps,
@@ -395,11 +395,11 @@ def run(args: argparse.Namespace) -> None:
         for wording in ("known", "new") if count else ():
             prompts = held_out_prompts(kind, count, new_wording=wording == "new")
             title = f"{name}, {wording} wording"
-            results[title] = score(generator, prompts, setting, tqdm)
+            results[title] = score(pipeline, prompts, setting, tqdm)
             for what, share in results[title].items():
                 print(f"{title:25} {what:12} {share:5.1f} %")
     if args.contact_sheet:
-        contact_sheet(generator, args.contact_sheet, tqdm)
+        contact_sheet(pipeline, args.contact_sheet, tqdm)
     print(json.dumps(results))
 
 

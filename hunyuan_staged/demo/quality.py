@@ -94,7 +94,7 @@ class Instrument:
         from hunyuan_staged.demo import evaluate
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._make = cache(lambda mode: evaluate.Generator(model_path, device, attn_mode=mode))
+        self._make = cache(lambda mode: evaluate.DemoPipeline(model_path, device, attn_mode=mode))
         self._prompts = cache(evaluate.held_out_prompts)
         self._reference: tuple[Any, tuple[Any, np.ndarray]] | None = None
 
@@ -137,17 +137,17 @@ class Instrument:
         from hunyuan_staged.demo import evaluate
 
         setting = SETTINGS[clip.setting]
-        generator = self._make(setting.attn_mode)
-        sampling = generator.setting(steps=setting.steps)
+        pipeline = self._make(setting.attn_mode)
+        sampling = pipeline.setting(steps=setting.steps)
         if setting.guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=setting.guidance_scale)
         caching = None
         if setting.cache_type:
-            layers = len(generator.transformer.transformer_blocks)
+            layers = len(pipeline.transformer.transformer_blocks)
             caching = cache_settings.resolve(setting.cache_type, dict(setting.cache_flags), sampling.steps, layers)
-        latents, (computed, _) = generator.latents(self._scene(clip)[1], evaluate.SEED + clip.number, sampling, caching)
+        latents, (computed, _) = pipeline.latents(self._scene(clip)[1], evaluate.SEED + clip.number, sampling, caching)
         branches = 1 if sampling.guidance_scale == 1 else 2
-        return latents, generator.decode(latents), computed * branches
+        return latents, pipeline.decode(latents), computed * branches
 
 
 # -- all clips --

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_staged import geometry
-from hunyuan_staged.demo import draw, world
+from hunyuan_staged.demo import checkpoint_writer, scenes, tiny
 from hunyuan_staged.encoders import text
 from hunyuan_staged.errors import InputError, status_of
 from hunyuan_staged.models.blocks import modulate, project_qkv
@@ -40,7 +40,7 @@ from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 # All weights together stay under 32 MB in bfloat16. Much of that is the glyph projection, 2048 wide by design.
-DEMO = draw.Sizes(
+DEMO = tiny.Sizes(
     vocab=640,
     text_width=128,
     text_layers=5,
@@ -66,7 +66,7 @@ VERSION = "demo_t2v"
 SHARD_BYTES = 15_000_000  # files of the repository stay under 16 MB
 PROMPT_TOKENS, GLYPH_TOKENS = 64, 24  # behind the crop; longer prompts do not occur in the world
 WORDINGS = 4  # of each clip in the pool
-LATENT_GRID = geometry.latent_shape(world.FRAMES, world.HEIGHT, world.WIDTH, geometry.LATENT_CHANNELS)[2:]
+LATENT_GRID = geometry.latent_shape(scenes.FRAMES, scenes.HEIGHT, scenes.WIDTH, geometry.LATENT_CHANNELS)[2:]
 TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
 TRAINING_SHIFT = 3.0  # of the noise levels: nearer to noise than uniform, as sampling with shift 5 dwells there
 LATENT_NOISE, LATENT_PULL = 0.05, 1e-3
@@ -269,16 +269,16 @@ class Clips:
 
     def __init__(self, size: int, device: torch.device, seed: int) -> None:
         self.scenes, self.size, self.next, self.device = random.Random(seed), size, 0, device
-        self.pixels = torch.zeros(size, 3, world.FRAMES, world.HEIGHT, world.WIDTH, dtype=torch.uint8, device=device)
-        self.focus = torch.zeros(size, world.FRAMES, 2, device=device)  # y, x
+        self.pixels = torch.zeros(size, 3, scenes.FRAMES, scenes.HEIGHT, scenes.WIDTH, dtype=torch.uint8, device=device)
+        self.focus = torch.zeros(size, scenes.FRAMES, 2, device=device)  # y, x
 
     def renew(self, count: int) -> None:
         """Replace the oldest clips by new ones."""
-        drawn = [world.draw_scene(self.scenes) for _ in range(count)]
+        drawn = [scenes.draw_scene(self.scenes) for _ in range(count)]
         slots = torch.arange(self.next, self.next + count, device=self.device) % self.size
         self.next = (self.next + count) % self.size
-        self.pixels[slots] = world.to_8bit(world.render(drawn, device=self.device))
-        middle = np.tile([world.WIDTH / 2, world.HEIGHT / 2], (world.FRAMES, 1))
+        self.pixels[slots] = scenes.to_8bit(scenes.render(drawn, device=self.device))
+        middle = np.tile([scenes.WIDTH / 2, scenes.HEIGHT / 2], (scenes.FRAMES, 1))
         shown = [self.scenes.choice(scene.things).centers if scene.things else middle for scene in drawn]
         self.focus[slots] = torch.from_numpy(np.stack(shown)[..., ::-1].copy()).to(self.device, torch.float32)
 
@@ -293,11 +293,11 @@ class Clips:
     def windows(self, batch: int) -> torch.Tensor:
         """[batch, 3, 9, 64, 64] in [-1, 1], each about something that moves or a card."""
         rows = torch.randint(self.size, (batch,), device=self.device)
-        start = 4 * torch.randint((world.FRAMES - self.FRAMES) // 4 + 1, (batch,), device=self.device)
+        start = 4 * torch.randint((scenes.FRAMES - self.FRAMES) // 4 + 1, (batch,), device=self.device)
         middle = self.focus[rows, start + self.FRAMES // 2]
         corner = middle + (torch.rand(batch, 2, device=self.device) * 2 - 1) * self.JITTER - self.SIDE / 2
-        y = corner[:, 0].clamp(0, world.HEIGHT - self.SIDE).long()
-        x = corner[:, 1].clamp(0, world.WIDTH - self.SIDE).long()
+        y = corner[:, 0].clamp(0, scenes.HEIGHT - self.SIDE).long()
+        x = corner[:, 1].clamp(0, scenes.WIDTH - self.SIDE).long()
         steps, side = torch.arange(self.FRAMES, device=self.device), torch.arange(self.SIDE, device=self.device)
         found = self.pixels[
             rows[:, None, None, None],
@@ -380,10 +380,10 @@ def finish_vae(vae: Any, device: torch.device, clips: int) -> dict[str, float]:
     """Round the VAE to what ships, scale latents to unit deviation, and measure it on unseen clips."""
     for parameter in vae.parameters():
         parameter.copy_(parameter.to(torch.bfloat16))
-    scenes = random.Random(7)
+    choices = random.Random(7)
     means, errors = [], []
     for _ in range(clips // 4):
-        rendered = world.render([world.draw_scene(scenes, held_out=True) for _ in range(4)], device=device)
+        rendered = scenes.render([scenes.draw_scene(choices, held_out=True) for _ in range(4)], device=device)
         mean = vae.encoder(rendered).chunk(2, dim=1)[0]
         means.append(mean)
         errors.append(F.mse_loss(vae.decoder(mean).clamp(-1, 1), rendered).item())
@@ -447,19 +447,19 @@ class Pool:
         self.glyph_valid = torch.zeros(size, device=device, dtype=torch.int64)
         self.images = torch.zeros(size, 3, DEMO.image_size, DEMO.image_size, device=device)
 
-    def draw(self) -> world.Scene:
-        return world.draw_scene(self.scenes)
+    def draw(self) -> scenes.Scene:
+        return scenes.draw_scene(self.scenes)
 
     @torch.no_grad()
     def renew(self, count: int) -> None:
         """Replace the oldest clips by new ones."""
-        scenes = [self.draw() for _ in range(count)]
-        wordings = [self.scenes.choice((world.FIRST, world.MORE)) for _ in range(count * WORDINGS)]
-        said = [scene for scene in scenes for _ in range(WORDINGS)]
-        prompts = [world.describe(scene, self.scenes, how) for scene, how in zip(said, wordings, strict=True)]
+        drawn = [self.draw() for _ in range(count)]
+        wordings = [self.scenes.choice((scenes.FIRST, scenes.MORE)) for _ in range(count * WORDINGS)]
+        said = [scene for scene in drawn for _ in range(WORDINGS)]
+        prompts = [scenes.describe(scene, self.scenes, how) for scene, how in zip(said, wordings, strict=True)]
         ids, valid = self.words.language(prompts)
         glyph_ids, glyph_valid = self.words.glyphs(prompts[::WORDINGS])
-        clips = world.render(scenes, device=self.device)
+        clips = scenes.render(drawn, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             mean = self.vae.encoder(clips).float().chunk(2, dim=1)[0]
         slots = torch.arange(self.next, self.next + count, device=self.device) % self.size
@@ -756,17 +756,17 @@ def train_transformer(
 
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the template's own text, often enough to become few tokens, and the world's."""
-    scenes = random.Random(5)
-    sentences = [world.describe(world.draw_scene(scenes), scenes, how) for how in (world.FIRST, world.MORE) * 300]
-    return [*draw.CORPUS] * 20 + sentences
+    choices = random.Random(5)
+    sentences = [scenes.describe(scenes.draw_scene(choices), choices, how) for how in (scenes.FIRST, scenes.MORE) * 300]
+    return [*tiny.CORPUS] * 20 + sentences
 
 
-def build(seed: int = 0) -> draw.Modules:
+def build(seed: int = 0) -> checkpoint_writer.Modules:
     """All modules of the demo checkpoint, untrained."""
-    return draw.build_modules(DEMO, seed, (VERSION,), corpus())
+    return tiny.build_modules(DEMO, seed, (VERSION,), corpus())
 
 
-def load_trained(path: Path, seed: int = 0) -> draw.Modules:
+def load_trained(path: Path, seed: int = 0) -> checkpoint_writer.Modules:
     """All modules of a finished checkpoint of DEMO's sizes, in float32, with its own tokenizer.
 
     The language model's last layers, which stage 1 never reads, are drawn as `build` draws them. Raises InputError where
@@ -799,7 +799,7 @@ def load_trained(path: Path, seed: int = 0) -> draw.Modules:
     return modules
 
 
-def parameters(modules: draw.Modules) -> Iterator[nn.Parameter]:
+def parameters(modules: checkpoint_writer.Modules) -> Iterator[nn.Parameter]:
     parts = (
         modules.language_model,
         modules.glyph_encoder,
@@ -811,10 +811,10 @@ def parameters(modules: draw.Modules) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
-def write_checkpoint(modules: draw.Modules, folder: Path) -> Path:
+def write_checkpoint(modules: checkpoint_writer.Modules, folder: Path) -> Path:
     """The official layout in bfloat16. Image to video is the same transformer: its folder links to the weights."""
     shutil.rmtree(folder, ignore_errors=True)
-    draw.save_official(folder, modules, versions=(VERSION,), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
+    checkpoint_writer.save_official(folder, modules, versions=(VERSION,), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
     trained, twin = folder / "transformer" / VERSION, folder / "transformer" / VERSION.replace("t2v", "i2v")
     twin.mkdir()
     config = json.loads((trained / "config.json").read_text())

@@ -2,22 +2,22 @@
 
 import re
 
-from hunyuan_staged.demo import world
+from hunyuan_staged.demo import scenes
 
-MAX_CHARACTERS = 4  # on a card, as world.draw_scene writes them
+MAX_CHARACTERS = 4  # on a card, as scenes.draw_scene writes them
 SHOWN = 8  # words that a warning names
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 _WORD = re.compile(r"[^\W_]+")
 
 
 def known_words() -> frozenset[str]:
-    """Every word that `world.describe` may use, in lower case."""
-    sentences = [*world.COLORS, *world.BACKGROUNDS, *world.SHAPES, *(f"{shape}s" for shape in world.SHAPES)]
-    for patterns in (world._FIRST, world._MORE, world._UNSEEN):
+    """Every word that `scenes.describe` may use, in lower case."""
+    sentences = [*scenes.COLORS, *scenes.BACKGROUNDS, *scenes.SHAPES, *(f"{shape}s" for shape in scenes.SHAPES)]
+    for patterns in (scenes._FIRST, scenes._MORE, scenes._UNSEEN):
         sentences += [re.sub(r"{\w+}", " ", pattern) for kind in patterns.values() for pattern in kind]
-    for verbs in (world._VERBS, world._MORE_VERBS):
+    for verbs in (scenes._VERBS, scenes._MORE_VERBS):
         sentences += [verb for wordings in verbs.values() for verb in wordings]
-    sentences += [*world._PLURAL.values(), "two one plain two-tone an and a"]
+    sentences += [*scenes._PLURAL.values(), "two one plain two-tone an and a"]
     return frozenset(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
 
 

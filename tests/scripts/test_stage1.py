@@ -180,10 +180,12 @@ def test_what_belongs_to_the_former_prompt_is_named(tmp_path, tiny_official):
 
 
 def test_help_says_what_the_demo_knows():
-    from hunyuan_staged.demo import world
+    from hunyuan_staged.demo import scenes
 
     said = call("--help").stdout.partition("the demo weights know:")[2]
-    assert [name for name in (*world.SHAPES, *world.COLORS, *world.BACKGROUNDS, *world.CARDS) if name not in said] == []
+    assert [
+        name for name in (*scenes.SHAPES, *scenes.COLORS, *scenes.BACKGROUNDS, *scenes.CARDS) if name not in said
+    ] == []
 
 
 def test_the_demo_names_words_that_it_does_not_know(tmp_path, tiny_official):

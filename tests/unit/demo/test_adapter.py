@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.demo import ADAPTER, CHECKPOINT, adapter, evaluate, train, world
+from hunyuan_staged.demo import ADAPTER, CHECKPOINT, adapter, evaluate, scenes, train
 from hunyuan_staged.files import video
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 SHORT = ["--rank", "2", "--steps", "2", "--batch", "1", "--clips", "1", "--rate", "1e-2", "--seed", "5"]
 
 
-def through_mp4(scene: world.Scene, path: Path) -> np.ndarray:
-    clip = world.to_8bit(world.render([scene])[0]).permute(1, 2, 3, 0).numpy()
-    video.write_video(path, clip, 24, world.HEIGHT, world.WIDTH)
+def through_mp4(scene: scenes.Scene, path: Path) -> np.ndarray:
+    clip = scenes.to_8bit(scenes.render([scene])[0]).permute(1, 2, 3, 0).numpy()
+    video.write_video(path, clip, 24, scenes.HEIGHT, scenes.WIDTH)
     return video.read_video(path)[0]
 
 
@@ -35,9 +35,9 @@ def test_a_bounce_is_told_from_every_motion_that_the_checkpoint_knows(tmp_path):
         frames = through_mp4(scene, tmp_path / "clip.mp4")
         assert all(adapter.judge(frames, scene).values()), scene.key
         assert adapter.WAY[0] - 5 < adapter.dip(frames) < adapter.WAY[1]
-    for motion in world.MOTIONS:
-        thing = world._single(draw, "circle", "red", motion)
-        clip = world.to_8bit(world.render([world.Scene((thing,), motion, ("black", "black"))])[0])
+    for motion in scenes.MOTIONS:
+        thing = scenes._single(draw, "circle", "red", motion)
+        clip = scenes.to_8bit(scenes.render([scenes.Scene((thing,), motion, ("black", "black"))])[0])
         assert not adapter.bounces(clip.permute(1, 2, 3, 0).numpy()), motion
 
 
@@ -47,7 +47,7 @@ def test_held_out_bounces_are_never_trained_on_and_the_world_draws_none():
     prompts = adapter.held_out_prompts(40)
     assert not trained & {scene.key for scene, _ in prompts}
     assert all("bounces" in prompt for _, prompt in prompts)
-    assert adapter.MOTION not in {world.draw_scene(draw, "single").motion for _ in range(200)}
+    assert adapter.MOTION not in {scenes.draw_scene(draw, "single").motion for _ in range(200)}
 
 
 def test_training_writes_what_the_learner_holds(tmp_path, capsys, monkeypatch):
@@ -129,12 +129,12 @@ def test_the_one_that_ships_is_small_and_fits():
 
 def test_with_the_adapter_a_shape_comes_back():
     """Two held-out prompts: without it nothing comes back, with it the centre falls by more than 15 pixels and returns."""
-    generator = evaluate.Generator(CHECKPOINT, CPU)
-    taught = adapter.with_adapter(generator, CHECKPOINT, ADAPTER, 1.0)
-    prompts, setting = adapter.held_out_prompts(8), replace(generator.setting(), steps=15)  # as good as the 30
+    pipeline = evaluate.DemoPipeline(CHECKPOINT, CPU)
+    taught = adapter.with_adapter(pipeline, CHECKPOINT, ADAPTER, 1.0)
+    prompts, setting = adapter.held_out_prompts(8), replace(pipeline.setting(), steps=15)  # as good as the 30
     for number in (2, 7):
         scene, prompt = prompts[number]
-        clips = [one.frames(prompt, evaluate.SEED + number, setting) for one in (generator, taught)]
+        clips = [one.frames(prompt, evaluate.SEED + number, setting) for one in (pipeline, taught)]
         before, after = map(adapter.dip, clips)
         assert before < 5 and after > 15, (prompt, before, after)
         assert [adapter.judge(clip, scene)["direction"] for clip in clips] == [False, True]

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.demo import CHECKPOINT, evaluate, train, world
+from hunyuan_staged.demo import CHECKPOINT, evaluate, scenes, train
 from hunyuan_staged.encoders import text
 from hunyuan_staged.files import video
 from hunyuan_staged.models.embeddings import Conditioning
@@ -20,17 +20,17 @@ from hunyuan_staged.models.transformer import Transformer
 CPU = torch.device("cpu")
 
 
-def scenes(kind: str, count: int, *, held_out: bool = False) -> list[world.Scene]:
+def draw_scenes(kind: str, count: int, *, held_out: bool = False) -> list[scenes.Scene]:
     draw = random.Random(3)
-    return [world.draw_scene(draw, kind, held_out=held_out) for _ in range(count)]
+    return [scenes.draw_scene(draw, kind, held_out=held_out) for _ in range(count)]
 
 
 def test_the_same_seed_gives_the_same_scenes_words_and_pixels():
-    first, second = scenes("single", 3), scenes("single", 3)
+    first, second = draw_scenes("single", 3), draw_scenes("single", 3)
     assert [scene.key for scene in first] == [scene.key for scene in second]
-    words = [world.describe(first[0], random.Random(1)) for _ in range(2)]
+    words = [scenes.describe(first[0], random.Random(1)) for _ in range(2)]
     assert words[0] == words[1]
-    assert torch.equal(world.render(first), world.render(second))
+    assert torch.equal(scenes.render(first), scenes.render(second))
 
 
 def test_a_window_shows_what_moves():
@@ -41,7 +41,7 @@ def test_a_window_shows_what_moves():
     assert windows.shape == (12, 3, 9, 64, 64) and windows.min() >= -1 and windows.max() <= 1
     # More than one colour in every one of them: none is background alone.
     assert (windows.flatten(2).std(dim=2).amax(dim=1) > 0.02).all()
-    assert clips.whole(2).shape == (2, 3, world.FRAMES, world.HEIGHT, world.WIDTH)
+    assert clips.whole(2).shape == (2, 3, scenes.FRAMES, scenes.HEIGHT, scenes.WIDTH)
 
 
 def test_muon_takes_steps_of_one_size_in_every_direction():
@@ -56,32 +56,32 @@ def test_muon_takes_steps_of_one_size_in_every_direction():
 
 
 def test_held_out_combinations_and_wordings_are_never_trained_on():
-    trained = {scene.key for scene in scenes("single", 300)}
-    unseen = {scene.key for scene in scenes("single", 60, held_out=True)}
+    trained = {scene.key for scene in draw_scenes("single", 300)}
+    unseen = {scene.key for scene in draw_scenes("single", 60, held_out=True)}
     assert not trained & unseen
-    scene, draw = scenes("single", 1)[0], random.Random(1)
-    seen = {world.describe(scene, draw, wording) for wording in (world.FIRST, world.MORE) for _ in range(400)}
-    assert not seen & {world.describe(scene, draw, world.UNSEEN) for _ in range(50)}
+    scene, draw = draw_scenes("single", 1)[0], random.Random(1)
+    seen = {scenes.describe(scene, draw, wording) for wording in (scenes.FIRST, scenes.MORE) for _ in range(400)}
+    assert not seen & {scenes.describe(scene, draw, scenes.UNSEEN) for _ in range(50)}
 
 
-def through_mp4(scene: world.Scene, path) -> np.ndarray:
-    clip = world.to_8bit(world.render([scene])[0]).permute(1, 2, 3, 0).numpy()
-    video.write_video(path, clip, 24, world.HEIGHT, world.WIDTH)
+def through_mp4(scene: scenes.Scene, path) -> np.ndarray:
+    clip = scenes.to_8bit(scenes.render([scene])[0]).permute(1, 2, 3, 0).numpy()
+    video.write_video(path, clip, 24, scenes.HEIGHT, scenes.WIDTH)
     return video.read_video(path)[0]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("single", 22), ("card", 10)])
 def test_the_judge_is_right_about_what_was_drawn(tmp_path, kind, count):
-    for scene in scenes(kind, count):
+    for scene in draw_scenes(kind, count):
         verdict = evaluate.judge(through_mp4(scene, tmp_path / "clip.mp4"), scene)
         assert all(value == 1 for value in verdict.values()), (scene.key, verdict)
 
 
 def test_the_judge_sees_what_is_wrong(tmp_path):
     draw = random.Random(1)
-    drawn = world.Scene((world._single(draw, "circle", "red", "left"),), "left", ("black", "black"))
+    drawn = scenes.Scene((scenes._single(draw, "circle", "red", "left"),), "left", ("black", "black"))
     frames = through_mp4(drawn, tmp_path / "clip.mp4")
-    other = world.Scene((world._single(draw, "square", "blue", "up"),), "up", ("grey", "pink"))
+    other = scenes.Scene((scenes._single(draw, "square", "blue", "up"),), "up", ("grey", "pink"))
     assert not any(evaluate.judge(frames, other).values())
 
 
@@ -131,33 +131,33 @@ def test_what_ships_is_small_enough():
 
 
 @pytest.fixture(scope="module")
-def generator() -> evaluate.Generator:
-    return evaluate.Generator(CHECKPOINT, CPU)
+def pipeline() -> evaluate.DemoPipeline:
+    return evaluate.DemoPipeline(CHECKPOINT, CPU)
 
 
-def verdict(generator: evaluate.Generator, prompt: str, scene: world.Scene, ablation: str = "none") -> dict:
-    return evaluate.judge(generator.frames(prompt, 42, generator.setting(ablation)), scene)
+def verdict(pipeline: evaluate.DemoPipeline, prompt: str, scene: scenes.Scene, ablation: str = "none") -> dict:
+    return evaluate.judge(pipeline.frames(prompt, 42, pipeline.setting(ablation)), scene)
 
 
 CIRCLE = "a red circle moves left over a dark blue background"
 CARD = 'a white card with the text "ON" on a dark green background'
 
 
-def test_a_video_shows_what_its_prompt_says_and_dropping_the_mask_ruins_it(generator):
+def test_a_video_shows_what_its_prompt_says_and_dropping_the_mask_ruins_it(pipeline):
     """The mask dropped: the text's padding is attended to, as in the replaced system; the motion is gone."""
-    thing = world._single(random.Random(1), "circle", "red", "left")
-    scene = world.Scene((thing,), "left", ("dark blue", "dark blue"))
-    seen = verdict(generator, CIRCLE, scene)
+    thing = scenes._single(random.Random(1), "circle", "red", "left")
+    scene = scenes.Scene((thing,), "left", ("dark blue", "dark blue"))
+    seen = verdict(pipeline, CIRCLE, scene)
     assert seen["color"]
     assert seen["background"]
     assert seen["direction"]
-    assert not verdict(generator, CIRCLE, scene, "no_mask")["direction"]
+    assert not verdict(pipeline, CIRCLE, scene, "no_mask")["direction"]
 
 
 @pytest.mark.parametrize(
     ("ablation", "steps", "numbers"), [("guidance_1", None, (0, 4)), ("timesteps_off_by_one", 12, (0, 6))]
 )
-def test_broken_sampling_gets_less_right(generator, ablation, steps, numbers):
+def test_broken_sampling_gets_less_right(pipeline, ablation, steps, numbers):
     """Of two prompts nobody trained on everything is right, and with guidance 1, or timesteps off by one, of neither.
 
     Of 12 it is 10 and 8 with guidance 1; at 12 steps, where one step is far from the next, 11 and 9 with the timesteps.
@@ -166,16 +166,16 @@ def test_broken_sampling_gets_less_right(generator, ablation, steps, numbers):
     for number in numbers:
         scene, prompt = prompts[number]
         rights = [
-            evaluate.judge(generator.frames(prompt, evaluate.SEED + number, generator.setting(broken, steps)), scene)
+            evaluate.judge(pipeline.frames(prompt, evaluate.SEED + number, pipeline.setting(broken, steps)), scene)
             for broken in ("none", ablation)
         ]
         assert [right["all four"] for right in rights] == [True, False]
 
 
-def test_only_the_glyph_encoder_can_spell(generator):
-    scene = world.Scene((), "still", ("dark green", "dark green"), "white", "ON")
-    assert verdict(generator, CARD, scene)["word"]
-    assert verdict(generator, CARD, scene, "no_glyphs")["characters"] == 0
+def test_only_the_glyph_encoder_can_spell(pipeline):
+    scene = scenes.Scene((), "still", ("dark green", "dark green"), "white", "ON")
+    assert verdict(pipeline, CARD, scene)["word"]
+    assert verdict(pipeline, CARD, scene, "no_glyphs")["characters"] == 0
 
 
 def test_a_given_first_frame_is_the_videos_first_frame(tmp_path):
@@ -183,7 +183,7 @@ def test_a_given_first_frame_is_the_videos_first_frame(tmp_path):
     from PIL import Image
 
     ((scene, prompt),) = evaluate.held_out_prompts("single", 1, seed=77)
-    first = world.to_8bit(world.render([scene])[0, :, 0]).permute(1, 2, 0).numpy()
+    first = scenes.to_8bit(scenes.render([scene])[0, :, 0]).permute(1, 2, 0).numpy()
     image = tmp_path / "first.png"
     Image.fromarray(first).save(image)
     stages = (
@@ -196,7 +196,7 @@ def test_a_given_first_frame_is_the_videos_first_frame(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
     frames, fps = video.read_video(tmp_path / "output_video.mp4")
-    assert (frames.shape, fps) == ((world.FRAMES, world.HEIGHT, world.WIDTH, 3), 24)
+    assert (frames.shape, fps) == ((scenes.FRAMES, scenes.HEIGHT, scenes.WIDTH, 3), 24)
     error = float(((frames[0].astype(float) - first) ** 2).mean())
     assert 10 * np.log10(255**2 / error) > 24
     assert np.abs(frames[-1].astype(float) - frames[0]).mean() > 2

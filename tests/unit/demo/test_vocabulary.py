@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hunyuan_staged.demo import world
+from hunyuan_staged.demo import scenes
 from hunyuan_staged.demo.vocabulary import unknown
 
 
@@ -24,8 +24,8 @@ def test_what_is_unknown(prompt, said):
     assert unknown(prompt) == said
 
 
-@pytest.mark.parametrize("wording", [world.FIRST, world.MORE, world.UNSEEN])
+@pytest.mark.parametrize("wording", [scenes.FIRST, scenes.MORE, scenes.UNSEEN])
 def test_all_that_training_says_is_known(wording):
     draw = random.Random(0)
-    prompts = [world.describe(world.draw_scene(draw), draw, wording) for _ in range(300)]
+    prompts = [scenes.describe(scenes.draw_scene(draw), draw, wording) for _ in range(300)]
     assert [prompt for prompt in prompts if unknown(prompt)] == []

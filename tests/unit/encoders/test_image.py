@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hunyuan_staged.demo.draw import TINY, build_modules
+from hunyuan_staged.demo.tiny import TINY, build_modules
 from hunyuan_staged.encoders.image import (
     encode_first_frame,
     encode_image,

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from hunyuan_staged.demo.draw import SPECIAL_TOKENS, TINY, build_modules
+from hunyuan_staged.demo.tiny import SPECIAL_TOKENS, TINY, build_modules
 from hunyuan_staged.encoders.text import (
     SYSTEM_PROMPT,
     USER_TURN,

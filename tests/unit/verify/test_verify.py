@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from hunyuan_staged.demo.draw import draw_checkpoint
+from hunyuan_staged.demo.tiny import draw_checkpoint
 from hunyuan_staged.verify import checks, published, transformer
 from hunyuan_staged.verify.command import main
 from hunyuan_staged.verify.run import Verification, chosen_versions

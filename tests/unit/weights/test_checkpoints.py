@@ -12,7 +12,7 @@ from conftest import golden_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hunyuan_staged.demo import draw
+from hunyuan_staged.demo import checkpoint_writer, tiny
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.versions import parse_version
@@ -745,8 +745,8 @@ PUBLISHED = (
 
 def test_every_published_version_loads_in_both_layouts(tmp_path):
     """The diffusers layout has one version a folder, and no way to say that it is sparse."""
-    modules = draw.build_modules(draw.TINY, 0, PUBLISHED)
-    official = open_model(draw.save_official(tmp_path / "official", modules), ())
+    modules = tiny.build_modules(tiny.TINY, 0, PUBLISHED)
+    official = open_model(checkpoint_writer.save_official(tmp_path / "official", modules), ())
     assert official.versions() == sorted(PUBLISHED)
     for name in PUBLISHED:
         version = parse_version(name)
@@ -754,7 +754,7 @@ def test_every_published_version_loads_in_both_layouts(tmp_path):
         assert model.config.use_meanflow == version.step_distilled
         assert (model.config.target_size, model.config.task_type) == (BUCKET_BASE[version.resolution], version.task)
         if not version.sparse:
-            other = open_model(draw.save_diffusers(tmp_path / name, modules, version=name), ())
+            other = open_model(checkpoint_writer.save_diffusers(tmp_path / name, modules, version=name), ())
             assert other.versions() == [name] and other.flow_shift(name) == version.flow_shift
             assert same(model.state_dict(), components.load_transformer(other, name, **F32).state_dict())
 

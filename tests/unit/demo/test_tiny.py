@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hunyuan_staged.demo import draw
+from hunyuan_staged.demo import checkpoint_writer, tiny
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
-SMALL = draw.Sizes(transformer_heads=1, transformer_layers=1, vocab=300)
+SMALL = tiny.Sizes(transformer_heads=1, transformer_layers=1, vocab=300)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -91,11 +91,11 @@ def test_glyph_weights_carry_the_published_prefix(tiny_official):
     content = torch.load(path, weights_only=True)
     assert list(content) == ["state_dict"]
     assert all(name.startswith("module.text_tower.encoder.") for name in content["state_dict"])
-    assert content["state_dict"]["module.text_tower.encoder.embed_tokens.weight"].shape == (392, draw.TINY.glyph_width)
+    assert content["state_dict"]["module.text_tower.encoder.embed_tokens.weight"].shape == (392, tiny.TINY.glyph_width)
 
 
 def test_both_layouts_hold_the_drawn_weights_bit_for_bit(tiny_official, tiny_diffusers):
-    modules = draw.build_modules(versions=("demo_t2v",))
+    modules = tiny.build_modules(versions=("demo_t2v",))
     loaders = {
         "transformer": lambda model: components.load_transformer(model, "demo_t2v", device=CPU, dtype=torch.float32),
         "decoder": lambda model: components.load_vae_decoder(model, device=CPU, dtype=torch.float32)[0],
@@ -111,7 +111,7 @@ def test_both_layouts_hold_the_drawn_weights_bit_for_bit(tiny_official, tiny_dif
         "language": modules.language_model,
     }
     folders = [open_model(folder, ()) for folder in (tiny_official, tiny_diffusers)]
-    assert [folder.layout for folder in folders] == list(draw.LAYOUTS)
+    assert [folder.layout for folder in folders] == list(tiny.LAYOUTS)
     for part, load in loaders.items():
         expected = dict(built[part].named_parameters())
         for folder in folders:
@@ -150,7 +150,7 @@ def test_diffusers_opens_its_layout_as_a_pipeline(tiny_diffusers):
 
 def test_a_seed_decides_every_byte(tmp_path):
     first, again, other = (
-        draw.draw_checkpoint(tmp_path / name, seed=seed, sizes=SMALL, versions=("demo_t2v",))
+        tiny.draw_checkpoint(tmp_path / name, seed=seed, sizes=SMALL, versions=("demo_t2v",))
         for name, seed in (("first", 3), ("again", 3), ("other", 4))
     )
     assert digests(first) == digests(again)
@@ -162,13 +162,13 @@ def test_drawing_leaves_the_global_random_state_alone():
     torch.manual_seed(7)
     expected = torch.randn(3)
     torch.manual_seed(7)
-    draw.build_modules(SMALL, versions=())
+    tiny.build_modules(SMALL, versions=())
     assert torch.equal(torch.randn(3), expected)
 
 
 def test_versions_sizes_and_dtype_are_honoured(tmp_path):
     names = ("demo_i2v_step_distilled", "480p_t2v_distilled")
-    folder = draw.draw_checkpoint(tmp_path / "model", sizes=SMALL, versions=names, dtype=torch.bfloat16)
+    folder = tiny.draw_checkpoint(tmp_path / "model", sizes=SMALL, versions=names, dtype=torch.bfloat16)
     assert sorted(path.name for path in (folder / "transformer").iterdir()) == sorted(names)
     meanflow, plain = (
         tensors_of(folder / "transformer" / name / "diffusion_pytorch_model.safetensors") for name in names
@@ -183,7 +183,7 @@ def test_versions_sizes_and_dtype_are_honoured(tmp_path):
 
 
 def test_values_stay_sane_through_the_vae():
-    vae = draw.build_modules(SMALL, versions=()).vae
+    vae = tiny.build_modules(SMALL, versions=()).vae
     with torch.no_grad():
         frames = vae.decoder(torch.randn(1, 32, 2, 3, 4, generator=torch.Generator().manual_seed(0)))
     assert frames.shape == (1, 3, 5, 48, 64)
@@ -194,18 +194,18 @@ def test_half_a_checkpoint_is_never_left_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(draw, "_save_official_vae", fail)
+    monkeypatch.setattr(checkpoint_writer, "_save_official_vae", fail)
     with pytest.raises(OSError, match="disk full"):
-        draw.draw_checkpoint(tmp_path / "model", sizes=SMALL, versions=("demo_t2v",))
+        tiny.draw_checkpoint(tmp_path / "model", sizes=SMALL, versions=("demo_t2v",))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path} exists already; remove it or name another folder"):
-        draw.draw_checkpoint(tmp_path, sizes=SMALL, versions=("demo_t2v",))
+        tiny.draw_checkpoint(tmp_path, sizes=SMALL, versions=("demo_t2v",))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(InputError, match="layout 'comfy' is unknown; known: official, diffusers"):
-        draw.draw_checkpoint(tmp_path / "model", layout="comfy")
+        tiny.draw_checkpoint(tmp_path / "model", layout="comfy")
