@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hunyuan_staged.demo.draw import LAYOUTS, Sizes, draw_checkpoint
+from hunyuan_staged.demo.tiny import LAYOUTS, Sizes, draw_checkpoint
 from hunyuan_staged.errors import MAX_LINE, InputError, one_line
 from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
