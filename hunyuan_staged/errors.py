@@ -1,15 +1,19 @@
 """Errors of the user, in one line; exit statuses."""
 
+import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 BAD_INPUT = 2  # the exit status of an InputError
 FAULT = 1  # what Python itself ends with after a traceback
+SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
 MAX_LINE = 1900  # characters of a message, whatever it quotes: what stands before it may have another hundred
 
 
@@ -38,14 +42,32 @@ def one_line(text: object) -> str:
     return line[:head] + gap + line[len(line) - (MAX_LINE - len(gap) - head) :]
 
 
-def status_of(work: Callable[[], object]) -> int:
-    """The exit status of a command: 0, or BAD_INPUT after one line on stderr where the work raised InputError."""
+def run_tool(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+) -> int:
+    """What a tool's main returns, its exit status: what run gave (None: 0), or the parser's where it ends the tool.
+
+    InputError is one line on stderr and BAD_INPUT, Ctrl-C the line `interrupted` and 130; any other exception is our
+    fault and goes on. With --debug an InputError's traceback comes first.
+    """
     try:
-        work()
+        args = parser.parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    try:
+        return run(args) or 0
     except InputError as error:
+        if args.debug:
+            traceback.print_exception(error)
         print(f"error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    except KeyboardInterrupt:
+        print(f"error: {interrupted}", file=sys.stderr)
+        return SIGNALLED + signal.SIGINT
 
 
 def printable(text: str) -> str:

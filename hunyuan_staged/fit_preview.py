@@ -9,21 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files import contract
-from hunyuan_staged.parsing import Parser
+from hunyuan_staged.parsing import Parser, tool_parser
 
 GOOD = 0.9  # of the variance; the published VAE's factors reach 0.976
 
 
 def build_parser() -> Parser:
     """All flags, with their defaults."""
-    parser = Parser(
-        "python -m hunyuan_staged.fit_preview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("hunyuan_staged.fit_preview", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a finished run")
     parser.add_argument("--model_path", help="model folder (default: the one that the runs record)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the factors here, not into the user's cache")
@@ -69,8 +64,7 @@ def fit(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 after one line that says what was refused."""
-    args = build_parser().parse_args(argv)
-    return status_of(lambda: fit(args))
+    return run_tool(build_parser(), fit, argv)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged.errors import InputError, write_stdout
+from hunyuan_staged.errors import SIGNALLED, InputError, write_stdout
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.event_log import EventLog
 from hunyuan_staged.options import DEFAULT_OUTPUT_DIR
 from hunyuan_staged.parsing import parse, refuse
 from hunyuan_staged.runtime.environment import check_working_folder
 from hunyuan_staged.runtime.processes import Supervisor
-from hunyuan_staged.runtime.signals import SIGNALLED, Interrupted
+from hunyuan_staged.runtime.signals import Interrupted
 
 ROOT = Path(__file__).absolute().parent.parent
 STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")

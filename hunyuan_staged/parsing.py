@@ -45,6 +45,19 @@ class Parser(argparse.ArgumentParser):
             refuse(str(error))
 
 
+def tool_parser(name: str, description: str | None) -> Parser:
+    """The parser of a tool, `python -m NAME`, for errors.run_tool: --debug, and whatever is added."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f"python -m {name}", description=description, formatter_class=raw, allow_abbrev=False)
+    add_debug(parser)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser, default: object = False) -> None:
+    """The flag that shows the traceback of an error."""
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+
 def make_parser(cls: type, prog: str, description: str, examples: str) -> Parser:
     """The parser of an options class: the description, its flags by group, then the examples as they stand."""
     raw = argparse.RawDescriptionHelpFormatter

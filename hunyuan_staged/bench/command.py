@@ -16,6 +16,8 @@ from hunyuan_staged.bench import memory
 from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_stage3
 from hunyuan_staged.decoding import tiling
+from hunyuan_staged.errors import run_tool
+from hunyuan_staged.parsing import Parser, add_debug, tool_parser
 from hunyuan_staged.sampling import cache_settings
 
 
@@ -81,17 +83,19 @@ def add_stage3(stages: Any) -> None:
     stage3.set_defaults(run=bench_stage3)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.bench", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = tool_parser("hunyuan_staged.bench", __doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     add_stage2(stages)
     add_stage3(stages)
     memory.add_parser(stages)
+    for stage in stages.choices.values():
+        add_debug(stage, argparse.SUPPRESS)
     return parser
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Measure, on as many processes as asked for, and print."""
     if args.gpus > 1 and "RANK" not in os.environ:
         from torch.distributed.run import main as torchrun
 
@@ -104,3 +108,8 @@ def main() -> None:
         for name, value in result.items():
             print(f"{name:{width}}  {value}")
         print(json.dumps(result))
+
+
+def main() -> int:
+    """The exit status: 0, or 2 after one line that says what was refused."""
+    return run_tool(build_parser(), run)

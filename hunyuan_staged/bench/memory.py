@@ -19,6 +19,7 @@ from typing import Any
 from hunyuan_staged.bench import cards
 from hunyuan_staged.bench.cards import language_skeleton, skeleton
 from hunyuan_staged.decoding import tiling
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import GIB
 
@@ -225,7 +226,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         import torch
 
         if not torch.cuda.is_available():
-            sys.exit(f"error: {args.claim} is measured on a GPU, and there is none")
+            raise InputError(f"{args.claim} is measured on a GPU, and there is none")
     return verdict(CLAIMS[args.claim], CLAIMS[args.claim].measure(args))
 
 

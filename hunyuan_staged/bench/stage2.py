@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from hunyuan_staged.bench import parts
 from hunyuan_staged.bench.flops import PEAK_TFLOPS, TEXT_TOKENS, attention_flops, linear_flops
 from hunyuan_staged.bench.step import Setup, Step, set_up
 from hunyuan_staged.compare import measures
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.sampling import cache, cache_settings
 
 
@@ -158,7 +158,7 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
 
     world = start_world()
     if args.share_of and world.size > 1:
-        sys.exit(f"error: --share_of {args.share_of} takes one process, and there are {world.size}")
+        raise InputError(f"{args.share_of} takes one process, and there are {world.size}", option="share_of")
     setup = set_up(args, world)
     forward, config = setup.forward(setup.layout), setup.model.config
     step = Step(setup, args.guidance_scale, forward, setup.layout)

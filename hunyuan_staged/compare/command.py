@@ -10,19 +10,17 @@ Letters: T frames, H x W px; C channels and t frames of h x w of the latents.
 import argparse
 import json
 import math
-import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hunyuan_staged.compare.runs import PLOT_FILE, SIDE_BY_SIDE_FILE, compare
 from hunyuan_staged.decoding import tiling
-from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
+from hunyuan_staged.errors import one_line, run_tool
 from hunyuan_staged.files.atomic import replacing
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.run_options import DEFAULT_AMPLIFY, DEFAULT_COMPARISON_DIR
-from hunyuan_staged.runtime.signals import SIGNALLED
 
 
 def report(result: dict[str, Any]) -> list[str]:
@@ -63,21 +61,9 @@ def as_json(value: Any) -> Any:
     return value
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are InputError, so that they are said like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """All flags, with their defaults."""
-    parser = Parser(
-        "python -m hunyuan_staged.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("hunyuan_staged.compare", __doc__)
     parser.add_argument("a", metavar="A", type=Path, help="output folder of a run: the reference")
     parser.add_argument("b", metavar="B", type=Path, help="output folder of the run to compare with it")
     parser.add_argument(
@@ -107,30 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_video", action="store_true", help=f"do not write {SIDE_BY_SIDE_FILE}")
     parser.add_argument("--no_plot", action="store_true", help=f"do not write {PLOT_FILE}")
     parser.add_argument("--json", type=Path, help="write the JSON to this file, not to stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, print, and return the exit status: 0, or 2 after one line that says what was refused."""
-    args = None
-    try:
-        args = build_parser().parse_args(argv)
-        from tqdm import tqdm
+def run(args: argparse.Namespace) -> None:
+    """Compare, and print."""
+    from tqdm import tqdm
 
-        result = compare(args, lambda iterable, **options: tqdm(iterable, dynamic_ncols=True, **options))
-        text = json.dumps(as_json(result), allow_nan=False)
-        if args.json:
-            with replacing(args.json) as path:
-                path.write_text(text + "\n", encoding="utf-8")
-    except InputError as error:
-        if args and args.debug:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("error: the comparison was interrupted", file=sys.stderr)
-        return SIGNALLED + signal.SIGINT
+    result = compare(args, lambda iterable, **options: tqdm(iterable, dynamic_ncols=True, **options))
+    text = json.dumps(as_json(result), allow_nan=False)
+    if args.json:
+        with replacing(args.json) as path:
+            path.write_text(text + "\n", encoding="utf-8")
     for line in report(result):
         print(line)
     for path in result["written"]:
@@ -139,4 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {one_line(args.json)}", file=sys.stderr)
     else:
         print(text)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 2 after one line that says what was refused."""
+    return run_tool(build_parser(), run, argv, interrupted="the comparison was interrupted")

@@ -27,9 +27,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hunyuan_staged.demo import evaluate, scenes, train
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights import components, encoder_components, lora
 from hunyuan_staged.weights.folder import open_model
@@ -251,8 +252,8 @@ def with_adapter(
     return taught
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.adapter", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = tool_parser("hunyuan_staged.demo.adapter", __doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--out", type=Path, help="the safetensors file that gets the adapter")
@@ -269,8 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train or judge, print a line of JSON, and return the exit status: 0, or 2 after a line on what was refused."""
-    args = build_parser().parse_args(argv)
-    return status_of(lambda: run(args))
+    return run_tool(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:

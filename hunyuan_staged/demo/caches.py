@@ -19,9 +19,10 @@ import numpy as np
 from hunyuan_staged.attention import modes
 from hunyuan_staged.compare.measures import latent_errors
 from hunyuan_staged.demo import evaluate
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling import cache_settings
 
@@ -106,8 +107,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.caches", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = tool_parser("hunyuan_staged.demo.caches", __doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets caches.json and caches.png")
     parser.add_argument("--types", nargs="*", choices=tuple(STRENGTHS), default=tuple(STRENGTHS), help="which caches")
@@ -119,8 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit status: 0, or 2 after a line on what was refused."""
-    args = build_parser().parse_args(argv)
-    return status_of(lambda: run(args))
+    return run_tool(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,8 +21,9 @@ import torch
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.demo import scenes
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DenoiseOptions
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling.cache_settings import CacheSettings
 
@@ -357,8 +358,8 @@ def contact_sheet(pipeline: DemoPipeline, path: Path, progress: Any = quiet) -> 
     sheet.save(path)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.evaluate", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = tool_parser("hunyuan_staged.demo.evaluate", __doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument(
         "--shapes", type=int, default=100, help="clips of one shape in each wording (default: %(default)s)"
@@ -372,8 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Generate, judge, print, and return the exit status: 0, or 2 after a line on what was refused."""
-    args = build_parser().parse_args()
-    return status_of(lambda: run(args))
+    return run_tool(build_parser(), run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files.atomic import check_output_dir, replacing
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.sampling import cache_settings
 
 CLIPS_FILE, TABLE_FILE, PLOT_FILE = "clips.jsonl", "quality.json", "quality.png"
@@ -291,8 +292,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.quality", description=__doc__, allow_abbrev=False)
+def build_parser() -> Parser:
+    parser = tool_parser("hunyuan_staged.demo.quality", __doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help=f"gets {CLIPS_FILE}, {TABLE_FILE}, {PLOT_FILE}")
     parser.add_argument(
@@ -305,8 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit status: 0, or 2 after a line on what was refused."""
-    args = build_parser().parse_args(argv)
-    return status_of(lambda: run(args))
+    return run_tool(build_parser(), run, argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,11 +30,12 @@ from torch import nn
 from hunyuan_staged import geometry
 from hunyuan_staged.demo import checkpoint_writer, scenes, tiny
 from hunyuan_staged.encoders import text
-from hunyuan_staged.errors import InputError, status_of
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.models.blocks import modulate, project_qkv
 from hunyuan_staged.models.embeddings import GLYPH, IMAGE, LANGUAGE, apply_rope, rope_table
 from hunyuan_staged.models.modulations import modulation
 from hunyuan_staged.models.vae_modules import ChannelNorm
+from hunyuan_staged.parsing import tool_parser
 from hunyuan_staged.versions import SKIPPED_LAYERS
 from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
@@ -826,7 +827,7 @@ def write_checkpoint(modules: checkpoint_writer.Modules, folder: Path) -> Path:
 
 def main() -> int:
     """Train, and return the exit status: 0, or 2 after a line on what was refused."""
-    parser = argparse.ArgumentParser("python -m hunyuan_staged.demo.train", description=__doc__, allow_abbrev=False)
+    parser = tool_parser("hunyuan_staged.demo.train", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="state.pt, the pool and the checkpoint go here")
     parser.add_argument("--vae_minutes", type=float, default=4.0, help="over all calls (default: %(default)s)")
     parser.add_argument(
@@ -851,8 +852,7 @@ def main() -> int:
         "--decay", type=float, default=0.9995, help="of the average of weights, a step (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    return status_of(lambda: train(args))
+    return run_tool(parser, train)
 
 
 def train(args: argparse.Namespace) -> None:

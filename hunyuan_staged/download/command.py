@@ -5,30 +5,21 @@ run left is gone on with; each file that arrives is checked.
 """
 
 import argparse
-import signal
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from hunyuan_staged.download import plan
 from hunyuan_staged.download.remote import ENDPOINT_VARIABLES, ENDPOINTS, endpoint_of
 from hunyuan_staged.download.sources import sources_of
-from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
+from hunyuan_staged.errors import run_tool
 from hunyuan_staged.files.atomic import check_output_dir
-from hunyuan_staged.parsing import Parser
-from hunyuan_staged.runtime.signals import SIGNALLED
+from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.weights.hub import FOUR_STEPS_SOURCE, FOUR_STEPS_VERSION, HF, MODELSCOPE
 
 
 def build_parser() -> Parser:
     """All flags, with their defaults."""
-    parser = Parser(
-        "python -m hunyuan_staged.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("hunyuan_staged.download", __doc__)
     parser.add_argument("version", metavar="VERSION", help="transformer version, e.g. 720p_t2v or 480p_i2v_distilled")
     parser.add_argument("--model_path", required=True, help="the model folder; it is made where there is none")
     parser.add_argument("--super_resolution", metavar="RESOLUTION", help="also what enlarges to 720p or 1080p")
@@ -46,7 +37,6 @@ def build_parser() -> Parser:
         help=f"mirror of {ENDPOINTS[MODELSCOPE]} (default: ${ENDPOINT_VARIABLES[MODELSCOPE]}, else itself)",
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be fetched, and stop")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -84,15 +74,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 after one line that says what was refused or what failed."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except InputError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
-        return SIGNALLED + signal.SIGINT
-    return 0
+    return run_tool(build_parser(), run, argv, interrupted="interrupted; the same command goes on from here")

@@ -16,10 +16,10 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
-from hunyuan_staged.errors import BAD_INPUT, InputError
+from hunyuan_staged.errors import BAD_INPUT, SIGNALLED, InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET
 from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN
-from hunyuan_staged.runtime.signals import SIGNALLED, SIGNALS, Interrupted
+from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
 # What another launcher may have left in the environment.

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from hunyuan_staged.errors import InputError
+from hunyuan_staged.errors import SIGNALLED, InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
 
 
 class Interrupted(BaseException):

@@ -6,18 +6,15 @@ the classes of diffusers and transformers on these very weights. Status 0 if all
 
 import argparse
 import json
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged.errors import BAD_INPUT, InputError, one_line
+from hunyuan_staged.errors import InputError, one_line, run_tool
 from hunyuan_staged.files.atomic import check_output_dir, replacing
-from hunyuan_staged.parsing import Parser
-from hunyuan_staged.runtime.signals import SIGNALLED
+from hunyuan_staged.parsing import Parser, tool_parser
 
 FAILED = 1  # the exit status where a check fails
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,12 +22,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 def build_parser() -> Parser:
     """All flags, with their defaults."""
-    parser = Parser(
-        "python -m hunyuan_staged.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser("hunyuan_staged.verify", __doc__)
     parser.add_argument("--model_path", help="model folder in either layout (default: the demo weights)")
     parser.add_argument("--version", metavar="VERSION", help="transformer version (default: all in the folder)")
     parser.add_argument(
@@ -38,7 +30,6 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the JSON to this file, not to stdout")
     parser.add_argument("--report", metavar="FILE", help="also write what a bug report needs, as Markdown")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -92,14 +83,4 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 where a check fails, 2 after one line that says what was refused."""
-    args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except InputError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("error: the verification was interrupted", file=sys.stderr)
-        return SIGNALLED + signal.SIGINT
+    return run_tool(build_parser(), run, argv, interrupted="the verification was interrupted")
