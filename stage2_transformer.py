@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import utils
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
 
+if TYPE_CHECKING:
+    from hunyuan_staged.pipeline.denoising import DenoiseSetup
+
 EXAMPLE = """\
 examples:
   python stage2_transformer.py --model_path ckpts/HunyuanVideo-1.5 --video_length 49
   torchrun --nproc-per-node 8 stage2_transformer.py --seed 7 --output_dir runs/seed7
+  python stage2_transformer.py --super_resolution 1080p
 """
 
 OPTIONS = DenoiseOptions
@@ -24,24 +30,37 @@ def build_parser() -> Parser:
 
 
 def stage2(run: utils.Run, options: DenoiseOptions) -> None:
-    """Read the embeddings, plan, load the transformer, denoise, write the latents."""
-    from hunyuan_staged.pipeline import denoising, denoising_records, jobs, previews
+    """Read the embeddings; then denoise, or enlarge the latents that are there by denoising at a larger size."""
+    from hunyuan_staged.pipeline import denoising, jobs, upscaling
+
+    run.lock_all(jobs.locks(options), unless=options.dry_run)
+    job = jobs.read(options)
+    if options.super_resolution:
+        upscaling.enlarge(options, job, run.world, partial(denoise, run), run)
+    else:
+        denoise(run, denoising.resolve(options, job, run.world, run))
+    run.next_stage(3, jobs.output_dir(options))
+
+
+def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
+    """Plan, load the transformer, denoise, write the latents; with `reuse` not where they are there already."""
+    from hunyuan_staged.pipeline import denoising_records, jobs, previews
     from hunyuan_staged.pipeline.common import free_memory
     from hunyuan_staged.sampling import callbacks, preview_writer
     from hunyuan_staged.sampling.state import StateSaver
 
-    run.lock_all(jobs.locks(options), unless=options.dry_run)
-    job = jobs.read(options)
-    run.warn_or_refuse(job.mismatch, strict=options.strict)
-    setup = denoising.resolve(options, job, run.world, run)
+    options, steps = setup.options, setup.settings.num_inference_steps
+    run.warn_or_refuse(setup.job.mismatch, strict=options.strict)
     free = free_memory(run.world)
     plan = setup.plan(free)
     rows = denoising_records.rows(setup, plan, free)
     if options.dry_run:
         run.show_plan(rows)
         return
-    folder, steps = jobs.output_dir(options), setup.settings.num_inference_steps
-    identity = denoising_records.identity(setup)
+    folder, identity = jobs.output_dir(options), denoising_records.identity(setup)
+    if reuse and (path := denoising_records.finished(setup, identity.digest())):
+        run.info(f"{path} is there, made from the same: taken as it is")
+        return
     looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)
@@ -58,7 +77,6 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
             path = denoising_records.write(setup, denoised, identity.digest())
             saver.remove()
         run.add_output(path, f"latents {list(denoised.latents.shape)} {denoised.latents.dtype}")
-        run.next_stage(3, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

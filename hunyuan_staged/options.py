@@ -33,11 +33,11 @@ from hunyuan_staged.run_options import (
     VIDEO,
     WEIGHTS_DTYPES,
     EncodeOptions,
-    RunOptions,
     offload_help,
 )
 from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
 from hunyuan_staged.sampling import cache_settings
+from hunyuan_staged.upscale_options import UpscaleOptions
 
 
 def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int | None:
@@ -48,7 +48,7 @@ def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiseOptions(RunOptions):
+class DenoiseOptions(UpscaleOptions):
     """Stage 2: text embeddings → video latents, by the denoising transformer."""
 
     input_dir: str = flag("folder that stage 1 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)

@@ -31,6 +31,7 @@ MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a tempor
 
 FILES, WHAT, WEIGHTS, MEMORY = "files", "what to show", "weights", "memory"
 STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
+LARGER = "super resolution"
 CACHE = f"feature cache: steps are those of {cache_settings.CACHE_STEPS}, others in scale"
 TILES = "tiles"
 

@@ -18,6 +18,7 @@ import torch
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.attention.choose import AttentionMode, choose_attention
+from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
@@ -69,6 +70,20 @@ class DenoiseSetup:
     def compiled(self) -> bool:
         """Whether torch.compile fuses the blocks."""
         return self.world.device.type == "cuda" and not self.options.no_compile
+
+    @property
+    def enlarges_to(self) -> str | None:
+        """The resolution of super resolution; None for a run of its own."""
+        return None
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """Hashes of what else than options, settings and weights the result follows from, as metadata calls them."""
+        return {contract.EMBEDDINGS_HASH: self.job.embeddings_hash}
+
+    def fingerprint(self) -> str:
+        """The hash of the weights; reads samples of them."""
+        return self.folder.fingerprint(["transformer"], self.settings.version.name)
 
     @property
     def sigmas(self) -> torch.Tensor:

@@ -25,7 +25,7 @@ from hunyuan_staged.weights.single_file import TransformerFile
 def identity(setup: DenoiseSetup) -> RunIdentity:
     """All that the latents follow from, and what only rounds them. Reads samples of the weights."""
     options, settings, caching, adapters = setup.options, setup.settings, setup.caching, setup.adapters
-    weights = setup.folder.fingerprint(["transformer"], settings.version.name)
+    weights = setup.fingerprint()
     sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
     chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(setup.dtype), "seed": options.seed}
     return RunIdentity(
@@ -39,7 +39,8 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
         | ({"weights_dtype": options.weights_dtype} if options.weights_dtype else {})
         | ({"cache": caching.record()} if caching else {})
         | ({"lora": adapters.facts()} if adapters.facts() else {})
-        | {"weights": weights, contract.EMBEDDINGS_HASH: setup.job.embeddings_hash},
+        | ({"super_resolution": setup.enlarges_to} if setup.enlarges_to else {})
+        | {"weights": weights, **setup.made_from},
         {
             "processes": setup.world.size,
             "cfg_parallel": options.cfg_parallel,
@@ -48,7 +49,12 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
             "compiled": setup.compiled,
             "torch": torch.__version__,
         },
-        {"sigmas": "the schedule", "weights": setup.model_path, contract.EMBEDDINGS_HASH: options.input_dir},
+        {
+            "sigmas": "the schedule",
+            "weights": setup.model_path,
+            contract.EMBEDDINGS_HASH: options.input_dir,
+            contract.LATENTS_HASH: str(output_dir(options)),
+        },
     )
 
 
@@ -81,6 +87,15 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         **plan.rows(setup.weights.count, free),
         "expected time": unknown if seconds is None else f"{seconds:.0f} s ({gpu})",
     }
+
+
+def finished(setup: DenoiseSetup, made_from: str) -> Path | None:
+    """The latents of a setup, where they are there already; None where there are none, or others. made_from: as write."""
+    folder, larger = output_dir(setup.options), setup.enlarges_to
+    path = folder / contract.at_resolution(contract.LATENTS_FILE, larger)
+    if not path.is_file() or tensors.load_latents(folder, larger)[1].get(contract.MADE_FROM) != made_from:
+        return None
+    return path
 
 
 def describe(setup: DenoiseSetup) -> str:
@@ -126,12 +141,15 @@ def write(setup: DenoiseSetup, denoised: Denoised, made_from: str) -> Path:
     about = {
         "num_frames": settings.video_length,
         "attn_mode": setup.attention.name,
-        contract.EMBEDDINGS_HASH: setup.job.embeddings_hash,
+        **setup.made_from,
         contract.MADE_FROM: made_from,
         **optional_settings(setup),
     }
-    folder = output_dir(options)
-    path = tensors.save_latents(folder, latents, {name: str(value) for name, value in (chosen | about).items()})
+    folder, larger = output_dir(options), setup.enlarges_to
+    metadata = {name: str(value) for name, value in (chosen | about).items()}
+    path = tensors.save_latents(folder, latents, metadata, larger)
+    if larger:
+        return path  # the config describes the base run; what enlarged it is in the latents' metadata
     additions = {
         "aspect_ratio": options.aspect_ratio or DEFAULT_ASPECT_RATIO,
         "video_length": settings.video_length,
