@@ -43,7 +43,7 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
 
 
 def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
-    """Plan, load the transformer, denoise, write the latents; with `reuse` not where they are there already."""
+    """Plan, load the transformer, denoise, write the latents; with `reuse` or --resume not where they are there already."""
     from hunyuan_staged.pipeline import denoising_records, jobs, previews
     from hunyuan_staged.pipeline.common import free_memory
     from hunyuan_staged.sampling import callbacks, preview_writer
@@ -58,7 +58,7 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
         run.show_plan(rows)
         return
     folder, identity = jobs.output_dir(options), denoising_records.identity(setup)
-    if reuse and (path := denoising_records.finished(setup, identity.digest())):
+    if (reuse or options.resume) and (path := denoising_records.finished(setup, identity.digest())):
         run.info(f"{path} is there, made from the same: taken as it is")
         return
     looking = previews.make(setup, folder, run)

@@ -14,6 +14,7 @@ examples:
   python stage3_vae_decoder.py --input_dir stage_outputs
   torchrun --nproc-per-node 8 stage3_vae_decoder.py --output_video cat.mp4
   python stage3_vae_decoder.py --tile_size 256 --tile_overlap 0.125
+  python stage3_vae_decoder.py --latents base
 """
 
 OPTIONS = DecodeOptions
@@ -30,7 +31,7 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     from hunyuan_staged.pipeline.common import free_memory
 
     run.lock_all(decoding.locks(options), unless=options.dry_run)
-    job = decoding.read_job(options)
+    job = decoding.read_job(options, run)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = decoding.resolve(options, job, run.world, run)
     free = free_memory(setup.world)

@@ -6,7 +6,7 @@ from pathlib import Path
 from hunyuan_staged import geometry
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files import encoding
+from hunyuan_staged.files import contract, encoding
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
 from hunyuan_staged.run_options import (
@@ -19,6 +19,7 @@ from hunyuan_staged.run_options import (
     VIDEO,
     RunOptions,
 )
+from hunyuan_staged.versions import SUPER_RESOLUTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,15 @@ class DecodeOptions(RunOptions):
 
     input_dir: str = flag("folder that stage 2 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
-    output_video: str | None = flag("the .mp4 or .gif to write (default: output_video.mp4 in --input_dir)", group=FILES)
+    latents: str | None = flag(
+        "which to decode, the run's own or those of super resolution (default: the largest in --input_dir)",
+        group=FILES,
+        choices=(contract.BASE, *SUPER_RESOLUTION),
+    )
+    output_video: str | None = flag(
+        "the .mp4 or .gif to write (default: in --input_dir output_video.mp4, output_video_720p.mp4 and so on)",
+        group=FILES,
+    )
     save_frames: bool = flag("also write stage3_frames.safetensors to --input_dir", group=FILES, default=False)
     strict: bool = flag(STRICT, group=FILES, default=False)
     fps: float = flag("frames per second (default: %(default)s)", group=VIDEO, default=DEFAULT_FPS)

@@ -21,11 +21,14 @@ from typing import Any
 from hunyuan_staged.errors import SIGNALLED, InputError, write_stdout
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.event_log import EventLog
-from hunyuan_staged.options import DEFAULT_OUTPUT_DIR
+from hunyuan_staged.flags import options_of
+from hunyuan_staged.options import DEFAULT_OUTPUT_DIR, DenoiseOptions
 from hunyuan_staged.parsing import parse, refuse
+from hunyuan_staged.run_options import CACHE, LARGER
 from hunyuan_staged.runtime.environment import check_working_folder
 from hunyuan_staged.runtime.processes import Supervisor
 from hunyuan_staged.runtime.signals import Interrupted
+from hunyuan_staged.upscale_options import UpscaleOptions
 
 ROOT = Path(__file__).absolute().parent.parent
 STAGES = ("stage1_text_encoder", "stage2_transformer", "stage3_vae_decoder")
@@ -44,6 +47,8 @@ Runs the three stages one after the other, and hands each the flags that are its
   python stage1_text_encoder.py --help    prompt, model, resolution, output_dir
   python stage2_transformer.py --help     video length, steps, seed, attention
   python stage3_vae_decoder.py --help     mp4, tiles
+
+With --super_resolution the second stage runs once more, and enlarges what it made.
 
   --gpus N   processes, one a GPU (default: $GPUS, else all visible GPUs up to 8, else one process on the CPU)
 
@@ -125,7 +130,7 @@ def visible_gpus() -> int:
 
 
 def split_flags(argv: Sequence[str]) -> list[list[str]]:
-    """Each stage's argument list from those of a whole run; InputError names a flag that no stage has.
+    """The argument lists of a whole run, see stage_numbers; InputError names a flag that no stage has.
 
     A flag goes to every stage that has it. Each list is parsed and checked here, so that a bad flag of stage 3 is
     refused before stage 1 starts.
@@ -154,9 +159,33 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
             lists[index] += words
     for index in (1, 2):
         lists[index].append(f"{INPUT_DIR}={folder}")
-    for stage, words in zip(STAGES, lists, strict=True):
-        check_flags(stage, words)
+    target = next((word.partition("=")[2] for word in lists[1] if _name(word) == "super_resolution"), None)
+    if target or contract.latents_present(folder):
+        # Not those of a former run. Of a flag that is given twice the last counts.
+        lists[2].insert(0, f"--latents={target or contract.BASE}")
+    if target:
+        lists[1:2] = base_and_larger(lists[1])
+    for number, words in zip(stage_numbers(lists), lists, strict=True):
+        check_flags(STAGES[number - 1], words)
     return lists
+
+
+def base_and_larger(words: list[str]) -> list[list[str]]:
+    """Stage 2's two lists where super resolution follows the base run, from what is given for both."""
+    of_larger = {option.name for option in options_of(DenoiseOptions) if option.flag.group == LARGER}
+    of_base = {option.name for option in options_of(DenoiseOptions) if option.flag.group == CACHE}
+    of_base |= {*UpscaleOptions.of_the_base, *UpscaleOptions.of_its_own}
+    return [[word for word in words if _name(word) not in others] for others in (of_larger, of_base)]
+
+
+def _name(word: str) -> str:
+    """The option of a word of a list."""
+    return word.partition("=")[0].removeprefix("--")
+
+
+def stage_numbers(lists: Sequence[list[str]]) -> Sequence[int]:
+    """Which stage each of a whole run's lists is for."""
+    return (1, 2, 3) if len(lists) == len(STAGES) else (1, 2, 2, 3)
 
 
 def _unknown(word: str, flag: str, flags: Sequence[dict[str, bool]]) -> str:
@@ -182,8 +211,8 @@ def run(python: str, command: Command) -> int:
 
     Stages that failed have said why. InputError before anything has started.
     """
-    numbers = [command.only] if command.only else [1, 2, 3]
     lists = [command.flags] if command.only else split_flags(command.flags)
+    numbers = [command.only] if command.only else stage_numbers(lists)
     options = [check_flags(STAGES[number - 1], argv) for number, argv in zip(numbers, lists, strict=True)]
     if command.only or options[-1].dry_run:
         return run_stages(python, command, numbers, lists)
@@ -195,7 +224,9 @@ def run(python: str, command: Command) -> int:
     if status:
         events.write("error", status=status, seconds=seconds)
         return status
-    video = Path(options[-1].output_video or Path(options[-1].input_dir) / contract.VIDEO_FILE).absolute()
+    decoded = None if options[-1].latents == contract.BASE else options[-1].latents
+    name = contract.at_resolution(contract.VIDEO_FILE, decoded)
+    video = Path(options[-1].output_video or Path(options[-1].input_dir) / name).absolute()
     events.write("done", seconds={"all": seconds}, video=video)
     write_stdout(f"{video}\n")
     return 0
@@ -209,12 +240,12 @@ def run_stages(
     stdout = None if began is None else sys.stderr.fileno()
     with Supervisor() as supervisor:
         groups = []
-        for number, argv in zip(numbers, lists, strict=True):
+        for place, (number, argv) in enumerate(zip(numbers, lists, strict=True)):
             stage = STAGES[number - 1]
             count = 1 if stage in ALONE else command.gpus
             words = [python, str(ROOT / f"{stage}.py"), *argv]
             # All at once: what a later stage imports is there when its turn comes.
-            early = number != numbers[0]
+            early = place > 0
             name = f"{stage}.py"
             groups.append(supervisor.start(words, count, name=name, stdout=stdout, began=began, early=early))
         for group in groups:

@@ -98,6 +98,11 @@ class EncodeOptions(RunOptions):
         f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
         group=WEIGHTS,
     )
+    super_resolution: str | None = flag(
+        "prepare for stage 2's --super_resolution: weights that lead to it, an image's latents at its sizes, too",
+        group=WEIGHTS,
+        choices=tuple(versions.SUPER_RESOLUTION),
+    )
     dtype: str = flag(
         "of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",
         group=WEIGHTS,

@@ -173,7 +173,7 @@ def super_resolution_chain(base: str, resolution: str) -> list[SuperResolutionVe
     chain = [super_resolution_version(resolution)]
     while chain[0].base != base:
         if chain[0].base not in SUPER_RESOLUTION:
-            allowed = [name for name in SUPER_RESOLUTION if _leads(base, name)]
+            allowed = [name for name in SUPER_RESOLUTION if leads_to(base, name)]
             raise InputError(
                 f"super resolution to {resolution} does not start from {base}; allowed: {', '.join(allowed) or 'none'}"
             )
@@ -181,7 +181,8 @@ def super_resolution_chain(base: str, resolution: str) -> list[SuperResolutionVe
     return chain
 
 
-def _leads(base: str, resolution: str) -> bool:
+def leads_to(base: str, resolution: str) -> bool:
+    """Whether super resolution, once or several times, enlarges a base run to a resolution."""
     while resolution in SUPER_RESOLUTION:
         resolution = SUPER_RESOLUTION[resolution].base
         if resolution == base:

@@ -40,6 +40,13 @@ STAGE_FILES = {
     3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
 }
 
+
+def larger_files(stage: int) -> tuple[str, ...]:
+    """What a stage writes besides where there is super resolution."""
+    names = [name for name in STAGE_FILES[stage] if name != CONFIG_FILE]
+    return tuple(at_resolution(name, larger) for larger in SUPER_RESOLUTION for name in names)
+
+
 # Of what is read whole: far above what the largest video has, far below what a host holds.
 MAX_BYTES = {
     EMBEDDINGS_FILE: 2**30,
@@ -132,15 +139,12 @@ def require_file(path: Path) -> None:
         raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")
 
 
-def choose_latents(folder: str | Path, asked: str | None = None) -> str | None:
-    """Which latents of a folder to decode: those of a resolution, or None, those of the base run.
+def latents_present(folder: str | Path) -> list[str]:
+    """The resolutions of super resolution whose latents are in a folder, the largest first."""
+    found = [name for name in SUPER_RESOLUTION if (Path(folder) / at_resolution(LATENTS_FILE, name)).is_file()]
+    return sorted(found, key=BUCKET_BASE.__getitem__, reverse=True)
 
-    asked: BASE, a resolution of super resolution, or None: the largest that are there. Raises InputError where those that
-    are asked for are not there.
-    """
-    if asked is None:
-        present = [name for name in SUPER_RESOLUTION if (Path(folder) / at_resolution(LATENTS_FILE, name)).is_file()]
-        return max(present, key=BUCKET_BASE.__getitem__, default=None)
-    resolution = None if asked == BASE else asked
-    require_file(Path(folder) / at_resolution(LATENTS_FILE, resolution))
-    return resolution
+
+def resolution_of_latents(name: str) -> str | None:
+    """The resolution that a file of latents of this name has in it; None for the base run's, and for any other file."""
+    return next((larger for larger in SUPER_RESOLUTION if name == at_resolution(LATENTS_FILE, larger)), None)

@@ -74,6 +74,13 @@ def latents_mismatch(
         present, source = sha256(embeddings), embeddings
     if recorded is not None and present is not None and present != recorded:
         return _replaced(latents, "embeddings", recorded, source, present)
+    return source_mismatch(folder, metadata, resolution)
+
+
+def source_mismatch(folder: str | Path, metadata: Mapping[str, str], resolution: str | None) -> str | None:
+    """Why latents are not of the smaller ones in the folder, from which they were made; None where they are, or nothing
+    tells."""
+    latents = Path(folder) / at_resolution(LATENTS_FILE, resolution)
     smaller, recorded = metadata.get(ENLARGED_FROM), metadata.get(LATENTS_HASH)
     if smaller is None or recorded is None:
         return None

@@ -216,9 +216,17 @@ def load_latents(folder: str | Path, resolution: str | None = None) -> tuple[tor
     return latents, {name: str(value) for name, value in size.items()} | metadata
 
 
-def save_frames(folder: str | Path, frames: torch.Tensor, metadata: Mapping[str, str]) -> Path:
-    """Write stage 3's frames [1, 3, T, H, W] in [0, 1] and return the path."""
-    return _save(folder, FRAMES_FILE, {"frames": frames}, FRAMES_RULES, metadata)
+def latents_metadata(folder: str | Path, resolution: str | None = None) -> dict[str, str]:
+    """The metadata of stage 2's latents, which are not read; InputError where they are absent or no safetensors file."""
+    with opened(Path(folder) / at_resolution(LATENTS_FILE, resolution)) as file:
+        return dict(file.metadata() or {})
+
+
+def save_frames(
+    folder: str | Path, frames: torch.Tensor, metadata: Mapping[str, str], resolution: str | None = None
+) -> Path:
+    """Write stage 3's frames [1, 3, T, H, W] in [0, 1], of latents of a resolution, and return the path."""
+    return _save(folder, at_resolution(FRAMES_FILE, resolution), {"frames": frames}, FRAMES_RULES, metadata)
 
 
 def load_frames(folder: str | Path) -> tuple[torch.Tensor, dict[str, str]]:

@@ -34,45 +34,81 @@ from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 
 
-def video_path(options: DecodeOptions) -> Path:
-    """The mp4 to write."""
-    return Path(options.output_video or Path(options.input_dir) / contract.VIDEO_FILE)
+def video_path(options: DecodeOptions, resolution: str | None) -> Path:
+    """The mp4 to write; resolution: of super resolution, None of the base run."""
+    name = contract.at_resolution(contract.VIDEO_FILE, resolution)
+    return Path(options.output_video or Path(options.input_dir) / name)
 
 
 def locks(options: DecodeOptions) -> list[Lock]:
     """What a run must lock before it reads; InputError where there are no latents."""
-    folder, video = Path(options.input_dir), video_path(options)
-    contract.require_file(folder / contract.LATENTS_FILE)
-    found: list[Lock] = [(folder / contract.LOCK_FILE, contract.STAGE_FILES[3])]
+    folder = Path(options.input_dir)
+    if options.latents or not contract.latents_present(folder):
+        contract.require_file(folder / contract.at_resolution(contract.LATENTS_FILE, _asked(options)))
+    found: list[Lock] = [(folder / contract.LOCK_FILE, (*contract.STAGE_FILES[3], *contract.larger_files(3)))]
     if options.output_video:
+        video = Path(options.output_video)
         found.append((video.with_name(f".{video.name}{contract.LOCK_FILE}"), (video.name,)))
     return found
+
+
+def _asked(options: DecodeOptions) -> str | None:
+    return None if options.latents == contract.BASE else options.latents
+
+
+def choose_latents(options: DecodeOptions, report: Reporter = SILENT) -> str | None:
+    """The resolution of the latents to decode, None: those of the base run.
+
+    Those asked for, else the largest that were made from what is in the folder now; a larger file of a former run is said
+    to be passed over.
+    """
+    if options.latents:
+        return _asked(options)
+    folder = Path(options.input_dir)
+    for resolution in contract.latents_present(folder):
+        former = _former(folder, resolution)
+        if former is None or not (folder / contract.LATENTS_FILE).is_file():
+            return resolution
+        report.warn(f"{former}; passed over, --latents {resolution} decodes it")
+    return None
+
+
+def _former(folder: Path, resolution: str) -> str | None:
+    """Why latents, or those that they were made from, are of a former run; None where they are not."""
+    metadata = tensors.latents_metadata(folder, resolution)
+    smaller = contract.resolution_of_latents(metadata.get(contract.ENLARGED_FROM, ""))
+    mismatch = provenance.source_mismatch(folder, metadata, resolution)
+    if mismatch or smaller in (None, resolution) or smaller not in contract.latents_present(folder):
+        return mismatch
+    return _former(folder, smaller)
 
 
 @dataclass(frozen=True)
 class DecodeJob:
     """What a folder holds for stage 3: latents [1, C, t, h, w], their hash, the config; mismatch: why they do not belong
-    to what they were made from, else None."""
+    to what they were made from, else None; resolution: of super resolution, else None."""
 
     latents: torch.Tensor
     latents_hash: str
     config: dict[str, Any]
     mismatch: str | None
+    resolution: str | None = None
 
 
-def read_job(options: DecodeOptions) -> DecodeJob:
+def read_job(options: DecodeOptions, report: Reporter = SILENT) -> DecodeJob:
     """Read the latents and the config of the folder; InputError where they are absent or broken."""
-    folder = Path(options.input_dir)
-    contract.require_file(folder / contract.LATENTS_FILE)
-    latents, metadata = tensors.load_latents(folder)
+    folder, resolution = Path(options.input_dir), choose_latents(options, report)
+    path = folder / contract.at_resolution(contract.LATENTS_FILE, resolution)
+    contract.require_file(path)
+    latents, metadata = tensors.load_latents(folder, resolution)
     config = read_config(folder)
-    mismatch = provenance.latents_mismatch(folder, config, metadata)
-    return DecodeJob(latents, provenance.sha256(folder / contract.LATENTS_FILE), config, mismatch)
+    mismatch = provenance.latents_mismatch(folder, config, metadata, resolution)
+    return DecodeJob(latents, provenance.sha256(path), config, mismatch, resolution)
 
 
 def replaced(options: DecodeOptions, job: DecodeJob) -> str | None:
     """Which video of other latents, so of another prompt or seed, this run replaces; None where there is none."""
-    video, former = video_path(options), job.config.get(contract.LATENTS_HASH)
+    video, former = video_path(options, job.resolution), job.config.get(contract.LATENTS_HASH)
     recorded = job.config.get("output_video")
     if former is None or former == job.latents_hash or recorded != str(video) or not video.is_file():
         return None
@@ -219,12 +255,12 @@ def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
             floats.extend([batch.floats] if batch.floats is not None else [])
         written.seconds = time.perf_counter() - started
 
-    path = video_path(options)
+    path = video_path(options, setup.job.resolution)
     written.frames = count = write_video(path, frames(), options.fps, height, width, encoding_of(setup))
     if floats:
         whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
         about = {"fps": f"{options.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}
-        saved = tensors.save_frames(options.input_dir, whole, about)
+        saved = tensors.save_frames(options.input_dir, whole, about, setup.job.resolution)
         written.files.append((saved, f"frames {list(whole.shape)} {whole.dtype}"))
     written.files.append((path, f"{count} frames of {width}x{height} at {options.fps:g} frames per second"))
     return written

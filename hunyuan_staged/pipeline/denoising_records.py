@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import update_config
 from hunyuan_staged.memory import budget, timings
@@ -93,9 +94,11 @@ def finished(setup: DenoiseSetup, made_from: str) -> Path | None:
     """The latents of a setup, where they are there already; None where there are none, or others. made_from: as write."""
     folder, larger = output_dir(setup.options), setup.enlarges_to
     path = folder / contract.at_resolution(contract.LATENTS_FILE, larger)
-    if not path.is_file() or tensors.load_latents(folder, larger)[1].get(contract.MADE_FROM) != made_from:
+    try:
+        found = tensors.load_latents(folder, larger)[1].get(contract.MADE_FROM)
+    except InputError:  # absent or broken
         return None
-    return path
+    return path if found == made_from else None
 
 
 def describe(setup: DenoiseSetup) -> str:

@@ -58,9 +58,14 @@ def read_image(options: EncodeOptions) -> Image.Image | None:
 
 
 def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVersion:
-    """The version that the options name; without a resolution the default one, else the first that the folder has."""
+    """The version that the options name; without a resolution the default one, else the first that the folder has.
+
+    Where super resolution is to follow, those it can follow come first; InputError for one that it cannot.
+    """
     offered = folder.resolutions()
-    default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in offered else next(iter(offered), None)
+    larger = options.super_resolution
+    fitting = [name for name in offered if larger is None or versions.leads_to(name, larger)] or offered
+    default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in fitting else next(iter(fitting), None)
     resolution = options.resolution or default
     if resolution is None:
         folder.require("transformer")
@@ -74,6 +79,8 @@ def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVers
     )
     if version.name not in folder.versions():
         raise InputError(folder.lacks(version.name))
+    if larger:
+        versions.super_resolution_chain(version.resolution, larger)
     return version
 
 
@@ -214,13 +221,17 @@ def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) 
 
 
 def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
-    """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image."""
+    """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image.
+
+    Where super resolution is to follow, also the image's latents at each of its sizes.
+    """
     picture, folder, device, dtype = setup.picture, setup.folder, setup.world.device, setup.dtypes.image
     if picture is None:
         return {}
     height, width = geometry.nearest_size(setup.version.resolution, picture.height / picture.width)
     fitted = image.resize_and_center_crop(picture, height, width)
     report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
+    sizes = larger_sizes(setup.version.resolution, setup.options.super_resolution, height, width)
     with report.timed("load"):
         processor, model = encoder_components.load_image_encoder(folder, device=device, dtype=dtype)
     with report.timed("compute"):
@@ -230,7 +241,22 @@ def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, tor
         encoder, config = components.load_vae_encoder(folder, device=device, dtype=dtype, progress=report.progress)
     with report.timed("compute"):
         latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
-    return {"image_embeds": embeds, "image_latents": latents}
+        larger = {}
+        for resolution, size in sizes.items():
+            enlarged = image.resize_and_center_crop(picture, *size)
+            name = contract.large_image_latents(resolution)
+            larger[name] = image.encode_first_frame(encoder, enlarged, config["scaling_factor"])
+    return {"image_embeds": embeds, "image_latents": latents, **larger}
+
+
+def larger_sizes(base: str, target: str | None, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """(height, width) by the resolutions that lead from a base run's size to a larger one; none where there is none."""
+    sizes = {}
+    for version in versions.super_resolution_chain(base, target) if target else ():
+        height, width = sizes[version.resolution] = geometry.enlarged_size(
+            version.base, version.resolution, height, width
+        )
+    return sizes
 
 
 def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:

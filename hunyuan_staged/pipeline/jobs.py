@@ -10,7 +10,6 @@ from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.pipeline.common import Lock
-from hunyuan_staged.versions import SUPER_RESOLUTION
 
 
 def output_dir(options: DenoiseOptions) -> Path:
@@ -21,11 +20,8 @@ def output_dir(options: DenoiseOptions) -> Path:
 def locks(options: DenoiseOptions) -> list[Lock]:
     """What a run must lock before it reads; InputError where stage 1 has not been run."""
     contract.require_file(Path(options.input_dir) / contract.CONFIG_FILE)
-    names = contract.STAGE_FILES[2]
-    if options.super_resolution:
-        made = (contract.STATE_FILE, contract.LATENTS_FILE)
-        names += tuple(contract.at_resolution(name, larger) for name in made for larger in SUPER_RESOLUTION)
-    return [(output_dir(options) / contract.LOCK_FILE, names)]
+    larger = contract.larger_files(2) if options.super_resolution else ()
+    return [(output_dir(options) / contract.LOCK_FILE, (*contract.STAGE_FILES[2], *larger))]
 
 
 @dataclass(frozen=True)

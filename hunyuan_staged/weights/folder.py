@@ -15,6 +15,7 @@ from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.versions import (
     DEFAULT_RESOLUTION,
+    SUPER_RESOLUTION,
     TransformerVersion,
     make_version,
     parse_version,
@@ -25,6 +26,7 @@ from hunyuan_staged.weights.hub import (
     DIFFUSERS_FETCH,
     PARTS,
     PUBLISHED_RESOLUTIONS,
+    PUBLISHED_SUPER_RESOLUTION,
     download,
     model_fetch,
     official_fetch,
@@ -192,7 +194,9 @@ class ModelFolder:
             snapshot(self.repo, [f"{name}/*"], revision=self.path.name)
         folder = self.path / name
         if not folder.is_dir():
-            raise InputError(f"{self.path} has no {name}; get it: {official_fetch(name).format(path=self.path)}")
+            published = super_resolution_named(version) in map(SUPER_RESOLUTION.get, PUBLISHED_SUPER_RESOLUTION)
+            get = f"; get it: {official_fetch(name).format(path=self.path)}" if published else ""
+            raise InputError(f"{self.path} has no {name}{get}")
         return folder
 
     def lacks(self, version: str) -> str:

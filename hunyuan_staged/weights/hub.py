@@ -10,6 +10,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.versions import DEFAULT_RESOLUTION
 
 PUBLISHED_RESOLUTIONS = ("480p", "720p")  # of the transformers in the official repository, super resolution apart
+PUBLISHED_SUPER_RESOLUTION = ("720p", "1080p")
 ANSWER_SECONDS = 5  # how long the hub may take to answer a question
 
 

@@ -33,6 +33,26 @@ def test_each_stage_gets_the_flags_that_are_its_own(given, stage1, stage2, stage
     assert launch.split_flags(given) == [stage1, stage2, stage3]
 
 
+def test_super_resolution_is_stage_2_once_more(tmp_path):
+    """What is of the base run goes to the first, and where the run stands to both."""
+    given = ["--super_resolution", "720p", "--resolution=480p", "--num_inference_steps", "9", "--enable_cache"]
+    given += ["--cache_type=teacache", "--seed=7", "--resume", "--video_length", "9", "--four_steps"]
+    lists = launch.split_flags(given)
+    assert lists == [
+        ["--super_resolution=720p", "--resolution=480p"],
+        ["--num_inference_steps=9", "--enable_cache", "--cache_type=teacache", "--seed=7", "--resume"]
+        + ["--video_length=9", "--four_steps", *FOLDER],
+        ["--super_resolution=720p", "--seed=7", "--resume", "--video_length=9", *FOLDER],
+        ["--latents=720p", *FOLDER],
+    ]
+    assert launch.stage_numbers(lists) == (1, 2, 2, 3)
+    # Without it the latents of a former run are not decoded, unless the flags say so.
+    (tmp_path / "stage2_latents_720p.safetensors").touch()
+    own = [f"--output_dir={tmp_path}"]
+    assert launch.split_flags(own)[-1] == ["--latents=base", f"--input_dir={tmp_path}"]
+    assert launch.split_flags(["--super_resolution=720p", "--latents", "base"])[-1][-2:] == ["--latents=base", *FOLDER]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -9,7 +9,10 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.tensors import load_latents, load_state, save_latents, save_state
 from hunyuan_staged.geometry import BUCKET_BASE, resolution_of, size_buckets
+from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline.decoding import choose_latents, locks
+from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
 SMALL, LARGE = torch.zeros(1, 32, 1, 6, 10), torch.ones(1, 32, 1, 9, 15)
@@ -39,24 +42,53 @@ def test_latents_and_states_lie_beside_those_of_the_base(tmp_path):
 
 
 def test_the_largest_latents_are_decoded_unless_others_are_asked_for(tmp_path):
-    assert contract.choose_latents(tmp_path) is None
+    def chosen(latents: str | None = None) -> str | None:
+        return choose_latents(DecodeOptions(input_dir=str(tmp_path), latents=latents))
+
+    assert chosen() is None
     save_latents(tmp_path, SMALL, {})
-    assert contract.choose_latents(tmp_path) is None
+    assert chosen() is None
     save_latents(tmp_path, SMALL, {}, "1080p")
     save_latents(tmp_path, SMALL, {}, "720p")
-    assert contract.choose_latents(tmp_path) == "1080p"
-    assert contract.choose_latents(tmp_path, "720p") == "720p"
-    assert contract.choose_latents(tmp_path, "base") is None
+    assert (chosen(), chosen("720p"), chosen("base")) == ("1080p", "720p", None)
+
+
+def test_latents_of_a_former_run_are_passed_over(tmp_path):
+    class Told(Reporter):
+        def warn(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
+    options, report = DecodeOptions(input_dir=str(tmp_path)), Told()
+    smaller = None
+    for number, resolution in enumerate((None, "720p", "1080p")):
+        source = contract.at_resolution(contract.LATENTS_FILE, smaller)
+        made = (
+            {contract.ENLARGED_FROM: source, contract.LATENTS_HASH: provenance.sha256(tmp_path / source)}
+            if number
+            else {}
+        )
+        save_latents(tmp_path, SMALL + number, made, resolution)
+        assert choose_latents(options, report) == resolution
+        smaller = resolution
+    assert told == []
+    save_latents(tmp_path, SMALL - 1, {})
+    assert choose_latents(options, report) is None
+    assert [
+        line.endswith(f"passed over, --latents {name} decodes it")
+        for line, name in zip(told, ("1080p", "720p"), strict=True)
+    ]
+    assert all("stage2_latents_720p.safetensors was made from latents with sha256" in line for line in told)
 
 
 def test_latents_that_are_not_there_are_said_to_come_from_super_resolution(tmp_path):
     said = "stage2_latents_720p.safetensors does not exist; run stage2_transformer.py --super_resolution 720p first"
     with pytest.raises(InputError, match=re.escape(said)):
-        contract.choose_latents(tmp_path, "720p")
+        locks(DecodeOptions(input_dir=str(tmp_path), latents="720p"))
     with pytest.raises(InputError, match=re.escape(said)):
         load_latents(tmp_path, "720p")
     with pytest.raises(InputError, match=r"stage2_latents.safetensors does not exist; run stage2_transformer.py first"):
-        contract.choose_latents(tmp_path, "base")
+        locks(DecodeOptions(input_dir=str(tmp_path), latents="base"))
 
 
 def test_latents_of_a_base_run_that_has_been_replaced_are_noticed(tmp_path):

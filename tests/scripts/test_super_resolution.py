@@ -1,0 +1,226 @@
+"""Super resolution through the scripts, on the drawn tiny checkpoint: 160x96 → 240x144."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from folders import embed
+from forked import Moment, run_ranks, run_stage
+
+from hunyuan_staged.files import contract, provenance
+from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_latents
+
+STEP = "hunyuan_staged.sampling.loop.euler_step"
+LARGER = contract.at_resolution(contract.LATENTS_FILE, "demo_hd")
+STATE = contract.at_resolution(contract.STATE_FILE, "demo_hd")
+
+
+def with_latents(folder: Path, seed: int = 5) -> Path:
+    """A folder with a base run's latents of 5 frames."""
+    base = torch.randn(1, 32, 2, 6, 10, generator=torch.Generator().manual_seed(seed))
+    hashed = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
+    save_latents(folder, base, {"num_frames": "5", contract.EMBEDDINGS_HASH: hashed})
+    return folder
+
+
+def with_image(folder: Path, model: Path) -> Path:
+    """A folder of image to video, with the image's latents at both sizes."""
+    embed(folder, model, image=True)
+    tensors, metadata = load_embeddings(folder)
+    large = torch.randn(1, 32, 1, 9, 15, generator=torch.Generator().manual_seed(6))
+    save_embeddings(folder, tensors | {contract.large_image_latents("demo_hd"): large}, metadata)
+    return with_latents(folder)
+
+
+def enlarge(folder: Path, *more: object, moment: Moment | None = None) -> tuple[int, str]:
+    args = ["--input_dir", folder, "--super_resolution", "demo_hd", *more]
+    return run_stage(2, *args, said=folder.parent / "said", moment=moment)
+
+
+def latents(folder: Path) -> torch.Tensor:
+    return load_latents(folder, "demo_hd")[0]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_super_resolution) -> Path:
+    """One run that the tests of this module compare with."""
+    folder = with_latents(embed(tmp_path_factory.mktemp("larger") / "out", tiny_super_resolution))
+    status, said = enlarge(folder)
+    assert status == 0, said
+    return folder
+
+
+@pytest.fixture
+def again(done, tmp_path) -> Path:
+    """The same folder before that run."""
+    folder = shutil.copytree(done, tmp_path / "out")
+    (folder / LARGER).unlink()
+    return folder
+
+
+def test_larger_latents_lie_beside_those_of_the_base(done):
+    made, metadata = load_latents(done, "demo_hd")
+    assert made.shape == (1, 32, 2, 9, 15) and torch.isfinite(made).all() and made.std() > 0.1
+    expected = {"height": "144", "width": "240", "num_frames": "5", "num_inference_steps": "6", "flow_shift": "2.0"}
+    expected |= {"guidance_scale": "1.0", "seed": "42", contract.ENLARGED_FROM: contract.LATENTS_FILE}
+    expected |= {contract.LATENTS_HASH: provenance.sha256(done / contract.LATENTS_FILE)}
+    expected |= {contract.EMBEDDINGS_HASH: provenance.sha256(done / contract.EMBEDDINGS_FILE)}
+    assert expected.items() <= metadata.items()
+    assert torch.equal(load_latents(done)[0], load_latents(with_latents(done))[0]), "those of the base stay"
+    assert {path.name for path in done.iterdir()} == {
+        contract.EMBEDDINGS_FILE,
+        contract.LATENTS_FILE,
+        LARGER,
+        contract.CONFIG_FILE,
+    }
+
+
+def test_runs_repeat_and_offloading_keeps_the_bits(done, again):
+    status, said = enlarge(again, "--enable_offloading")
+    assert status == 0, said
+    assert torch.equal(latents(again), latents(done))
+
+
+@pytest.mark.parametrize("more", [["--seed", 43], ["--guidance_scale", 3], ["--weights_dtype", "fp8"]])
+def test_settings_shape_the_result(done, again, more):
+    status, said = enlarge(again, *more)
+    assert status == 0, said
+    assert (latents(again) - latents(done)).norm() / latents(done).norm() > 1e-3
+    if more[0] == "--guidance_scale":
+        assert "demo_hd_sr_distilled has guidance distilled into it: 1 is right, not 3" in said
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_give_what_one_gives(done, again, tmp_path, size, guidance):
+    args = ["--input_dir", again, "--super_resolution", "demo_hd", "--guidance_scale", guidance]
+    for rank in run_ranks(2, size, *args, said=tmp_path / "said"):
+        assert rank.status() == 0, rank.said()
+    several, one = latents(again), latents(done)
+    if guidance != 1:
+        assert enlarge(again, "--guidance_scale", guidance)[0] == 0
+        one = latents(again)
+    assert (several - one).norm() / one.norm() < 1e-5
+
+
+def test_image_to_video_takes_the_image_at_the_larger_size(tmp_path, tiny_super_resolution):
+    folder = with_image(tmp_path / "image", tiny_super_resolution)
+    assert enlarge(folder)[0] == 0
+    first = latents(folder)
+    tensors, metadata = load_embeddings(folder)
+    name = contract.large_image_latents("demo_hd")
+    save_embeddings(folder, tensors | {name: tensors[name] + 1}, metadata)
+    with_latents(folder)
+    assert enlarge(folder)[0] == 0
+    assert (latents(folder) - first).norm() / first.norm() > 1e-3
+    save_embeddings(folder, {key: value for key, value in tensors.items() if key != name}, metadata)
+    status, said = enlarge(folder)
+    assert status == 2
+    assert said.splitlines()[-1] == (
+        "error: the embeddings hold an image and no image_latents_demo_hd, which super resolution needs; run stage 1 again "
+        "with --super_resolution demo_hd"
+    )
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_stopped_run_goes_on_to_the_same_bits(done, again, step):
+    """One stopped while it sees the enlarged latents, and one stopped after that."""
+    status, said = enlarge(again, moment=Moment(STEP, step, (signal.SIGTERM,)))
+    assert status == 143, said
+    assert load_state(again, "demo_hd")[1]["step"] == str(step)
+    assert not (again / LARGER).exists() and not (again / contract.STATE_FILE).exists()
+    status, said = enlarge(again, "--resume")
+    assert status == 0, said
+    assert f"going on after step {step} of 6, from {again / STATE}" in said
+    assert (again / LARGER).read_bytes() == (done / LARGER).read_bytes()
+    assert not (again / STATE).exists()
+    status, said = enlarge(again, "--resume")
+    assert status == 0 and f"{again / LARGER} is there, made from the same: taken as it is" in said
+
+
+def test_a_state_of_other_latents_is_refused(again):
+    assert enlarge(again, moment=Moment(STEP, 2, (signal.SIGTERM,)))[0] == 143
+    with_latents(again, seed=6)
+    status, said = enlarge(again, "--resume")
+    assert status == 2
+    assert re.search(rf"{STATE} belongs to other settings: latents_sha256: was \w{{12}}… \({again}\), now", said), said
+
+
+def test_latents_of_other_embeddings_are_told_and_with_strict_refused(again):
+    tensors, metadata = load_embeddings(again)
+    save_embeddings(again, tensors | {"prompt_embeds": tensors["prompt_embeds"] * 2}, metadata)
+    status, said = enlarge(again, "--strict")
+    assert status == 2 and f"{again / contract.LATENTS_FILE} was made from embeddings" in said
+    assert said.splitlines()[-1].endswith("; --strict refuses that")
+    assert not (again / LARGER).exists()
+
+
+def planned(said: str, row: str) -> str:
+    return next(line.removeprefix(row).strip() for line in said.splitlines() if line.startswith(row))
+
+
+def test_a_plan_needs_no_latents(again):
+    status, said = enlarge(again, "--dry_run")
+    assert status == 0, said
+    assert planned(said, "version") == "demo_hd_sr_distilled"
+    assert planned(said, "video") == "240x144, 5 frames"
+    assert planned(said, "steps") == "6, guidance 1"
+    (again / contract.LATENTS_FILE).unlink()
+    status, said = enlarge(again, "--dry_run", "--aspect_ratio", "9:16", "--video_length", 17)
+    assert status == 0, said
+    assert planned(said, "video") == "144x240, 17 frames"
+    assert planned(enlarge(again, "--dry_run")[1], "video") == "240x144, 33 frames"
+    assert not (again / LARGER).exists()
+    status, said = enlarge(again)
+    assert status == 2
+    assert (
+        said.splitlines()[-1]
+        == f"error: {again / contract.LATENTS_FILE} does not exist; run stage2_transformer.py first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--video_length", 9], "--video_length 9: {latents} has 5 frames"),
+        (["--aspect_ratio", "1:1"], "--aspect_ratio 1:1: {latents} is 160x96"),
+        (["--enable_cache"], "--enable_cache is for the run whose latents --super_resolution enlarges"),
+        (["--lora", ROOT], "--lora is for the run whose latents --super_resolution enlarges"),
+        (["--super_resolution", "720p"], "super resolution to 720p does not start from demo; allowed: demo_hd"),
+    ],
+)
+def test_refusals_are_one_line_and_change_nothing(again, more, message):
+    before = {path.name: path.stat().st_mtime_ns for path in again.iterdir()}
+    status, said = enlarge(again, *more)
+    assert status == 2
+    assert [line for line in said.splitlines() if "error" in line] == [
+        "error: " + message.format(latents=again / contract.LATENTS_FILE)
+    ]
+    assert before == {path.name: path.stat().st_mtime_ns for path in again.iterdir()}
+
+
+def test_a_model_without_super_resolution_is_told(again, tiny_official):
+    status, said = enlarge(again, "--model_path", tiny_official)
+    assert status == 2
+    assert said.splitlines()[-1] == f"error: {tiny_official} has no upsampler/demo_hd_sr_distilled"
+
+
+def test_a_whole_run_enlarges_and_decodes_the_larger(tmp_path, tiny_super_resolution):
+    flags = ["--model_path", tiny_super_resolution, "--output_dir", tmp_path / "out", "--video_length", 5]
+    flags += ["--num_inference_steps", 1, "--gpus", 1, "--prompt", "a red circle"]
+    flags += ["--super_resolution", "demo_hd"]
+    command = ["bash", ROOT / "run_staged.sh", *flags]
+
+    environment = os.environ | {"PYTHON": sys.executable}
+    result = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path}/out/output_video_demo_hd.mp4\n"
+    assert "5 frames of 240x144" in result.stderr
+    assert load_latents(tmp_path / "out", "demo_hd")[1]["num_inference_steps"] == "6", "the 1 is the base run's"
