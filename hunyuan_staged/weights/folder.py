@@ -15,7 +15,6 @@ from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.versions import (
     DEFAULT_RESOLUTION,
-    SUPER_RESOLUTION,
     TransformerVersion,
     make_version,
     parse_version,
@@ -194,7 +193,8 @@ class ModelFolder:
             snapshot(self.repo, [f"{name}/*"], revision=self.path.name)
         folder = self.path / name
         if not folder.is_dir():
-            published = super_resolution_named(version) in map(SUPER_RESOLUTION.get, PUBLISHED_SUPER_RESOLUTION)
+            known = super_resolution_named(version)
+            published = known is not None and known.resolution in PUBLISHED_SUPER_RESOLUTION
             get = f"; get it: {official_fetch(name).format(path=self.path)}" if published else ""
             raise InputError(f"{self.path} has no {name}{get}")
         return folder
