@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged import geometry, options
 from hunyuan_staged.bench.flops import PEAK_TFLOPS, decoder_flops
-from hunyuan_staged.decoding import planning
+from hunyuan_staged.decoding import planning, tiling
 from hunyuan_staged.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def copies(outgoing: "Transfers", incoming: "Transfers") -> None:
         into.view(-1)[count:].zero_()
 
 
+def tiling_of(args: argparse.Namespace, decoding: planning.Decoding) -> tiling.Tiling:
+    """The tiles of a decoding."""
+    return tiling.Tiling(decoding.tile_size, args.tile_overlap, decoding.latent_frames_per_chunk)
+
+
 def decode(
     args: argparse.Namespace,
     module: Any,
@@ -58,20 +63,16 @@ def decode(
 ) -> "Iterator[FrameBatch]":
     """The frames of one decoding as args ask for it; with --share_of none, but all that one rank does."""
     from hunyuan_staged.decoding import tiled, whole
-    from hunyuan_staged.decoding.frames import chunk_spans
-    from hunyuan_staged.decoding.tiling import Tiling
-    from hunyuan_staged.models.vae_decoder import Decoder
+    from hunyuan_staged.decoding.frames import DecodeContext
     from hunyuan_staged.parallel.layout import split_evenly
 
+    context = DecodeContext(world)
     if decoding.tile_size is not None:
-        tiling = Tiling(decoding.tile_size, args.tile_overlap, decoding.latent_frames_per_chunk)
-        yield from tiled.decode_frames(module, latents, config, tiling, world=world)
+        yield from tiled.decode_frames(module, latents, config, tiling_of(args, decoding), context)
     elif args.share_of is None:
-        yield from whole.decode_whole(module, latents, config, decoding, world=world)
+        yield from whole.decode_whole(module, latents, config, decoding, context)
     else:
-        forward = Decoder(module)
-        scaled = (latents / config["scaling_factor"]).to(forward.device, forward.dtype)
-        spans = chunk_spans(latents.shape[2], decoding.latent_frames_per_chunk, config["temporal_compression_ratio"])
+        forward, scaled, spans = context.begin(module, latents, config, decoding.latent_frames_per_chunk)
         # The second rank: it has as many rows as any, and from three ranks on two neighbours.
         shard = whole.RowShard(1, split_evenly(latents.shape[3], args.share_of), copies)
         chunks = whole.over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=False)
@@ -85,7 +86,7 @@ def tile_result(
     from hunyuan_staged.decoding import tiled
     from hunyuan_staged.models.vae_decoder import Decoder
 
-    plan = tiled.plan_decode(latents, config, tile_size=decoding.tile_size, tile_overlap=args.tile_overlap)
+    plan = tiled.plan_decode(latents, config, tiling_of(args, decoding))
     tile, forward = plan.tiles[0], Decoder(module)
     part = latents[..., : tile.y.size, : tile.x.size]
     seconds = statistics.median(

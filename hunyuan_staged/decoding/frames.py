@@ -1,11 +1,17 @@
-"""Decoded pixels on their way out: 8-bit conversion, frames in order of time, and whether they are finite."""
+"""What every way of decoding needs: who decodes and is told, and decoded pixels on their way out."""
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.runtime.progress import quiet
 
 BATCH_FRAMES = 8  # that leave the device together: of 720p 22 MB
 
@@ -26,6 +32,47 @@ def chunk_spans(latent_frames: int, latent_frames_per_chunk: int, temporal_ratio
     stops = [*range(latent_frames_per_chunk, latent_frames, latent_frames_per_chunk), latent_frames]
     edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
+    """InputError where latents are not [1, C, t, h, w] with this decoder's C, the config's latent_channels."""
+    channels = config["latent_channels"]
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
+        raise InputError(f"latents {list(latents.shape)} do not fit this VAE, which takes [1, {channels}, t, h, w]")
+
+
+@dataclass(frozen=True)
+class DecodeContext:
+    """Who decodes, and what else is wanted of it.
+
+    warn: is told, in a line, where memory ran out and what was done. as_float: batches hold the frames in float, too.
+    """
+
+    world: World
+    progress: Callable[..., Any] = quiet
+    warn: Callable[[str], object] = str
+    as_float: bool = False
+
+    def begin(
+        self,
+        decoder: torch.nn.Module | None,
+        latents: torch.Tensor,
+        config: Mapping[str, Any],
+        latent_frames_per_chunk: int,
+    ) -> tuple[Decoder, torch.Tensor, list[slice]]:
+        """(the decoder's forward, the latents as it takes them, the frames of each chunk) of a rank that decodes."""
+        assert decoder is not None, f"rank {self.world.rank} has something to decode and no decoder"
+        forward = Decoder(decoder)
+        scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
+        return (
+            forward,
+            scaled,
+            chunk_spans(latents.shape[2], latent_frames_per_chunk, config["temporal_compression_ratio"]),
+        )
+
+    def floats_in(self, forward: Decoder) -> torch.dtype | None:
+        """The dtype of the frames in float; None where they are not asked for."""
+        return forward.dtype if self.as_float else None
 
 
 def to_8bit(pixels: torch.Tensor) -> torch.Tensor:

@@ -15,28 +15,17 @@ import torch
 import torch.distributed as dist
 
 from hunyuan_staged.decoding.blending import Blender, Canvas, piece_order
-from hunyuan_staged.decoding.frames import FiniteChecks, FrameBatch, chunk_spans
+from hunyuan_staged.decoding.frames import DecodeContext, FiniteChecks, FrameBatch, check_latents
 from hunyuan_staged.decoding.tiling import Tile, TilePlan, Tiling, assign_by_cost, tile_plan, whole_plan
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import Decoder
-from hunyuan_staged.parallel.world import World
-from hunyuan_staged.runtime.progress import quiet
 
 # Pieces that a rank keeps while rank 0 has not taken them yet: of a tile of 256 px and 32 frames 12.6 MB each.
 SENDS_AHEAD = 8
 
 
-def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
-    """InputError where latents are not [1, C, t, h, w] with this decoder's C, the config's latent_channels."""
-    channels = config["latent_channels"]
-    if latents.ndim != 5 or latents.shape[0] != 1 or latents.shape[1] != channels:
-        raise InputError(f"latents {list(latents.shape)} do not fit this VAE, which takes [1, {channels}, t, h, w]")
-
-
-def plan_decode(
-    latents: torch.Tensor, config: Mapping[str, Any], *, tile_size: int | None, tile_overlap: float
-) -> TilePlan:
-    """The tiles for latents [1, C, t, h, w]; tile_size (px) None decodes whole frames.
+def plan_decode(latents: torch.Tensor, config: Mapping[str, Any], tiling: Tiling) -> TilePlan:
+    """The tiles for latents [1, C, t, h, w]; one where the tile size is None, whole frames.
 
     Needs no weights, so a caller can ask before it loads any. Raises InputError for latents that this decoder does not
     take and for a tiling that makes no sense.
@@ -44,9 +33,9 @@ def plan_decode(
     check_latents(latents, config)
     height, width = latents.shape[-2:]
     ratio = config["spatial_compression_ratio"]
-    if tile_size is None:
+    if tiling.tile_size is None:
         return whole_plan(height, width, spatial_ratio=ratio)
-    return tile_plan(height, width, tile_size=tile_size, tile_overlap=tile_overlap, spatial_ratio=ratio)
+    return tile_plan(height, width, tile_size=tiling.tile_size, tile_overlap=tiling.tile_overlap, spatial_ratio=ratio)
 
 
 def tile_owners(plan: TilePlan, ranks: int) -> list[int]:
@@ -126,43 +115,34 @@ def decode_frames(
     latents: torch.Tensor,
     config: Mapping[str, Any],
     tiling: Tiling,
-    *,
-    world: World,
-    progress: Callable[..., Any] = quiet,
-    warn: Callable[[str], object] = str,
-    as_float: bool = False,
+    context: DecodeContext,
 ) -> Iterator[FrameBatch]:
     """Decode latents [1, C, t, h, w] to batches of frames, in order, on rank 0; the other ranks yield nothing.
 
-    Every rank of `world` calls this with the same arguments and goes through to the end. The result has the same bits for
-    any number of ranks: they only decode, and rank 0 does all later arithmetic.
+    Every rank of context.world calls this with the same arguments and goes through to the end. The result has the same
+    bits for any number of ranks: they only decode, and rank 0 does all later arithmetic.
 
     Args:
         decoder: a VaeDecoder on the rank's device; None where tile_owners gives the rank no tile.
         config: scaling_factor, latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE.
-        warn: is told, in a line, where memory ran out and what was done.
-        as_float: batches hold the frames in float, too.
 
     Raises InputError as plan_decode does, and where memory runs out at half the tile size, too; FloatingPointError
     where a tile decodes to NaN or Inf.
     """
-    plan = plan_decode(latents, config, tile_size=tiling.tile_size, tile_overlap=tiling.tile_overlap)
+    plan, world = plan_decode(latents, config, tiling), context.world
     owners = dict(zip(plan.tiles, tile_owners(plan, world.size), strict=True))
     if world.rank not in owners.values():
         return
-    assert decoder is not None, f"rank {world.rank} has tiles to decode and no decoder"
-    forward = Decoder(decoder)
-    scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
-    spans = chunk_spans(latents.shape[2], tiling.latent_frames_per_chunk, config["temporal_compression_ratio"])
+    forward, scaled, spans = context.begin(decoder, latents, config, tiling.latent_frames_per_chunk)
     order = piece_order(plan, len(spans))
-    start = partial(_pieces, forward, plan.spatial_ratio, tiling, warn)
+    start = partial(_pieces, forward, plan.spatial_ratio, tiling, context.warn)
     mine = _own_pieces([place for place in order if owners[place[0]] == world.rank], len(spans), scaled, start)
     if not world.is_main:
         _send(mine)
         return
-    canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, forward.dtype if as_float else None)
+    canvas = Canvas(Blender(plan), spans[-1].stop, forward.device, context.floats_in(forward))
     checks = FiniteChecks(forward.dtype)
-    places = progress(order, desc="decoding", total=len(order), unit="piece")
+    places = context.progress(order, desc="decoding", total=len(order), unit="piece")
     for tile, chunk, piece in _all_pieces(places, owners, mine, partial(_receive, plan.spatial_ratio, spans, forward)):
         checks.add(f"tile {tile.row},{tile.column}", torch.isfinite(piece).all())
         canvas.draw(tile, chunk, spans[chunk], piece)

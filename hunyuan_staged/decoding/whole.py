@@ -19,16 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hunyuan_staged.decoding.frames import FiniteChecks, FrameBatch, FrameBuffer, chunk_spans, to_8bit
+from hunyuan_staged.decoding.frames import (
+    DecodeContext,
+    FiniteChecks,
+    FrameBatch,
+    FrameBuffer,
+    check_latents,
+    to_8bit,
+)
 from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks, row_slices
-from hunyuan_staged.decoding.tiled import check_latents
 from hunyuan_staged.decoding.tiling import SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import ALL_ROWS, Decoder, FrameLayout
 from hunyuan_staged.parallel.layout import split_evenly
-from hunyuan_staged.parallel.world import World
-from hunyuan_staged.runtime.progress import quiet
 
 Transfers = Sequence[tuple[torch.Tensor, int]]  # (contiguous tensor, the other rank)
 
@@ -208,47 +212,40 @@ def decode_whole(
     latents: torch.Tensor,
     config: Mapping[str, Any],
     decoding: Decoding,
-    *,
-    world: World,
-    progress: Callable[..., Any] = quiet,
-    warn: Callable[[str], object] = str,
-    as_float: bool = False,
+    context: DecodeContext,
 ) -> Iterator[FrameBatch]:
     """Decode latents [1, C, t, h, w] to batches of frames, in order, on rank 0; the other ranks yield nothing.
 
-    Every rank of `world` calls this with the same arguments and goes through to the end. The result has the same bits
+    Every rank of context.world calls this with the same arguments and goes through to the end. The result has the same bits
     for any number of ranks, of bands and, up to rounding, of latent frames at once.
 
     Args:
         decoder: diffusers' HunyuanVideo15Decoder3D on the rank's device; None where the rank has no row (see row_ranks).
         config: scaling_factor, latent_channels, spatial_compression_ratio and temporal_compression_ratio of the VAE.
         decoding: latent frames at once, and bands on one process.
-        warn: warn(line) is told where memory ran out and what was done.
 
     Raises InputError for latents that this decoder does not take, and where memory runs out for good;
     FloatingPointError where frames decode to NaN or Inf.
     """
     check_latents(latents, config)
     ratio, height, width = int(config["spatial_compression_ratio"]), *latents.shape[3:]
+    world, as_float = context.world, context.as_float
     ranks = row_ranks(height, world.size)
     if world.rank >= ranks:
         return
-    assert decoder is not None, f"rank {world.rank} has rows to decode and no decoder"
-    forward = Decoder(decoder)
-    scaled = (latents.float() / config["scaling_factor"]).to(forward.device, forward.dtype)
-    spans = chunk_spans(latents.shape[2], decoding.latent_frames_per_chunk, config["temporal_compression_ratio"])
+    forward, scaled, spans = context.begin(decoder, latents, config, decoding.latent_frames_per_chunk)
     if world.rank:
         shard = RowShard(world.rank, split_evenly(height, ranks), exchange)
         deque(over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=as_float), maxlen=0)
         return
     size = (spans[-1].stop, height * ratio, width * ratio)
-    buffer = FrameBuffer(size, forward.device, forward.dtype if as_float else None)
+    buffer = FrameBuffer(size, forward.device, context.floats_in(forward))
     checks = FiniteChecks(forward.dtype)
 
     while True:
         try:
             coming = _pieces(forward, scaled, spans, decoding, ranks, as_float=as_float)
-            coming = progress(coming, desc="decoding", total=len(spans) * decoding.bands, unit="chunk")
+            coming = context.progress(coming, desc="decoding", total=len(spans) * decoding.bands, unit="chunk")
             yield from _complete(coming, buffer, checks, height, ratio)
             break
         except torch.OutOfMemoryError as error:
@@ -256,7 +253,7 @@ def decode_whole(
         del coming
         # Out here nothing holds the failed try's memory any more.
         decoding = _more_bands(decoding, ranks, height, reason)
-        warn(f"out of memory: decoded again in {decoding.bands} bands of rows ({reason})")
+        context.warn(f"out of memory: decoded again in {decoding.bands} bands of rows ({reason})")
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
     checks.read()

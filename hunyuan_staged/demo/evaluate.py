@@ -262,17 +262,13 @@ class DemoPipeline:
     def decode(self, latents: torch.Tensor, path: Path | None = None) -> np.ndarray:
         """The same of latents."""
         from hunyuan_staged.decoding import tiled
+        from hunyuan_staged.decoding.frames import DecodeContext
         from hunyuan_staged.files import video
         from hunyuan_staged.parallel.world import World
 
         height, width = (size * geometry.SPATIAL_RATIO for size in latents.shape[-2:])
-        blocks = tiled.decode_frames(
-            self.decoder,
-            latents,
-            self.vae_config,
-            tiling.Tiling(),
-            world=World(0, 1, self.device),
-        )
+        context = DecodeContext(World(0, 1, self.device))
+        blocks = tiled.decode_frames(self.decoder, latents, self.vae_config, tiling.Tiling(), context)
         with tempfile.TemporaryDirectory() as scratch:
             target = path or Path(scratch) / "clip.mp4"
             frames = (frame for block in blocks for frame in block.frames.numpy())

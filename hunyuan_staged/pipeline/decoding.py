@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hunyuan_staged.decoding import planning, tiled, whole
-from hunyuan_staged.decoding.frames import FrameBatch
+from hunyuan_staged.decoding.frames import DecodeContext, FrameBatch, check_latents
 from hunyuan_staged.decoding.rows import row_ranks
 from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.files import contract, provenance, tensors
@@ -142,15 +142,15 @@ class DecodeSetup:
         asked = planning.Request(tile_size, options.disable_tiling, options.tile_overlap, self.world.size)
         return planning.fit_decoding(self.config, weights, self.dtype.itemsize, self.size, free, asked)
 
-    def tiling(self, plan: planning.Decoding) -> dict[str, Any]:
-        """The arguments about tiles of decode_frames and plan_decode."""
-        return {"tile_size": plan.tile_size, "tile_overlap": self.options.tile_overlap}
+    def tiling(self, plan: planning.Decoding) -> Tiling:
+        """The tiles that a plan decodes in."""
+        return Tiling(plan.tile_size, self.options.tile_overlap, plan.latent_frames_per_chunk)
 
     def owners(self, plan: planning.Decoding) -> list[int]:
         """Which rank decodes each tile; of whole frames, the ranks that decode rows."""
         if plan.tile_size is None:
             return list(range(row_ranks(self.job.latents.shape[3], self.world.size)))
-        tiles = tiled.plan_decode(self.job.latents, self.config, **self.tiling(plan))
+        tiles = tiled.plan_decode(self.job.latents, self.config, self.tiling(plan))
         return tiled.tile_owners(tiles, self.world.size)
 
     def method(self, plan: planning.Decoding) -> str:
@@ -184,7 +184,7 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
         require_encoder(options.encoder)
     model = open_model(path, ("vae",), report.progress)
     config = components.vae_config(model)
-    tiled.check_latents(job.latents, config)
+    check_latents(job.latents, config)
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
     # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
     own = World(world.rank, 1, world.device) if options.disable_tile_parallelism else world
@@ -213,13 +213,11 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
         )
     count = "" if plan.tile_size is None else f"{len(owners)} "
     report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")
-    common: dict[str, Any] = {"world": world, "progress": report.progress, "warn": report.warn}
-    common["as_float"] = options.save_frames
+    context = DecodeContext(world, report.progress, report.warn, options.save_frames)
     if plan.tile_size is None:
-        batches = whole.decode_whole(decoder, latents, config, plan, **common)
+        batches = whole.decode_whole(decoder, latents, config, plan, context)
     else:
-        tiling = Tiling(**setup.tiling(plan), latent_frames_per_chunk=plan.latent_frames_per_chunk)
-        batches = tiled.decode_frames(decoder, latents, config, tiling, **common)
+        batches = tiled.decode_frames(decoder, latents, config, setup.tiling(plan), context)
     with report.timed("compute"):
         if not world.is_main:
             collections.deque(batches, maxlen=0)  # which goes through to their end

@@ -84,12 +84,16 @@ def decode_tiles(
     decoder, latents, config, *, tile_size, tile_overlap, latent_frames_per_chunk=CHUNK_SIZES[0], **options
 ):
     return tiled.decode_frames(
-        decoder, latents, config, Tiling(tile_size, tile_overlap, latent_frames_per_chunk), **options
+        decoder,
+        latents,
+        config,
+        Tiling(tile_size, tile_overlap, latent_frames_per_chunk),
+        frames.DecodeContext(**options),
     )
 
 
 def decoded(*args, **options) -> frames.FrameBatch:
-    """All blocks of vae.decode_frames as one, its floats [1, 3, T, H, W]."""
+    """All batches of decode_frames as one, its floats [1, 3, T, H, W]."""
     blocks = list(decode_tiles(*args, **options))
     floats = [block.floats for block in blocks if block.floats is not None]
     return frames.FrameBatch(
@@ -228,7 +232,7 @@ def test_latents_of_another_vae():
     with pytest.raises(
         InputError, match=r"latents \[1, 16, 2, 4, 4\] do not fit this VAE, which takes \[1, 32, t, h, w\]"
     ):
-        tiled.plan_decode(torch.zeros(1, 16, 2, 4, 4), CONFIG, tile_size=None, tile_overlap=0.25)
+        tiled.plan_decode(torch.zeros(1, 16, 2, 4, 4), CONFIG, Tiling(None))
 
 
 def test_nan_is_not_a_black_video():
@@ -360,10 +364,7 @@ def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 def test_any_number_of_ranks_gives_the_same_bits():
     """Six tiles of 64 px; four of 96 px, fewer than the six ranks; one, whole."""
-    counts = [
-        len(tiled.plan_decode(draw_latents(3, 5, 7), CONFIG, tile_size=n, tile_overlap=0.25).tiles)
-        for n in (64, 96, None)
-    ]
+    counts = [len(tiled.plan_decode(draw_latents(3, 5, 7), CONFIG, Tiling(n)).tiles) for n in (64, 96, None)]
     assert counts == [6, 4, 1]
     results = run_ranks(6, decode_as, (1, 2, 3, 4, 6))[0]
     assert len(results) == 5 * 3 * 2

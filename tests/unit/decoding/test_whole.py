@@ -9,7 +9,7 @@ from ranks import run_ranks
 from test_tiled import CONFIG, draw_latents, tiny_decoder
 
 from hunyuan_staged.decoding import whole
-from hunyuan_staged.decoding.frames import FrameBatch
+from hunyuan_staged.decoding.frames import DecodeContext, FrameBatch
 from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import Decoder
@@ -30,9 +30,8 @@ def rough_decoder(layers: int = 1) -> torch.nn.Module:
 def decode(latents, *, latent_frames_per_chunk=2, bands=1, world=ALONE, decoder=None, **options) -> FrameBatch | None:
     """All batches as one; None on the other ranks."""
     how = Decoding(None, latent_frames_per_chunk, "", {}, bands)
-    batches = list(
-        whole.decode_whole(decoder or rough_decoder(), latents, CONFIG, how, world=world, as_float=True, **options)
-    )
+    context = DecodeContext(world, as_float=True, **options)
+    batches = list(whole.decode_whole(decoder or rough_decoder(), latents, CONFIG, how, context))
     if not batches:
         return None
     return FrameBatch(torch.cat([b.frames for b in batches]), torch.cat([b.floats for b in batches]))
@@ -97,7 +96,8 @@ def counted(world: World) -> list[tuple[int, int]]:
     whole_exchange = whole.exchange
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "exchange", exchange)
-        list(whole.decode_whole(tiny_decoder(), draw_latents(2, 6, 3), CONFIG, Decoding(None, 1, "", {}), world=world))
+        how = Decoding(None, 1, "", {})
+        list(whole.decode_whole(tiny_decoder(), draw_latents(2, 6, 3), CONFIG, how, DecodeContext(world)))
     return batches
 
 
@@ -118,7 +118,7 @@ def test_frames_leave_while_the_next_are_decoded(monkeypatch):
     how = Decoding(None, 1, "", {}, 2)
     seen = [
         (len(batch.frames), len(made))
-        for batch in whole.decode_whole(tiny_decoder(), draw_latents(3, 6, 3), CONFIG, how, world=ALONE)
+        for batch in whole.decode_whole(tiny_decoder(), draw_latents(3, 6, 3), CONFIG, how, DecodeContext(ALONE))
     ]
     # The last band, one chunk behind the decoder.
     assert seen == [(1, 3 + 2), (4, 3 + 3), (4, 3 + 3)]
