@@ -62,6 +62,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     run.record_plan(setup.rows(plan, free))
     if left := encoding.outdated(options):
         run.warn(left)
+    setup = setup.rewrite(run)
     tensors = encoding.encode(setup, plan, run)
     with run.timed("write"):
         written = encoding.write(setup, tensors)

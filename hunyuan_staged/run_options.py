@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hunyuan_staged import geometry, versions
+from hunyuan_staged.encoders import endpoint
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.files.event_log import OPTION, check_log
@@ -29,7 +30,7 @@ MAX_LORA_WEIGHT = 1000  # either way; the largest in use are some 10
 MAX_STEPS = 1000
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
 
-FILES, WHAT, WEIGHTS, MEMORY = "files", "what to show", "weights", "memory"
+FILES, WHAT, REWRITING, WEIGHTS, MEMORY = "files", "what to show", "rewriting", "weights", "memory"
 STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
 LARGER = "super resolution"
 CACHE = f"feature cache: steps are those of {cache_settings.CACHE_STEPS}, others in scale"
@@ -50,7 +51,7 @@ class RunOptions:
 
     # Options that name a file or a folder.
     paths: ClassVar[tuple[str, ...]] = (
-        *("model_path", "input_dir", "output_dir", "image_path", "output_video"),
+        *("model_path", "input_dir", "output_dir", "image_path", "output_video", "rewrite_instructions"),
         OPTION,
     )
 
@@ -94,6 +95,25 @@ class EncodeOptions(RunOptions):
     )
     negative_prompt: str = flag("what guidance leads away from (default: empty)", group=WHAT, default="")
     image_path: str | None = flag("first frame: image to video (default: none, text to video)", group=WHAT)
+    rewrite: str | None = flag(
+        "write the prompt out at length first, as the model was trained: address of an OpenAI-compatible server "
+        f"(its key: ${endpoint.KEY_VARIABLE}); {endpoint.API}: that of $T2V_REWRITE_BASE_URL, for an image of "
+        f"$I2V_REWRITE_BASE_URL; {endpoint.LOCAL}: by the text encoder's own language model (default: off)",
+        group=REWRITING,
+        metavar=f"URL|{endpoint.API}|{endpoint.LOCAL}",
+    )
+    rewrite_model: str | None = flag(
+        "the server's name of the model (default: $T2V_REWRITE_MODEL_NAME, for an image $I2V_REWRITE_MODEL_NAME)",
+        group=REWRITING,
+    )
+    rewrite_instructions: str | None = flag(
+        "what the rewriting model is told (default: the package's own, in English or Chinese)",
+        group=REWRITING,
+        metavar="FILE",
+    )
+    strict: bool = flag(
+        "refuse what cannot be rewritten, rather than warn and take the prompt as it is", group=REWRITING, default=False
+    )
     resolution: str | None = flag(
         f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
         group=WEIGHTS,
@@ -128,4 +148,20 @@ class EncodeOptions(RunOptions):
             )
         if self.image_path and not Path(self.image_path).is_file():
             raise InputError(f"{self.image_path} does not exist", option="image_path")
+        self._check_rewriting()
         check_output_dir("--output_dir", self.output_dir)
+
+    def _check_rewriting(self) -> None:
+        if self.rewrite is None:
+            for name in ("rewrite_model", "rewrite_instructions"):
+                if getattr(self, name) is not None:
+                    raise InputError("goes with --rewrite alone", option=name)
+            return
+        if self.rewrite_instructions is not None and not Path(self.rewrite_instructions).is_file():
+            raise InputError(f"{self.rewrite_instructions} does not exist", option="rewrite_instructions")
+        if not self.prompt.strip() and not self.image_path:
+            raise InputError("needs a --prompt to rewrite", option="rewrite")
+        if self.rewrite != endpoint.LOCAL:
+            endpoint.find_endpoint(self.rewrite, self.rewrite_model, "i2v" if self.image_path else "t2v")
+        elif self.rewrite_model is not None:
+            raise InputError("names a server's model; --rewrite local has its own", option="rewrite_model")

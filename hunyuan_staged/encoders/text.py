@@ -26,7 +26,7 @@ SYSTEM_PROMPT = (
     "        5. camera angles, movements, and transitions used in the video."
 )
 USER_TURN = "<|im_start|>user\n"
-_QUOTED = re.compile(r"\"(.*?)\"|“(.*?)”")
+QUOTED_TEXT = re.compile(r"\"(.*?)\"|“(.*?)”")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,14 @@ def language_embeddings(
     return tensors
 
 
+def quoted_texts(prompt: str) -> list[str]:
+    """The texts in quotation marks, once each, in order."""
+    return list(dict.fromkeys(straight or curly for straight, curly in QUOTED_TEXT.findall(prompt)))
+
+
 def glyph_text(prompt: str) -> str:
     """What the glyph encoder reads: `Text "…". ` for each text in quotation marks, once each, in order; "" if none."""
-    quoted = dict.fromkeys(straight or curly for straight, curly in _QUOTED.findall(prompt))
-    return "".join(f'Text "{text}". ' for text in quoted)
+    return "".join(f'Text "{text}". ' for text in quoted_texts(prompt))
 
 
 def encode_glyphs(

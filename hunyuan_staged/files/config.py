@@ -18,6 +18,9 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
     1: {
         "prompt": str,
         "negative_prompt": str,
+        "rewritten_prompt": str,
+        "rewrite_model": str,
+        "rewrite_sha256": str,
         "model_path": str,
         "resolution": str,
         "transformer_version": str,

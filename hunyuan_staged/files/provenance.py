@@ -30,7 +30,9 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 
 # What embeddings and config say of the same thing, under the names that each gives it.
-SAID_TWICE = {"prompt": "prompt", "negative_prompt": "negative_prompt", "version": "transformer_version"}
+SAID_TWICE = {"version": "transformer_version"} | {
+    name: name for name in ("prompt", "negative_prompt", "rewritten_prompt")
+}
 
 
 def embeddings_mismatch(

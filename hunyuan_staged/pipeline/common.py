@@ -1,6 +1,7 @@
-"""What the stages have in common: the run's dtype, the memory that all its processes have, the model's path."""
+"""What the stages have in common: dtypes of a run, the memory that all its processes have, the model's path."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,31 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
         raise InputError(f"dtype {name!r} is unknown; known: {', '.join((*DTYPES, DEFAULT_DTYPE))}")
     dtype: torch.dtype = getattr(torch, DTYPES[name])
     return dtype
+
+
+@dataclass(frozen=True)
+class EncoderDtypes:
+    """What the encoders compute in: the language model; the glyph encoder; SigLIP and the VAE's encoder."""
+
+    text: torch.dtype
+    glyph: torch.dtype
+    image: torch.dtype
+
+    def __str__(self) -> str:
+        named = {"text": self.text, "glyphs": self.glyph, "image": self.image}
+        same = len(set(named.values())) == 1
+        return str(self.text) if same else ", ".join(f"{part} {dtype}" for part, dtype in named.items())
+
+
+def encoder_dtypes(name: str, device: torch.device) -> EncoderDtypes:
+    """The dtypes that --dtype names. auto on a GPU: those of the official code, on which the transformers were trained.
+
+    There a bf16 VAE encoder puts the first latent 5.5 % off, a float16 one 0.8 %. InputError as torch_dtype.
+    """
+    if name == DEFAULT_DTYPE and device.type == "cuda":
+        return EncoderDtypes(torch.float16, torch.float32, torch.float16)
+    dtype = torch_dtype(name, device)
+    return EncoderDtypes(dtype, dtype, dtype)
 
 
 def free_memory(world: World) -> FreeMemory:

@@ -1,11 +1,12 @@
 """What stage 1 does: a prompt, and maybe an image, → embeddings for the transformer.
 
-setup = encoding.resolve(options, world)
-written = encoding.run(setup)
+setup = encoding.resolve(options, encoding.read_image(options), world)
+setup = setup.rewrite()
+encoding.write(setup, encoding.encode(setup, plan))
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from PIL import Image
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.encoders import image, text
+from hunyuan_staged.encoders.rewriting import Rewritten
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.tensors import save_embeddings
 from hunyuan_staged.memory import budget, estimates, offloading
 from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
-from hunyuan_staged.options import DEFAULT_DTYPE, EncodeOptions, offload_asked
+from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline.common import Lock, torch_dtype
+from hunyuan_staged.pipeline import rewriting
+from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
@@ -85,34 +88,10 @@ def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVers
 
 
 @dataclass(frozen=True)
-class EncoderDtypes:
-    """What the encoders compute in: the language model; the glyph encoder; SigLIP and the VAE's encoder."""
-
-    text: torch.dtype
-    glyph: torch.dtype
-    image: torch.dtype
-
-    def __str__(self) -> str:
-        named = {"text": self.text, "glyphs": self.glyph, "image": self.image}
-        same = len(set(named.values())) == 1
-        return str(self.text) if same else ", ".join(f"{part} {dtype}" for part, dtype in named.items())
-
-
-def encoder_dtypes(name: str, device: torch.device) -> EncoderDtypes:
-    """The dtypes that --dtype names. auto on a GPU: those of the official code, on which the transformers were trained.
-
-    There a bf16 VAE encoder puts the first latent 5.5 % off, a float16 one 0.8 %. InputError as torch_dtype.
-    """
-    if name == DEFAULT_DTYPE and device.type == "cuda":
-        return EncoderDtypes(torch.float16, torch.float32, torch.float16)
-    dtype = torch_dtype(name, device)
-    return EncoderDtypes(dtype, dtype, dtype)
-
-
-@dataclass(frozen=True)
 class EncodeSetup:
     """An encoding whose options, image and model have been brought together. skeleton: the language model on the meta
-    device, which is by far the largest part."""
+    device, which is by far the largest part. rewriter: who is to write the prompt out, if anybody; rewritten: what came of
+    it."""
 
     options: EncodeOptions
     picture: Image.Image | None
@@ -123,6 +102,18 @@ class EncodeSetup:
     dtypes: EncoderDtypes
     world: World
     skeleton: Any
+    rewriter: rewriting.Rewriter | None = None
+    rewritten: Rewritten | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What is encoded."""
+        assert self.rewriter is None or self.rewritten is not None, "the prompt has not been rewritten yet"
+        return self.rewritten.prompt if self.rewritten else self.options.prompt
+
+    def rewrite(self, report: Reporter = SILENT) -> "EncodeSetup":
+        """The same with its prompt written out at length, where that is asked for; see Rewriter.run."""
+        return replace(self, rewritten=self.rewriter.run(report)) if self.rewriter else self
 
     @property
     def weights(self) -> BlockWeights:
@@ -144,6 +135,7 @@ class EncodeSetup:
             "version": self.version.name,
             "weights": f"{budget.gib(weights.total)} of the language model, {self.dtypes.text}",
             **plan.rows(weights.count, free, "layers"),
+            **(self.rewriter.rows(free) if self.rewriter else {}),
             "ranks": 1,
             "expected time": "unknown: not measured",
         }
@@ -164,7 +156,8 @@ def resolve(
         folder.require(part)
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)
-    return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtypes, world, skeleton)
+    rewriter = rewriting.resolve(options, folder, version.task, picture, world)
+    return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtypes, world, skeleton, rewriter)
 
 
 def encode(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
@@ -201,23 +194,23 @@ def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) 
     options, folder, dtype = setup.options, setup.folder, setup.dtypes.glyph
     with report.timed("load"):
         tokenizer, model = load_language_model(setup, plan, report)
-    for name, prompt in (("--prompt", options.prompt), ("--negative_prompt", options.negative_prompt)):
+    for name, prompt in (("--prompt", setup.prompt), ("--negative_prompt", options.negative_prompt)):
         dropped = text.tokenise(tokenizer, prompt).dropped
         if dropped:
             report.warn(f"{name} is too long: its last {dropped} tokens are cut off")
     with report.timed("compute"):
-        tensors = text.language_embeddings(tokenizer, model, options.prompt, options.negative_prompt)
+        tensors = text.language_embeddings(tokenizer, model, setup.prompt, options.negative_prompt)
     del tokenizer, model
     gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
     glyph_tokenizer = glyph_model = None
-    if text.glyph_text(options.prompt):
+    if text.glyph_text(setup.prompt):
         with report.timed("load"):
             glyph_tokenizer, glyph_model = encoder_components.load_glyph_encoder(
                 folder, device=setup.world.device, dtype=dtype
             )
     width = components.transformer_config(folder, setup.version.name)["text_embed_2_dim"]
     with report.timed("compute"):
-        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, options.prompt, width=width, dtype=dtype)
+        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, setup.prompt, width=width, dtype=dtype)
 
 
 def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
@@ -264,6 +257,7 @@ def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Pa
     options, version, model_path = setup.options, setup.version, setup.model_path
     recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
     about = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": version.task}
+    about |= setup.rewritten.record if setup.rewritten else {}
     source = {
         "version": version.name,
         "dtype": str(setup.dtypes),

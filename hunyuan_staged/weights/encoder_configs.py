@@ -15,13 +15,14 @@ from hunyuan_staged.weights.schema import (
     IMAGE_PROCESSOR,
     LANGUAGE,
     ROPE_SCALING,
+    VISION,
     picked,
     quoted,
     require_equal,
 )
 
 
-def language_config(path: Path) -> tuple[Any, int]:
+def language_config(path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[Any, int]:
     """(the text config without the skipped layers, the number of layers left), from any form of config.json."""
     from transformers import Qwen2_5_VLTextConfig
 
@@ -49,7 +50,7 @@ def language_config(path: Path) -> tuple[Any, int]:
     sections = rope["mrope_section"]
     require_equal(path, f"the sum of mrope_section {sections}", sum(sections), chosen["hidden_size"] // heads // 2)
     theta = rope.get("rope_theta", chosen.pop("rope_theta", 1e6))
-    kept = chosen["num_hidden_layers"] - SKIPPED_LAYERS
+    kept = chosen["num_hidden_layers"] - skipped
     dropped = ("layer_types", "use_sliding_window", "rope_theta", "num_hidden_layers")
     text: Any = Qwen2_5_VLTextConfig(
         **{name: value for name, value in chosen.items() if name not in dropped},
@@ -61,6 +62,34 @@ def language_config(path: Path) -> tuple[Any, int]:
         eos_token_id=None,
     )
     return text, kept
+
+
+def whole_config(path: Path, image_token: int) -> Any:
+    """The config of the whole Qwen2.5-VL: all layers of the language model, and the vision tower.
+
+    image_token: the id of the token that stands for a piece of an image.
+    """
+    from transformers import Qwen2_5_VLConfig
+
+    inner, _ = language_config(path, skipped=0)
+    vision = read_json(path).get("vision_config")
+    if not isinstance(vision, dict):
+        raise InputError(f"{path} describes no vision tower (vision_config)")
+    origin = f"{path}, vision_config"
+    chosen = picked(vision, VISION, origin)
+    needed = [name for name in VISION if name not in ("in_chans", "in_channels", "tokens_per_second", "hidden_act")]
+    refuse_names(f"{origin} lacks", [name for name in needed if name not in chosen])
+    width, heads = chosen["hidden_size"], chosen["num_heads"]
+    require_equal(origin, f"hidden_size {width} modulo {4 * heads}", width % (4 * heads), 0)
+    require_equal(origin, "out_hidden_size", chosen["out_hidden_size"], inner.hidden_size)
+    unit = chosen["patch_size"] * chosen["spatial_merge_size"]
+    require_equal(origin, f"window_size {chosen['window_size']} modulo {unit}", chosen["window_size"] % unit, 0)
+    whole: Any = Qwen2_5_VLConfig(
+        text_config=inner.to_dict(), vision_config=chosen, image_token_id=image_token, tie_word_embeddings=False
+    )
+    for part in (whole, whole.text_config, whole.vision_config):
+        part._attn_implementation = "sdpa"
+    return whole
 
 
 def glyph_config(path: Path) -> Any:

@@ -148,6 +148,22 @@ ROPE_SCALING: Schema = {
     "mrope_section": items(whole(1, 1024), 3, 3),
     "rope_theta": THETA,
 }
+VISION: Schema = {
+    "depth": LAYERS,
+    "hidden_size": WIDTH,
+    "intermediate_size": whole(1, 131_072),
+    "num_heads": HEADS,
+    "out_hidden_size": WIDTH,
+    "hidden_act": one_of("silu"),
+    "in_chans": one_of(3),
+    "in_channels": one_of(3),
+    "patch_size": whole(1, 512),
+    "spatial_merge_size": whole(1, 16),
+    "temporal_patch_size": whole(1, 16),
+    "window_size": whole(1, 4096),
+    "fullatt_block_indexes": items(whole(0, 255), 0, 256),
+    "tokens_per_second": number(0.01, 1000),
+}
 GLYPH: Schema = {
     "vocab_size": whole(1, 1_000_000),
     "d_model": WIDTH,

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from conftest import ROOT
 
 from hunyuan_staged.demo import scenes
 from hunyuan_staged.demo.vocabulary import unknown
@@ -29,3 +30,11 @@ def test_all_that_training_says_is_known(wording):
     draw = random.Random(0)
     prompts = [scenes.describe(scenes.draw_scene(draw), draw, wording) for _ in range(300)]
     assert [prompt for prompt in prompts if unknown(prompt)] == []
+
+
+def test_the_demo_prompts_of_the_guide_are_known():
+    """docs/prompts.md, below "Writing for the demo"; what stands above it is for the real model."""
+    real, demo = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8").split("## Writing for the demo")
+    sentences = demo.split("```")[1].split("\n")[1:-1]
+    assert len(sentences) == 3 and [unknown(sentence) for sentence in sentences] == [None] * 3
+    assert unknown(real.split("```")[1]) is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hunyuan_staged.pipeline.encoding import EncoderDtypes, encoder_dtypes
+from hunyuan_staged.pipeline.common import EncoderDtypes, encoder_dtypes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
