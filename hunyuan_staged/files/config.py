@@ -18,9 +18,6 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
     1: {
         "prompt": str,
         "negative_prompt": str,
-        "rewritten_prompt": str,
-        "rewrite_model": str,
-        "rewrite_sha256": str,
         "model_path": str,
         "resolution": str,
         "transformer_version": str,
@@ -28,6 +25,9 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "image_path": str,
         "dtype": str,
         EMBEDDINGS_HASH: str,
+        "rewritten_prompt": str,
+        "rewrite_model": str,
+        "rewrite_sha256": str,
     },
     2: {
         "aspect_ratio": str,

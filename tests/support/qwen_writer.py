@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from hunyuan_staged.demo.tiny import draw_weights
 from safetensors.torch import load_file, save_file
+
+from hunyuan_staged.demo.tiny import draw_weights
 
 LLM = Path("text_encoder") / "llm"
 SCALES = {"q_proj": 8, "k_proj": 8, "o_proj": 32, "down_proj": 4}
