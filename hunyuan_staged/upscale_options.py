@@ -1,6 +1,7 @@
 """The options of super resolution, which is stage 2 once more: see options.py. Knows no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from hunyuan_staged.errors import InputError
@@ -19,6 +20,15 @@ class UpscaleOptions(RunOptions):
         choices=tuple(SUPER_RESOLUTION),
     )
 
+    super_resolution_transformer: str | None = flag(
+        "its transformer as one safetensors file, as ComfyUI has it (default: the model's)",
+        group=LARGER,
+        metavar="FILE",
+    )
+    super_resolution_upsampler: str | None = flag(
+        "its latent upsampler as one safetensors file, likewise (default: the model's)", group=LARGER, metavar="FILE"
+    )
+
     # Options of stage 2 that shape the latents to enlarge, and cannot shape the larger ones.
     of_the_base: ClassVar[tuple[str, ...]] = (
         "transformer",
@@ -33,6 +43,12 @@ class UpscaleOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
+        for name in ("super_resolution_transformer", "super_resolution_upsampler"):
+            file = getattr(self, name)
+            if file is not None and self.super_resolution is None:
+                raise InputError("belongs to --super_resolution", option=name)
+            if file is not None and not Path(file).is_file():
+                raise InputError(f"{file} does not exist", option=name)
         if self.super_resolution is None:
             return
         for name in self.of_the_base:

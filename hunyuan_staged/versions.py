@@ -145,6 +145,8 @@ class SuperResolutionVersion:
         return told
 
 
+Version = TransformerVersion | SuperResolutionVersion
+
 # Source: the official implementation's command line and pipeline configs.
 SUPER_RESOLUTION = {
     version.resolution: version

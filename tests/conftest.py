@@ -74,10 +74,17 @@ def tiny_super_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _drawn(tmp_path_factory, "official", "demo_t2v", "demo_i2v", "demo_hd_sr_distilled")
 
 
-def _drawn(factory: pytest.TempPathFactory, layout: str, *versions: str) -> Path:
+@pytest.fixture(scope="session")
+def tiny_enlarging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """720p_sr_distilled and 1080p_sr_distilled beside demo_t2v, so small that 8,000 tokens take no time. Read only."""
+    versions = ("demo_t2v", "720p_sr_distilled", "1080p_sr_distilled")
+    return _drawn(tmp_path_factory, "official", *versions, transformer_heads=1, transformer_layers=1)
+
+
+def _drawn(factory: pytest.TempPathFactory, layout: str, *versions: str, **sizes: int) -> Path:
     from filelock import FileLock
 
-    from hunyuan_staged.demo.tiny import DEMO_VERSIONS, draw_checkpoint
+    from hunyuan_staged.demo.tiny import DEMO_VERSIONS, Sizes, draw_checkpoint
 
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -85,7 +92,7 @@ def _drawn(factory: pytest.TempPathFactory, layout: str, *versions: str) -> Path
     folder = base / "_".join(["tiny", layout, *versions])
     with FileLock(base / f"{folder.name}.lock"):
         if not folder.exists():
-            draw_checkpoint(folder, layout=layout, versions=versions or DEMO_VERSIONS)
+            draw_checkpoint(folder, sizes=Sizes(**sizes), layout=layout, versions=versions or DEMO_VERSIONS)
     return folder
 
 

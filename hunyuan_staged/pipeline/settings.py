@@ -8,7 +8,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseOptions
 from hunyuan_staged.sampling import cache_settings
-from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion
+from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion, Version
 
 MAX_SHIFT = 100
 # What lightx2v's distilled weights and adapters were made for.
@@ -19,7 +19,7 @@ FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0
 class Settings:
     """What shapes a denoising, beside what goes into it."""
 
-    version: TransformerVersion | SuperResolutionVersion
+    version: Version
     height: int
     width: int
     video_length: int
@@ -63,9 +63,7 @@ def resolve_settings(
     return Settings(version, height, width, length, *sampling, resolve_dtype(options, config))
 
 
-def resolve_sampling(
-    options: DenoiseOptions, version: TransformerVersion | SuperResolutionVersion, flow_shift: float
-) -> tuple[int, float, float]:
+def resolve_sampling(options: DenoiseOptions, version: Version, flow_shift: float) -> tuple[int, float, float]:
     """(steps, guidance_scale, flow_shift), each from its option, else the version's; flow_shift: the version's."""
     if options.flow_shift is not None and not 0 < options.flow_shift <= MAX_SHIFT:
         raise InputError(f"{options.flow_shift:g} is outside 0 to {MAX_SHIFT}", option="flow_shift")
@@ -128,7 +126,7 @@ WIDTHS = {
 def check_widths(
     embeddings: Mapping[str, Any],
     model_config: Mapping[str, Any],
-    version: TransformerVersion | SuperResolutionVersion,
+    version: Version,
 ) -> None:
     """InputError for embeddings that another model's encoders made, before the transformer is loaded."""
     for name, entry in WIDTHS.items():

@@ -29,7 +29,7 @@ def choose_transformer(
         return folder, path, pick_version(config, folder.versions(), sparse=options.sparse_attn)
     opened = open_transformer(file, partial(_version_of_file, file, options, config, report))
     report.info(opened.describe())
-    return opened, str(file), opened.version
+    return opened, str(file), versions.parse_version(opened.version.name)
 
 
 def _transformer_file(options: DenoiseOptions) -> Path | None:

@@ -5,9 +5,9 @@ a run from fresh noise. docs/super_resolution.md says more.
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -18,105 +18,24 @@ from hunyuan_staged.geometry import (
     LATENT_CHANNELS,
     SPATIAL_RATIO,
     TEMPORAL_RATIO,
-    enlarged_size,
     latent_shape,
     resolution_of,
     size_for_ratio,
 )
-from hunyuan_staged.models.upsampler import LatentUpsampler, build_upsampler
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DenoiseOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import denoising
+from hunyuan_staged.pipeline import denoising, low_resolution
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.common import chosen_model, free_memory
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
 from hunyuan_staged.runtime.progress import SILENT, Reporter
-from hunyuan_staged.sampling.conditions import LowResolutionCondition, augment, condition_channels, upsample_latents
-from hunyuan_staged.sampling.schedule import super_resolution_noise
+from hunyuan_staged.sampling.conditions import LowResolutionCondition
 from hunyuan_staged.versions import SuperResolutionVersion, parse_version, super_resolution_chain
 from hunyuan_staged.weights import components
-from hunyuan_staged.weights.folder import open_model
-from hunyuan_staged.weights.loading import assign_weights
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.hub import PUBLISHED_SUPER_RESOLUTION
+from hunyuan_staged.weights.single_file import open_transformer
 from hunyuan_staged.weights.upsampler import UpsamplerFiles, open_upsampler
-
-Shape = tuple[int, int, int, int, int]
-
-
-def enlarged_shape(version: SuperResolutionVersion, shape: tuple[int, ...]) -> Shape:
-    """[1, 32, T, H, W] for the base run's [1, 32, T, h, w]; InputError where that is no size that the version enlarges."""
-    height, width = (side * SPATIAL_RATIO for side in shape[-2:])
-    height, width = enlarged_size(version.base, version.resolution, height, width)
-    return (1, shape[1], shape[2], height // SPATIAL_RATIO, width // SPATIAL_RATIO)
-
-
-def check_config(version: SuperResolutionVersion, config: Mapping[str, Any]) -> None:
-    """InputError where a transformer (diffusers' arguments) is none of super resolution."""
-    channels = config["out_channels"]
-    wanted = {"in_channels": 3 * channels + 2, "use_meanflow": version.use_meanflow}
-    for name, value in wanted.items():
-        if config.get(name) != value:
-            raise InputError(
-                f"transformer {version.name}: {name} is {config.get(name)!r}; super resolution has {value!r}"
-            )
-
-
-def image_latents_at(
-    version: SuperResolutionVersion, embeddings: Mapping[str, torch.Tensor], shape: Shape
-) -> torch.Tensor | None:
-    """The image's latents [1, 32, 1, H, W] at the large size, None for text to video.
-
-    Raises InputError where stage 1 has made those of the base run alone, or at another size.
-    """
-    if "image_latents" not in embeddings:
-        return None
-    name = contract.large_image_latents(version.resolution)
-    latents = embeddings.get(name)
-    again = f"run stage 1 again with --super_resolution {version.resolution}"
-    if latents is None:
-        raise InputError(f"the embeddings hold an image and no {name}, which super resolution needs; {again}")
-    if latents.shape[-2:] != shape[-2:]:
-        raise InputError(f"{name} is {list(latents.shape)}; the latents to make are {list(shape)}: {again}")
-    return latents
-
-
-def load_upsampler(found: UpsamplerFiles, device: torch.device) -> LatentUpsampler:
-    """The upsampler that lies on disk, on a device, in float32, without gradients.
-
-    Raises InputError where its config makes none, and where the weights do not fit the config.
-    """
-    try:
-        with torch.device("meta"):
-            upsampler = build_upsampler(found.kind, found.config)
-    except InputError as error:
-        raise InputError(f"{found.origin}: {error}") from error
-    assign_weights(upsampler, found.tensors(device), torch.float32, device, found.files[0].parent)
-    return upsampler
-
-
-def prepare(
-    found: UpsamplerFiles,
-    latents: torch.Tensor,
-    image_latents: torch.Tensor | None,
-    shape: Shape,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    world: World,
-) -> tuple[torch.Tensor, LowResolutionCondition]:
-    """(starting noise [1, 32, T, H, W], condition by step), on the device of every process of the run.
-
-    latents: the base run's [1, 32, T, h, w], as its loop left them. The first process alone loads the upsampler and lets
-    go of it; the others get what it gave, so that all have the same bits.
-    """
-    noise, second = super_resolution_noise(shape, seed, dtype)
-    upsampled = torch.empty(shape, dtype=dtype)
-    if world.is_main:
-        upsampler = load_upsampler(found, world.device)
-        upsampled = upsample_latents(upsampler, latents, shape[-2], shape[-1], dtype).cpu()
-    upsampled = world.broadcast(upsampled)
-    noise = noise.to(world.device)
-    image = condition_channels(noise, image_latents)
-    return noise, LowResolutionCondition(image, augment(upsampled.to(world.device), second))
 
 
 @dataclass(frozen=True)
@@ -148,11 +67,12 @@ class UpscaleSetup(denoising.DenoiseSetup):
         return super().made_from | larger
 
     def fingerprint(self) -> str:
-        return self.folder.fingerprint(["transformer", "upsampler"], self.version.name)
+        transformer = self.folder.fingerprint(["transformer"], self.version.name)
+        return provenance.digest({"transformer": transformer, "upsampler": self.upsampler.fingerprint()})
 
     def inputs(self) -> tuple[torch.Tensor, LowResolutionCondition]:
         assert self.source is not None
-        return prepare(
+        return low_resolution.prepare(
             self.upsampler,
             self.source.latents,
             self.image_latents,
@@ -172,19 +92,39 @@ def resolve(
     report: Reporter = SILENT,
 ) -> UpscaleSetup:
     """Bring options, embeddings and model together for latents of a shape; InputError where they do not fit."""
-    path = chosen_model(options.model_path, options.input_dir, job.config)
-    folder = open_model(path, ("transformer", "upsampler"), report.progress)
-    upsampler = open_upsampler(folder.super_resolution_folder("upsampler", version.name))
-    check_config(version, components.transformer_config(folder, version.name))
-    larger = enlarged_shape(version, shape)
+    folder, path, upsampler = _weights(options, job, version, report)
+    low_resolution.check_config(version, components.transformer_config(folder, version.name))
+    larger = low_resolution.enlarged_shape(version, shape)
     height, width = (side * SPATIAL_RATIO for side in larger[-2:])
     frames = (shape[2] - 1) * TEMPORAL_RATIO + 1
     sampling = resolving.resolve_sampling(options, version, version.flow_shift)
     dtype = resolving.resolve_dtype(options, job.config)
     settings = resolving.Settings(version, height, width, frames, *sampling, dtype)
-    image = image_latents_at(version, job.embeddings, larger)
+    image = low_resolution.image_latents_at(version, job.embeddings, larger)
     more = {"version": version, "upsampler": upsampler, "image_latents": image}
     return denoising.assemble(UpscaleSetup, options, job, world, (folder, path, settings), report, **more)
+
+
+def _weights(
+    options: DenoiseOptions, job: DenoiseJob, version: SuperResolutionVersion, report: Reporter
+) -> tuple[ModelFolder, str, UpsamplerFiles]:
+    """(what holds the transformer, its path or hub id, the upsampler): the files that are given, else the model's."""
+    file, upsampler = options.super_resolution_transformer, options.super_resolution_upsampler
+    found: ModelFolder
+    if file and upsampler:
+        path = file
+    else:
+        path = chosen_model(options.model_path, options.input_dir, job.config)
+        found = open_model(path, ("transformer", "upsampler"), report.progress)
+    opened = open_upsampler(Path(upsampler) if upsampler else found.super_resolution_folder("upsampler", version.name))
+    if version.resolution in PUBLISHED_SUPER_RESOLUTION and opened.kind != version.resolution:
+        raise InputError(
+            f"{opened.files[0]} is the latent upsampler of {opened.kind}; allowed is {version.resolution}'s"
+        )
+    if file:
+        found, path = open_transformer(Path(file), lambda _: version, "--super_resolution_transformer"), file
+        report.info(found.describe())
+    return found, path, opened
 
 
 def enlarge(
@@ -205,6 +145,10 @@ def enlarge(
     if base is None:
         raise InputError(f"latents {list(shape)} are of no resolution; known: {', '.join(BUCKET_BASE)}")
     chain = super_resolution_chain(base, options.super_resolution)
+    if len(chain) > 1 and (options.super_resolution_transformer or options.super_resolution_upsampler):
+        raise InputError(
+            f"{base} to {options.super_resolution} takes two runs, each with files of its own: one at a time"
+        )
     larger = shape
     for version in chain if len(chain) > 1 and not options.dry_run else ():
         planned = resolve(options, job, world, version, larger)
@@ -217,7 +161,8 @@ def enlarge(
         denoise(setup, version is not chain[-1])
         shape = setup.shape
         del setup  # and with it the transformer, before the next one is loaded
-        gc.collect()
+        if version is not chain[-1]:
+            gc.collect()
         world.barrier("enlarged")
 
 

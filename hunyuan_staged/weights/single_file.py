@@ -16,7 +16,7 @@ import torch
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
-from hunyuan_staged.versions import TASKS, TransformerVersion, make_version
+from hunyuan_staged.versions import TASKS, SuperResolutionVersion, TransformerVersion, Version, make_version
 from hunyuan_staged.weights.boundary import on_meta
 from hunyuan_staged.weights.folder import ModelFolder, sampled_hash
 from hunyuan_staged.weights.key_maps import (
@@ -40,6 +40,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model
 # Of the rotary embedding, by the width of a head; all published transformers have the first.
 ROPE_AXES = {128: (16, 56, 56), 32: (8, 12, 12)}
 LATENT_AND_CONDITION = 65  # in channels: latents, condition latents, mask
+WITH_LOW_RESOLUTION = 98  # of super resolution: and the low-resolution latents with a mask of their own
 
 
 def guess_version(name: str, *, meanflow: bool) -> TransformerVersion | None:
@@ -70,7 +71,7 @@ class TransformerFile(ModelFolder):
     kind: Format = field(kw_only=True)
     names: Mapping[str, str] = field(kw_only=True)
     shapes: Mapping[str, tuple[int, ...]] = field(kw_only=True)
-    version: TransformerVersion = field(kw_only=True)
+    version: Version = field(kw_only=True)
 
     def describe(self) -> str:
         """A line for the log: what the file was taken for."""
@@ -105,7 +106,7 @@ class TransformerFile(ModelFolder):
 
     def config(self) -> dict[str, Any]:
         """diffusers' arguments, from the shapes."""
-        return derived_config(self.path, self.shapes, self.version)
+        return derived_config(str(self.path), self.shapes, self.version)
 
     @cached_property
     def _scales(self) -> dict[str, torch.Tensor]:
@@ -151,7 +152,7 @@ def _without_prefix(names: Sequence[str]) -> dict[str, str]:
     return {name: name.removeprefix(prefix) for name in names}
 
 
-def _shapes(path: Path, header: Header, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def _shapes(what: str, header: Header, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Shapes by diffusers' names; InputError for names that are unknown or say the same twice."""
     official = not _are_diffusers(names.values())
     found: dict[str, tuple[int, ...]] = {}
@@ -167,13 +168,13 @@ def _shapes(path: Path, header: Header, names: Mapping[str, str]) -> dict[str, t
         twice += [name for target in targets if target in found]
         own = (shape[0] // len(targets), *shape[1:]) if shape else ()
         found |= dict.fromkeys(targets, own)
-    refuse_names(f"{FLAG} {path} holds tensors that no transformer of this suite has", unknown)
-    refuse_names(f"{FLAG} {path} holds tensors of q, k and v that do not divide into three", uneven)
-    refuse_names(f"{FLAG} {path} holds tensors for what others have", twice)
+    refuse_names(f"{what} holds tensors that no transformer of this suite has", unknown)
+    refuse_names(f"{what} holds tensors of q, k and v that do not divide into three", uneven)
+    refuse_names(f"{what} holds tensors for what others have", twice)
     return found
 
 
-def derived_config(path: Path, shapes: Mapping[str, Sequence[int]], version: TransformerVersion) -> dict[str, Any]:
+def derived_config(what: str, shapes: Mapping[str, Sequence[int]], version: Version) -> dict[str, Any]:
     """diffusers' arguments from the shapes by diffusers' names; InputError for what is no transformer of this suite."""
     needed = {
         "x_embedder.proj.weight": 5,
@@ -184,9 +185,9 @@ def derived_config(path: Path, shapes: Mapping[str, Sequence[int]], version: Tra
         "image_embedder.linear_1.weight": 2,
         "proj_out.weight": 2,
     }
-    refuse_names(f"{FLAG} {path} lacks tensors of the transformer", [name for name in needed if name not in shapes])
+    refuse_names(f"{what} lacks tensors of the transformer", [name for name in needed if name not in shapes])
     refuse_names(
-        f"{FLAG} {path} is no transformer of this suite",
+        f"{what} is no transformer of this suite",
         [f"{name} {list(shapes[name])}" for name, axes in needed.items() if len(shapes[name]) != axes],
     )
     patch, first, mlp, text, glyph, image, out = (shapes[name] for name in needed)
@@ -194,9 +195,10 @@ def derived_config(path: Path, shapes: Mapping[str, Sequence[int]], version: Tra
     (head,) = first
     if head not in ROPE_AXES or not width or width % head:
         allowed = " or ".join(map(str, ROPE_AXES))
-        raise InputError(f"{FLAG} {path}: heads are {head} wide in a width of {width}; allowed are {allowed}")
-    if channels != LATENT_AND_CONDITION:
-        raise InputError(f"{FLAG} {path} takes {channels} channels; allowed are {LATENT_AND_CONDITION}")
+        raise InputError(f"{what}: heads are {head} wide in a width of {width}; allowed are {allowed}")
+    allowed_channels = WITH_LOW_RESOLUTION if isinstance(version, SuperResolutionVersion) else LATENT_AND_CONDITION
+    if channels != allowed_channels:
+        raise InputError(f"{what} takes {channels} channels; those of {version.name} are {allowed_channels}")
     return {
         "in_channels": channels,
         "out_channels": out[0] // max(1, frames * side * side),
@@ -213,7 +215,7 @@ def derived_config(path: Path, shapes: Mapping[str, Sequence[int]], version: Tra
         "rope_axes_dim": ROPE_AXES[head],
         "use_meanflow": _has_meanflow(shapes),
         "target_size": BUCKET_BASE[version.resolution],
-        "task_type": version.task,
+        "task_type": getattr(version, "task", None),  # none for super resolution, which serves every task
     }
 
 
@@ -225,27 +227,28 @@ def _has_meanflow(shapes: Iterable[str]) -> bool:
     return any(name.startswith("time_embed.timestep_embedder_r.") for name in shapes)
 
 
-def open_transformer(path: Path, choose: Callable[[bool], TransformerVersion]) -> TransformerFile:
-    """Recognise a transformer's file. choose: the version, by whether the weights are meanflow's.
+def open_transformer(path: Path, choose: Callable[[bool], Version], flag: str = FLAG) -> TransformerFile:
+    """Recognise a transformer's file. choose: the version, by whether the weights are meanflow's; flag: that named it.
 
     InputError for a format that is not read, for tensors that are unknown, absent or of another shape (the first three),
     and for a version that these weights cannot be.
     """
-    header, kind = recognise(FLAG, path)
+    header, kind = recognise(flag, path)
+    what = f"{flag} {path}"
     names = _without_prefix(scaled_fp8.weights(header))
-    shapes = _shapes(path, header, names)
+    shapes = _shapes(what, header, names)
     meanflow = _has_meanflow(shapes)
     version = choose(meanflow)
-    if version.step_distilled != meanflow:
+    if version.use_meanflow != meanflow:
         has, allowed = ("has", "a step-distilled version") if meanflow else ("lacks", "another version")
-        raise InputError(f"{FLAG} {path} {has} time_r_in, and is no {version.name}; allowed is {allowed}")
+        raise InputError(f"{what} {has} time_r_in, and is no {version.name}; allowed is {allowed}")
     layout = "diffusers" if _are_diffusers(names.values()) else "official"
     found = TransformerFile(path, layout, header=header, kind=kind, names=names, shapes=shapes, version=version)
-    model = on_meta(lambda: TransformerModules(TransformerConfig(**found.config())), path)
+    model = on_meta(lambda: TransformerModules(TransformerConfig(**derived_config(what, shapes, version))), path)
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    refuse_names(f"{FLAG} {path} lacks tensors of the transformer", [name for name in expected if name not in shapes])
-    refuse_names(f"{FLAG} {path} holds tensors that the model does not have", [n for n in shapes if n not in expected])
+    refuse_names(f"{what} lacks tensors of the transformer", [name for name in expected if name not in shapes])
+    refuse_names(f"{what} holds tensors that the model does not have", [n for n in shapes if n not in expected])
     wrong = [f"{name} {list(shapes[name])}, not {list(x)}" for name, x in expected.items() if shapes[name] != x]
-    refuse_names(f"{FLAG} {path} holds tensors that do not fit each other", wrong)
+    refuse_names(f"{what} holds tensors that do not fit each other", wrong)
     scaled_fp8.read_scales(header)
     return found

@@ -1,5 +1,6 @@
 """Where a latent upsampler lies on disk, and which one it is: by its tensors, whatever file or folder they are in."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights.boundary import read_json, require_regular
+from hunyuan_staged.weights.folder import sampled_hash
 from hunyuan_staged.weights.key_maps import Named
 from hunyuan_staged.weights.loading import read_tensors, weight_files
 
@@ -66,6 +68,10 @@ class UpsamplerFiles:
     kind: str
     config: dict[str, Any]
     origin: Path
+
+    def fingerprint(self) -> str:
+        """A hash that tells these weights from others, by samples of the files."""
+        return hashlib.sha256(b"".join(map(sampled_hash, self.files))).hexdigest()
 
     def tensors(self, device: torch.device) -> Iterator[Named]:
         """Its tensors by name, on the device."""

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformer_writer as writer
 from conftest import ROOT
 from folders import embed
 from forked import Moment, run_ranks, run_stage
+from safetensors.torch import load_file
 
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_latents
@@ -162,6 +164,34 @@ def test_latents_of_other_embeddings_are_told_and_with_strict_refused(again):
     assert not (again / LARGER).exists()
 
 
+def test_single_files_give_what_the_folders_give(done, again, tmp_path, tiny_super_resolution):
+    """As ComfyUI has them: q, k and v in one tensor, no configs; nothing of the model's folder is read."""
+    parts = [tiny_super_resolution / part / "demo_hd_sr_distilled" for part in ("transformer", "upsampler")]
+    transformer, upsampler = (load_file(part / "diffusion_pytorch_model.safetensors") for part in parts)
+    files = ["--super_resolution_transformer", writer.save(tmp_path / "any.safetensors", writer.fused(transformer))]
+    files += ["--super_resolution_upsampler", writer.save(tmp_path / "other.safetensors", upsampler)]
+    status, said = enlarge(again, *files, "--model_path", tmp_path / "nothing")
+    assert status == 0, said
+    assert "any.safetensors: taken for a transformer demo_hd_sr_distilled of 3 blocks" in said
+    assert torch.equal(latents(again), latents(done))
+
+
+@pytest.mark.parametrize(
+    ("flag", "other", "message"),
+    [
+        ("transformer", "transformer/demo_t2v", "lacks time_r_in, and is no demo_hd_sr_distilled"),
+        ("upsampler", "transformer/demo_t2v", "is no latent upsampler"),
+        ("transformer", "upsampler/demo_hd_sr_distilled", "holds tensors that no transformer of this suite has"),
+    ],
+)
+def test_files_of_something_else_are_refused(again, tiny_super_resolution, flag, other, message):
+    file = tiny_super_resolution / other / "diffusion_pytorch_model.safetensors"
+    status, said = enlarge(again, f"--super_resolution_{flag}", file)
+    assert status == 2
+    assert str(file) in said.splitlines()[-1] and message in said.splitlines()[-1]
+    assert not (again / LARGER).exists()
+
+
 def planned(said: str, row: str) -> str:
     return next(line.removeprefix(row).strip() for line in said.splitlines() if line.startswith(row))
 
@@ -193,6 +223,7 @@ def test_a_plan_needs_no_latents(again):
         (["--aspect_ratio", "1:1"], "--aspect_ratio 1:1: {latents} is 160x96"),
         (["--enable_cache"], "--enable_cache is for the run whose latents --super_resolution enlarges"),
         (["--lora", ROOT], "--lora is for the run whose latents --super_resolution enlarges"),
+        (["--super_resolution_upsampler", ROOT], f"--super_resolution_upsampler {ROOT} does not exist"),
         (["--super_resolution", "720p"], "super resolution to 720p does not start from demo; allowed: demo_hd"),
     ],
 )
@@ -210,6 +241,40 @@ def test_a_model_without_super_resolution_is_told(again, tiny_official):
     status, said = enlarge(again, "--model_path", tiny_official)
     assert status == 2
     assert said.splitlines()[-1] == f"error: {tiny_official} has no upsampler/demo_hd_sr_distilled"
+
+
+def test_480p_becomes_1080p_in_two_runs(tmp_path, tiny_enlarging):
+    """The second begins from the latents of the first, which are taken as they are where they are there already."""
+    folder = embed(tmp_path / "out", tiny_enlarging, {"transformer_version": "480p_t2v"})
+    save_latents(folder, torch.randn(1, 32, 1, 30, 53, generator=torch.Generator().manual_seed(5)), {})
+    args = ["--input_dir", folder, "--num_inference_steps", 1, "--super_resolution"]
+
+    def run(*more: object) -> tuple[int, str]:
+        return run_stage(2, *args, *more, said=tmp_path / "said")
+
+    status, said = run("1080p", "--dry_run")
+    assert status == 0, said
+    assert [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("video ")] == [
+        "1280x720, 1 frames",
+        "1904x1072, 1 frames",
+    ]
+    assert run("720p")[0] == 0
+    middle = folder / contract.at_resolution(contract.LATENTS_FILE, "720p")
+    made = middle.read_bytes()
+    file = tiny_enlarging / "upsampler" / "720p_sr_distilled" / "diffusion_pytorch_model.safetensors"
+    status, said = run("1080p", "--super_resolution_upsampler", file)
+    assert status == 2
+    assert said.splitlines()[-1] == ("error: 480p to 1080p takes two runs, each with files of its own: one at a time")
+    status, said = run("1080p")
+    assert status == 0, said
+    assert f"{middle} is there, made from the same: taken as it is" in said
+    assert middle.read_bytes() == made
+    latents, metadata = load_latents(folder, "1080p")
+    assert latents.shape == (1, 32, 1, 67, 119) and torch.isfinite(latents).all()
+    assert (metadata[contract.ENLARGED_FROM], metadata[contract.LATENTS_HASH]) == (
+        middle.name,
+        provenance.sha256(middle),
+    )
 
 
 def test_a_whole_run_enlarges_and_decodes_the_larger(tmp_path, tiny_super_resolution):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.upsampler import run_upsampler
-from hunyuan_staged.pipeline.upscaling import load_upsampler
+from hunyuan_staged.pipeline.low_resolution import load_upsampler
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.upsampler import open_upsampler, upsampler_config, upsampler_kind

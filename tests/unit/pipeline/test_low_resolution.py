@@ -11,8 +11,8 @@ from ranks import run_ranks
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import upscaling
-from hunyuan_staged.pipeline.upscaling import load_upsampler
+from hunyuan_staged.pipeline import low_resolution
+from hunyuan_staged.pipeline.low_resolution import load_upsampler
 from hunyuan_staged.versions import super_resolution_version
 from hunyuan_staged.weights.upsampler import open_upsampler
 
@@ -21,11 +21,11 @@ def prepared(world: World, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     version = super_resolution_version("demo_hd")
     latents = torch.randn(1, 32, 3, 6, 10, generator=torch.Generator().manual_seed(1))
     image = torch.ones(1, 32, 1, 9, 15)
-    noise, condition = upscaling.prepare(
+    noise, condition = low_resolution.prepare(
         open_upsampler(folder / "upsampler" / version.name),
         latents if world.is_main else torch.zeros_like(latents),
         image,
-        upscaling.enlarged_shape(version, latents.shape),
+        low_resolution.enlarged_shape(version, latents.shape),
         seed=5,
         dtype=torch.bfloat16,
         world=world,
@@ -45,29 +45,31 @@ def test_every_process_gets_the_same_condition(tiny_super_resolution, size):
 def test_image_latents_of_the_base_cannot_serve():
     version, shape = super_resolution_version("720p"), (1, 32, 3, 45, 80)
     base = torch.zeros(1, 32, 1, 30, 53)
-    assert upscaling.image_latents_at(version, {}, shape) is None
+    assert low_resolution.image_latents_at(version, {}, shape) is None
     again = "run stage 1 again with --super_resolution 720p"
     with pytest.raises(InputError, match=f"hold an image and no image_latents_720p, which .* needs; {again}"):
-        upscaling.image_latents_at(version, {"image_latents": base}, shape)
+        low_resolution.image_latents_at(version, {"image_latents": base}, shape)
     with pytest.raises(InputError, match=rf"image_latents_720p is \[1, 32, 1, 30, 53\]; the latents .*: {again}"):
-        upscaling.image_latents_at(version, {"image_latents": base, "image_latents_720p": base}, shape)
+        low_resolution.image_latents_at(version, {"image_latents": base, "image_latents_720p": base}, shape)
     large = torch.zeros(1, 32, 1, 45, 80)
-    assert upscaling.image_latents_at(version, {"image_latents": base, "image_latents_720p": large}, shape) is large
+    assert (
+        low_resolution.image_latents_at(version, {"image_latents": base, "image_latents_720p": large}, shape) is large
+    )
 
 
 def test_a_transformer_of_a_base_version_is_refused():
     version = super_resolution_version("720p")
     config = {"in_channels": 98, "out_channels": 32, "use_meanflow": True}
-    upscaling.check_config(version, config)
+    low_resolution.check_config(version, config)
     with pytest.raises(InputError, match="720p_sr_distilled: in_channels is 65; super resolution has 98"):
-        upscaling.check_config(version, config | {"in_channels": 65})
+        low_resolution.check_config(version, config | {"in_channels": 65})
     with pytest.raises(InputError, match="use_meanflow is False; super resolution has True"):
-        upscaling.check_config(version, config | {"use_meanflow": False})
+        low_resolution.check_config(version, config | {"use_meanflow": False})
 
 
 def test_sizes_of_latents():
     version = super_resolution_version("1080p")
-    assert upscaling.enlarged_shape(version, (1, 32, 31, 45, 80)) == (1, 32, 31, 67, 119)
+    assert low_resolution.enlarged_shape(version, (1, 32, 31, 45, 80)) == (1, 32, 31, 67, 119)
 
 
 def test_an_upsampler_whose_weights_are_not_what_its_config_says_is_refused(tiny_super_resolution, tmp_path):
