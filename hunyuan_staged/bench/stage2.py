@@ -142,10 +142,10 @@ def velocity_error(against: str, setup: Setup, step: Step) -> float:
     from hunyuan_staged.attention.choose import choose_attention
 
     forward, layers = step.forward, setup.model.config.num_layers
-    velocity = step.latents() - step.noise
+    velocity = step.latents() - step.inputs.noise
     other = choose_attention(against, setup.world.device, torch.bfloat16)
     forward.attention = other.kernels(forward.grid, layers)
-    error = measures.latent_errors(step.latents() - step.noise, velocity)[0]
+    error = measures.latent_errors(step.latents() - step.inputs.noise, velocity)[0]
     forward.attention = setup.attention.kernels(forward.grid, layers)
     return error
 

@@ -52,19 +52,16 @@ class Setup:
     def inner(self) -> int:
         return self.model.config.num_attention_heads * self.model.config.attention_head_dim
 
+    @property
+    def denoiser(self) -> Any:
+        """The model as stage 2 runs it."""
+        from hunyuan_staged.pipeline.denoiser import Denoiser
+
+        return Denoiser(self.model, self.modulations, self.blocks)
+
     def forward(self, layout: Any) -> Any:
         """The transformer's forward pass in this layout."""
-        from hunyuan_staged.models import transformer
-
-        return transformer.Transformer(
-            self.model,
-            self.attention,
-            self.shape[2:],
-            layout,
-            self.blocks,
-            modulations=self.modulations,
-            compile=self.compile,
-        )
+        return self.denoiser.forward(self.attention, self.shape[2:], layout, compile=self.compile)
 
     def reset_peak(self) -> None:
         import torch
@@ -130,25 +127,22 @@ class Step:
     def __init__(self, setup: Setup, scale: float, forward: Any, layout: Any) -> None:
         import torch
 
-        from hunyuan_staged.models import embeddings
+        from hunyuan_staged.models.embeddings import Conditioning
+        from hunyuan_staged.pipeline.denoiser import Inputs
         from hunyuan_staged.sampling import conditions, schedule
 
-        self.setup, self.scale, self.forward, self.layout = setup, scale, forward, layout
+        self.setup, self.forward, self.layout = setup, forward, layout
         device, dtype = setup.world.device, torch.bfloat16
         generator = torch.Generator().manual_seed(1)
         text = torch.randn(1, TEXT_TOKENS, setup.model.config.text_embed_dim, generator=generator)
         empty = torch.zeros(1, 0, 0, device=device, dtype=dtype)
-        self.conditioning = [embeddings.Conditioning(text.to(device, dtype), empty, empty)] * setup.branches
-        self.noise = schedule.initial_noise(setup.shape, 0, dtype).to(device)
-        self.condition = conditions.condition_channels(self.noise, None)
-        self.sigmas = schedule.flow_sigmas(1, 1.0)
+        branches = [Conditioning(text.to(device, dtype), empty, empty)] * setup.branches
+        noise, condition = conditions.noise_and_condition(setup.shape, 0, device=device, dtype=dtype)
+        self.inputs = Inputs(noise, condition, branches, schedule.flow_sigmas(1, 1.0), scale)
 
     def latents(self, cache: Any = None) -> Any:
         """The latents after the step, where given with a feature cache."""
-        from hunyuan_staged.sampling import loop
-
-        how = loop.Sampling(self.scale, layout=self.layout, cache=cache)
-        return loop.denoise(self.forward, self.noise, self.condition, self.conditioning, self.sigmas, how)
+        return self.setup.denoiser.denoise(self.forward, self.inputs, self.layout, cache)
 
     def __call__(self, cache: Any = None) -> float:
         import torch

@@ -230,29 +230,24 @@ class DemoPipeline:
         self, prompt: str, seed: int, setting: Setting, caching: CacheSettings | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """(latents [1, 32, t, h, w] on the CPU, (steps computed, steps reused from a cache))."""
-        from hunyuan_staged.models import transformer
-        from hunyuan_staged.parallel import layout
-        from hunyuan_staged.sampling import conditions, loop, schedule
+        from hunyuan_staged.parallel.layout import Layout
+        from hunyuan_staged.pipeline.denoiser import Denoiser, Inputs
+        from hunyuan_staged.sampling import conditions, schedule
         from hunyuan_staged.sampling.cache import Cache
         from hunyuan_staged.sampling.guidance import guidance_branches
 
-        embeddings = self.embed(prompt, setting.ablation)
+        embeddings, scale = self.embed(prompt, setting.ablation), setting.guidance_scale
         height, width = geometry.size_for_ratio(self.version.resolution, DEFAULT_ASPECT_RATIO)
         shape = geometry.latent_shape(self.version.video_length, height, width, geometry.LATENT_CHANNELS)
-        forward: Any = transformer.Transformer(self.transformer, self.attention, shape[2:])
+        denoiser, layout = Denoiser(self.transformer), Layout()
+        forward: Any = denoiser.forward(self.attention, shape[2:], layout)
         if setting.ablation == "timesteps_off_by_one":
             forward = _off_by_one(forward, setting)
-        branches = guidance_branches(embeddings, setting.guidance_scale, device=self.device, dtype=self.dtype)
-        noise = schedule.initial_noise(shape, seed, torch.float32).to(self.device)
-        cache = Cache(caching, layout.Layout(), forward.total) if caching else None
-        latents = loop.denoise(
-            forward,
-            noise,
-            conditions.condition_channels(noise.to(self.dtype), None),
-            branches,
-            schedule.flow_sigmas(setting.steps, setting.flow_shift),
-            loop.Sampling(setting.guidance_scale, cache=cache),
-        )
+        branches = guidance_branches(embeddings, scale, device=self.device, dtype=self.dtype)
+        start = conditions.noise_and_condition(shape, seed, device=self.device, dtype=torch.float32)
+        inputs = Inputs(*start, branches, schedule.flow_sigmas(setting.steps, setting.flow_shift), scale)
+        cache = Cache(caching, layout, forward.total) if caching else None
+        latents = denoiser.denoise(forward, inputs, layout, cache)
         return latents.cpu(), cache.counts if cache else (setting.steps, 0)
 
     def frames(self, prompt: str, seed: int, setting: Setting, path: Path | None = None) -> np.ndarray:

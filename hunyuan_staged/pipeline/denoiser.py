@@ -1,20 +1,26 @@
-"""A loaded transformer, and what it makes of a setup of denoising.py."""
+"""A loaded transformer, and what it makes of a setup of denoising.py: here alone a denoising is put together.
+
+The demo and bench, which have no setup, take the parts: Denoiser.forward, Inputs and Denoiser.denoise.
+"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.memory.offloading import StreamedBlocks
 from hunyuan_staged.models import transformer
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modulations import Modulations
 from hunyuan_staged.parallel.layout import Layout, make_layout
-from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.runtime.progress import SILENT, Reporter, quiet
 from hunyuan_staged.sampling import cache, loop
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
+from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import guidance_branches
 from hunyuan_staged.sampling.precompute import step_times
 from hunyuan_staged.sampling.state import Start
@@ -34,13 +40,25 @@ class Denoised:
     steps: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the loop starts from: noise [1, 32, T, h, w], the channels behind it (or what gives those of a step), the
+    guidance branches, the schedule [steps + 1]."""
+
+    noise: torch.Tensor
+    condition: torch.Tensor | Condition
+    branches: Sequence[Conditioning]
+    sigmas: torch.Tensor
+    guidance_scale: float
+
+
 @dataclass
 class Denoiser:
-    """A loaded transformer. modulations: of the last schedule. layouts: by the number of guidance branches; their process
-    groups serve every run."""
+    """A loaded transformer. modulations: of the last schedule, None where the model has kept their linear maps. layouts:
+    by the number of guidance branches; their process groups serve every run."""
 
     model: Any
-    modulations: Modulations
+    modulations: Modulations | None = None
     blocks: StreamedBlocks | None = None
     layouts: dict[int, Layout] = field(default_factory=dict)
 
@@ -58,19 +76,12 @@ class Denoiser:
             self.layouts[branches] = make_layout(setup.world, branches, setup.options.cfg_parallel)
         layout = self.layouts[branches]
         started = time.perf_counter()
-        if not self.modulations.cover(step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)):
+        times = step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)
+        if self.modulations and not self.modulations.cover(times):
             self.modulations = setup.modulations.read(setup.sigmas)
-        forward = transformer.Transformer(
-            self.model,
-            setup.attention,
-            setup.shape[2:],
-            layout,
-            self.blocks,
-            modulations=self.modulations,
-            compile=setup.compiled,
-        )
+        forward = self.forward(setup.attention, setup.shape[2:], layout, compile=setup.compiled)
         prompts = guidance_branches(setup.job.embeddings, settings.guidance_scale, device=device, dtype=dtype)
-        noise, condition = setup.inputs()
+        inputs = Inputs(*setup.inputs(), prompts, setup.sigmas, settings.guidance_scale)
         cached = cache.Cache(setup.caching, layout, forward.total) if setup.caching else None
         if cached:
             cached.restore(start.more, start.done, device, branches)
@@ -82,17 +93,48 @@ class Denoiser:
                     report.set_postfix("{} computed, {} reused".format(*cached.counts))
                 after_step(AfterStep(index, latents, clean, more))
 
-            latents = loop.denoise(
-                forward,
-                noise if start.latents is None else start.latents.to(device),
-                condition,
-                prompts,
-                setup.sigmas,
-                loop.Sampling(settings.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
-                progress=report.progress,
-                on_step=on_step,
+            latents = self.denoise(
+                forward, inputs, layout, cached, start, progress=report.progress, on_step=on_step
             ).cpu()
         if cached:
             report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
         counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
         return Denoised(latents, time.perf_counter() - started, counts)
+
+    def forward(
+        self, attention: AttentionMode, latent_size: Sequence[int], layout: Layout, *, compile: bool = False
+    ) -> transformer.Transformer:
+        """The forward for latents of (frames, height, width) on a layout."""
+        frames, height, width = latent_size
+        return transformer.Transformer(
+            self.model,
+            attention,
+            (frames, height, width),
+            layout,
+            self.blocks,
+            modulations=self.modulations,
+            compile=compile,
+        )
+
+    def denoise(
+        self,
+        forward: loop.VelocityModel,
+        inputs: Inputs,
+        layout: Layout,
+        cached: Callable[..., torch.Tensor] | None = None,
+        start: Start = BEGINNING,
+        *,
+        progress: Callable[..., Iterable[Any]] = quiet,
+        on_step: loop.OnStep | None = None,
+    ) -> torch.Tensor:
+        """The loop over `forward`, from the inputs or from where a run was stopped; on_step as loop.denoise's."""
+        return loop.denoise(
+            forward,
+            inputs.noise if start.latents is None else start.latents.to(inputs.noise.device),
+            inputs.condition,
+            inputs.branches,
+            inputs.sigmas,
+            loop.Sampling(inputs.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
+            progress=progress,
+            on_step=on_step,
+        )

@@ -100,8 +100,10 @@ class DenoiseSetup:
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | conditions.Condition]:
         """(starting noise [1, 32, T, h, w], condition channels, or what gives those of a step), on the device."""
-        noise = schedule.initial_noise(self.shape, self.options.seed, self.dtype).to(self.world.device)
-        return noise, conditions.condition_channels(noise, self.job.embeddings.get("image_latents"))
+        image = self.job.embeddings.get("image_latents")
+        return conditions.noise_and_condition(
+            self.shape, self.options.seed, image, device=self.world.device, dtype=self.dtype
+        )
 
     @cached_property
     def weights(self) -> BlockWeights:

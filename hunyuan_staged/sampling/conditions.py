@@ -6,13 +6,14 @@ noised, while the noise is strong. Source: the super-resolution pipeline of the 
 Letters: T latent frames; h x w of the base run's latents; H x W of the larger ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from hunyuan_staged.models.upsampler import LatentUpsampler, run_upsampler
+from hunyuan_staged.sampling.schedule import initial_noise
 
 Condition = Callable[[float], torch.Tensor]  # of a timestep; gives the channels [1, C, T, h, w] behind the latents
 
@@ -30,6 +31,19 @@ def condition_channels(noise: torch.Tensor, image_latents: torch.Tensor | None) 
         condition[:, :, :1] = image_latents.to(condition)
         mask[:, :, 0] = 1
     return torch.cat([condition, mask], dim=1)
+
+
+def noise_and_condition(
+    shape: Sequence[int],
+    seed: int,
+    image_latents: torch.Tensor | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(starting noise of the shape [1, 32, T, h, w], its condition_channels), on the device."""
+    noise = initial_noise(shape, seed, dtype).to(device)
+    return noise, condition_channels(noise, image_latents)
 
 
 def resize_latents(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import guide
 from hunyuan_staged.sampling.schedule import clean_estimate, euler_step, timesteps_of
 
+OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
+
 
 class VelocityModel(Protocol):
     """A transformer's forward: see models/transformer.py."""
@@ -57,7 +59,7 @@ def denoise(
     sampling: Sampling = PLAIN,
     *,
     progress: Callable[..., Iterable[Any]] = quiet,
-    on_step: Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Latents [1, 32, T, h, w] in float32 from noise of that shape, by Euler steps along the guided velocity.
 
