@@ -67,7 +67,7 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
     run.record_plan(rows)
     denoiser = setup.load(plan, run)
     run.info(denoising_records.describe(setup))
-    if run.world.is_main and not start.done:
+    if run.world.is_main and not start.done and not setup.enlarges_to:
         preview_writer.remove(folder)
     with run.timed("compute"):
         denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts, looking), run)

@@ -10,9 +10,10 @@ import torch
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import update_config
+from hunyuan_staged.flags import options_of
 from hunyuan_staged.memory import budget, timings
 from hunyuan_staged.memory.budget import FreeMemory, gib
-from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS
+from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS, DenoiseOptions
 from hunyuan_staged.parallel.layout import Layout, plan_layout
 from hunyuan_staged.pipeline.common import gpu_name
 from hunyuan_staged.pipeline.denoiser import Denoised
@@ -21,6 +22,10 @@ from hunyuan_staged.pipeline.jobs import output_dir
 from hunyuan_staged.sampling import schedule
 from hunyuan_staged.sampling.state import RunIdentity
 from hunyuan_staged.weights.single_file import TransformerFile
+
+# Options of stage 2 that belong to one call and not to its result, or that name its folders.
+OF_ONE_CALL = {"input_dir", "output_dir", "resume", "stop_after", "strict", "dry_run", "debug", "log_json"}
+OF_ONE_CALL |= {"jobs", "seeds", "gpus_per_job", "watch"}
 
 
 def identity(setup: DenoiseSetup) -> RunIdentity:
@@ -56,7 +61,23 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
             contract.EMBEDDINGS_HASH: options.input_dir,
             contract.LATENTS_HASH: str(output_dir(options)),
         },
+        options_to_go_on(options),
     )
+
+
+def options_to_go_on(options: DenoiseOptions) -> dict[str, Any]:
+    """The options that are not the defaults, by name, as JSON; files with their whole paths, and not those of one call."""
+    own = [option for option in options_of(DenoiseOptions) if option.name not in OF_ONE_CALL]
+    given = {option.name: getattr(options, option.name) for option in own}
+    found = {option.name: given[option.name] for option in own if given[option.name] != option.default}
+    for name in ("model_path", "transformer"):
+        if found.get(name) and Path(found[name]).exists():  # else it is a hub id
+            found[name] = str(Path(found[name]).absolute())
+    if options.lora:
+        found["lora"] = [f"{file.absolute()}:{weight:g}" for file, weight in options.adapter_files()]
+    if output_dir(options) != Path(options.input_dir):
+        found["input_dir"] = str(Path(options.input_dir).absolute())
+    return found
 
 
 def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:

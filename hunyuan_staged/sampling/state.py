@@ -21,8 +21,8 @@ from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 
 FORMAT = "1"
-# What a file calls the parts of a RunIdentity, in their order.
-IDENTITY_KEYS = ("settings", "circumstances", "origins")
+# What a file calls the parts of a RunIdentity.
+IDENTITY_KEYS = {"inputs": "settings", "environment": "circumstances", "sources": "origins", "options": "options"}
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class RunIdentity:
     """What a run is. inputs determine its result; the environment only how its sums are rounded.
 
     All values are JSON. Two runs with the same inputs give the same latents within tolerance, in the same environment,
-    too, the same bits. sources: for inputs that are hashes, what was hashed; for messages alone.
+    too, the same bits. sources: for inputs that are hashes, what was hashed; for messages alone. options: those that a
+    command line needs to go on with the run, where they are not the defaults; for the gallery alone.
     """
 
     inputs: Mapping[str, Any]
     environment: Mapping[str, Any]
     sources: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
         """The hash of what determines the result."""
@@ -126,7 +128,9 @@ class StateSaver:
             if metadata["format"] != FORMAT:
                 raise ValueError(f"its format is {metadata['format']}; this version reads {FORMAT}")
             step = int(metadata["step"])
-            was = RunIdentity(*(dict(json.loads(metadata[kind])) for kind in IDENTITY_KEYS))
+            was = RunIdentity(
+                **{n: dict(json.loads(metadata[key])) for n, key in IDENTITY_KEYS.items() if key in metadata}
+            )
             if was.digest() != metadata[contract.MADE_FROM]:
                 raise ValueError("its settings do not have the hash that it records")
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -225,7 +229,7 @@ class StateSaver:
         metadata = {
             "format": FORMAT,
             "step": str(step),
-            **dict(zip(IDENTITY_KEYS, map(json.dumps, vars(self.identity).values()), strict=True)),
+            **{key: json.dumps(getattr(self.identity, name)) for name, key in IDENTITY_KEYS.items()},
             contract.MADE_FROM: self.identity.digest(),
         }
         try:

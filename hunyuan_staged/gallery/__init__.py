@@ -1,0 +1,1 @@
+"""One page that shows all jobs below a folder."""

@@ -1,0 +1,231 @@
+"""Folders of jobs as cards, the commands that finish them, and the page's text."""
+
+import json
+import os
+import re
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import stage2_transformer
+from hunyuan_staged.files import contract, tensors
+from hunyuan_staged.gallery import command, folders, page
+from hunyuan_staged.gallery.finishing import ROOT, denoise_command
+from hunyuan_staged.options import DenoiseOptions
+from hunyuan_staged.parsing import parse
+from hunyuan_staged.pipeline.denoising_records import options_to_go_on
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!-- $(touch x) `y`   é 红"
+SETTINGS = {"num_inference_steps": 30, "seed": 7, "width": 160, "height": 96, "video_length": 33, "guidance_scale": 6.0}
+
+
+def job(root: Path, name: str, files: tuple[str, ...] = (), **config: object) -> Path:
+    """A folder with a config, and with empty files."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / contract.CONFIG_FILE).write_text(json.dumps({"prompt": "a"} | config))
+    for file in files:
+        (folder / file).touch()
+    return folder
+
+
+def stop(folder: Path, *, options: object = None, **settings: object) -> None:
+    """Have the state of a stopped run in a folder."""
+    metadata = {"format": "1", "step": "10", "settings": json.dumps(SETTINGS | settings)}
+    metadata |= {} if options is None else {"options": json.dumps(options)}
+    folder.mkdir(exist_ok=True, parents=True)
+    tensors.save_state(folder, {"latents": torch.zeros(1, 2, 1, 1, 1)}, metadata)
+
+
+def read(root: Path) -> dict[str, folders.Job]:
+    return {one.name: one for one in (folders.read(folder, root) for folder in folders.find(root))}
+
+
+def flags(line: str) -> list[str]:
+    """A command's words after the script's name."""
+    words = shlex.split(line)
+    assert words[0] == "bash" and Path(words[1]).parent == ROOT
+    return words[2:]
+
+
+def test_how_far_each_job_is_and_what_finishes_it(tmp_path):
+    job(tmp_path, "done", (contract.LATENTS_FILE, contract.VIDEO_FILE), seed=3, width=160, height=96)
+    job(tmp_path, "set/latents", (contract.LATENTS_FILE,), stage2_elapsed_time=2, stage3_decode_time=0.5)
+    job(tmp_path, "set/encoded", (contract.EMBEDDINGS_FILE,))
+    stop(job(tmp_path, "stopped", (contract.EMBEDDINGS_FILE,)), options={"seed": 7, "four_steps": True})
+    job(tmp_path, ".hidden")
+    found = read(tmp_path)
+    assert {name: one.status for name, one in found.items()} == {
+        "done": folders.FINISHED,
+        "set/latents": folders.DECODE,
+        "set/encoded": folders.ENCODED,
+        "stopped": folders.STOPPED,
+    }
+    done, latents, encoded, stopped = (found[name] for name in ("done", "set/latents", "set/encoded", "stopped"))
+    assert (done.seed, done.settings, done.commands) == (3, {"size": "160x96"}, [])
+    assert done.video == tmp_path / "done" / contract.VIDEO_FILE
+    assert latents.seconds == 2.5 and [flags(line) for line in latents.commands] == [
+        [f"--input_dir={tmp_path}/set/latents"]
+    ]
+    assert [flags(line) for line in encoded.commands] == [[f"--input_dir={tmp_path}/set/encoded"]] * 2
+    assert "its flags are not known" in encoded.note
+    assert (stopped.note, stopped.seed) == ("stopped after step 10 of 30", 7)
+    assert list(stopped.settings.items()) == [("size", "160x96"), ("steps", "30"), ("frames", "33"), ("guidance", "6")]
+    assert flags(stopped.commands[0]) == [f"--input_dir={tmp_path}/stopped", "--resume", "--seed=7", "--four_steps"]
+    assert "run_stage3.sh" in stopped.commands[1]
+
+
+def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
+    """Through the state's JSON and a shell's words; files by their whole paths."""
+    adapter = tmp_path / "it's an adapter.safetensors"
+    adapter.touch()
+    monkeypatch.chdir(tmp_path)
+    given = DenoiseOptions(
+        input_dir=str(tmp_path / "in"),
+        output_dir=str(tmp_path / "out"),
+        seed=2**63,
+        guidance_scale=1.5,
+        enable_cache=True,
+        cache_type="magcache",
+        lora=(f"{adapter.name}:0.5",),
+        model_path="org/name",
+        resume=False,
+        debug=True,
+    )
+    recorded = json.loads(json.dumps(options_to_go_on(given)))
+    line = denoise_command(tmp_path / "out", recorded, resume=True)
+    found = parse(DenoiseOptions, stage2_transformer.build_parser(), flags(line))
+    same = {name: value for name, value in vars(given).items() if name not in ("resume", "debug", "lora")}
+    assert {name: getattr(found, name) for name in same} == same
+    assert found.resume and not found.debug and found.lora == (f"{adapter}:0.5",)
+
+
+def test_a_file_gives_values_of_known_flags_alone(tmp_path):
+    options = {"seed": "7; rm -rf ~", "evil": "$(x)", "lora": "text", "no_compile": "yes", "dtype": ["a"], "debug": 1}
+    stop(job(tmp_path, "a b; $(touch x)"), options=options)
+    (found,) = read(tmp_path).values()
+    assert flags(found.commands[0]) == [
+        *(f"--input_dir={tmp_path}/a b; $(touch x)", "--resume"),
+        "--seed=7; rm -rf ~",
+    ]
+    stop(tmp_path / "a b; $(touch x)", options={"dtype": "x\x1b[201~\nrm -rf ~"})
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.commands) == (folders.BROKEN, [])
+    assert found.note.startswith("control characters in --dtype=x\\x1b[201~")
+
+
+def test_a_state_without_a_config_is_a_job_too(tmp_path):
+    stop(tmp_path / "out")
+    (found,) = read(tmp_path).values()
+    assert found.status == folders.STOPPED and "it does not record its flags" in found.note
+    assert flags(found.commands[0]) == [f"--input_dir={tmp_path}/out", "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ("{", "is not JSON"),
+        ('{"prompt": 3}', "prompt is 3; allowed is text"),
+        ("[]", "holds a JSON list, not an object"),
+        ("{}", "is alone: neither embeddings nor latents nor a video are with it"),
+    ],
+)
+def test_a_broken_folder_is_a_card_that_says_so(tmp_path, config, note):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / contract.CONFIG_FILE).write_text(config)
+    (found,) = read(tmp_path).values()
+    assert found.status == folders.BROKEN and note in found.note and found.commands == []
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"settings": "[]"}, {"settings": '{"num_inference_steps": null}'}])
+def test_a_broken_state_is_a_card_that_says_so(tmp_path, change):
+    folder = job(tmp_path, "a")
+    tensors.save_state(folder, {"latents": torch.zeros(1, 2, 1, 1, 1)}, {"step": "1", "settings": "{}"} | change)
+    (found,) = read(tmp_path).values()
+    assert found.status == folders.BROKEN and "is no state of stage 2" in found.note
+    (folder / contract.STATE_FILE).write_bytes(b"x")
+    (found,) = read(tmp_path).values()
+    assert "is not a whole safetensors file" in found.note
+
+
+def test_a_folder_that_a_run_is_at_is_left_to_it(tmp_path):
+    folder = job(tmp_path, "a", (contract.LATENTS_FILE,))
+    lock = folder / contract.LOCK_FILE
+    for owner, status in (
+        (f"process {os.getpid()} on {socket.gethostname()}", folders.RUNNING),
+        ("process 1 on another", folders.RUNNING),
+        (f"process {2**22 + 1} on {socket.gethostname()}", folders.DECODE),  # above any number that Linux gives
+        ("", folders.DECODE),
+    ):
+        lock.write_text(owner)
+        (found,) = read(tmp_path).values()
+        assert (found.status, bool(found.commands)) == (status, status == folders.DECODE), owner
+
+
+def test_a_link_puts_no_other_file_into_the_page(tmp_path):
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"secret")
+    root = tmp_path / "runs"
+    folder = job(root, "a", (contract.LATENTS_FILE,), output_video=str(secret))
+    for name in (contract.VIDEO_FILE, contract.PREVIEW_VIDEO, contract.PREVIEW_PICTURE):
+        (folder / name).symlink_to(secret)
+    (found,) = read(root).values()
+    assert (found.video, found.preview, found.picture, found.status) == (None, None, None, folders.DECODE)
+    named = root / "videos" / "red.mp4"
+    named.parent.mkdir()
+    named.touch()
+    (folder / contract.CONFIG_FILE).write_text(json.dumps({"output_video": str(named)}))
+    (found,) = read(root).values()
+    assert (found.video, found.status) == (named, folders.FINISHED)
+
+
+def data(text: str) -> dict:
+    """What a page's script reads."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    return json.loads(found)
+
+
+def test_what_files_say_is_data_and_never_markup(tmp_path):
+    job(tmp_path, "a", (contract.VIDEO_FILE,), prompt=HOSTILE, negative_prompt="JOBS_AS_JSON SCRIPT_HASH")
+    text = page.render(read(tmp_path).values(), HOSTILE, tmp_path / "index.html")
+    assert text.count("<script") == 2 and text.count("</script") == 2 and "<img" not in text and "alert(1)>" not in text
+    found = data(text)
+    assert found["title"] == found["jobs"][0]["prompt"] == HOSTILE
+    assert found["jobs"][0]["settings"]["negative prompt"] == "JOBS_AS_JSON SCRIPT_HASH"
+
+
+def test_small_files_are_in_the_page_and_large_ones_are_linked(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "EMBEDDED_BYTES", 10)
+    monkeypatch.setattr(page, "EMBEDDED_IN_ALL", 17)
+    for name, size in (("a", 10), ("b #1?", 11), ("c", 10)):
+        folder = job(tmp_path / "runs", name)
+        (folder / contract.VIDEO_FILE).write_bytes(b"v" * size)
+        (folder / contract.PREVIEW_VIDEO).write_bytes(b"preview")
+    found = data(page.render(read(tmp_path / "runs").values(), "t", tmp_path / "pages" / "index.html"))["jobs"]
+    embedded = "data:video/mp4;base64,"
+    assert [one["link"] for one in found] == [f"../runs/{name}/output_video.mp4" for name in ("a", "b%20%231%3F", "c")]
+    assert found[0]["sources"] == [embedded + "dnZ2dnZ2dnZ2dg=="]
+    assert found[1]["sources"] == ["../runs/b%20%231%3F/output_video.mp4", embedded + "cHJldmlldw=="]
+    assert found[2]["sources"] == ["../runs/c/output_video.mp4"], "there is no room left"
+
+
+def test_the_command_says_what_it_wrote_or_why_not(tmp_path, capsys):
+    assert command.main([str(tmp_path / "none")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert command.main([str(tmp_path / "empty")]) == 2
+    job(tmp_path, "a", (contract.VIDEO_FILE,))
+    assert command.main([str(tmp_path), "--output", str(tmp_path / "page.txt")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {tmp_path}/none does not exist",
+        f"error: {tmp_path}/empty holds no job: no folder in it has generation_config.json",
+        f"error: --output {tmp_path}/page.txt is not the name of an .html file",
+    ]
+    assert not (tmp_path / "empty" / "index.html").exists()
+    job(tmp_path, "b", (contract.LATENTS_FILE,))
+    assert command.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path}/index.html: 2 jobs: 1 finished, 1 to decode\n"
+    assert data((tmp_path / "index.html").read_text())["title"] == tmp_path.name
