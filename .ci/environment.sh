@@ -43,6 +43,20 @@ has_gpu() {
     command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
 }
 
+# need_browser: a Chromium for the test of the gallery's page, from Debian's packages where there is none yet. Without
+# one, that test is left out.
+need_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        echo "installing chromium, once: some 100 MB to download, 400 MB on disk" >&2
+        { timeout 60 apt-get update && timeout 240 apt-get install --yes --no-install-recommends chromium; } >/dev/null ||
+            echo "note: chromium could not be installed" >&2
+    fi
+}
+
 # make_environment VENV ROOT [EXTRA]: makes VENV with the suite of ROOT, and sets $python.
 make_environment() {
     local extra=${3:+[$3]} index=

@@ -321,9 +321,19 @@ def commands() -> list[ModuleType]:
     from hunyuan_staged import fit_preview
     from hunyuan_staged.compare import command as compare
     from hunyuan_staged.download import command as download
+    from hunyuan_staged.gallery import command as gallery
     from hunyuan_staged.verify import command as verify
 
-    return [stage1_text_encoder, stage2_transformer, stage3_vae_decoder, compare, download, verify, fit_preview]
+    return [
+        stage1_text_encoder,
+        stage2_transformer,
+        stage3_vae_decoder,
+        compare,
+        download,
+        verify,
+        fit_preview,
+        gallery,
+    ]
 
 
 def meaning_and_default(action: argparse.Action) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hunyuan_staged.errors import InputError, one_line, run_tool
+from hunyuan_staged.errors import InputError, one_line, run_tool, write_stdout
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.parsing import Parser, tool_parser
 
@@ -42,7 +42,7 @@ def make(args: argparse.Namespace) -> None:
     page.write(jobs, root.absolute().name, output)
     counts = Counter(job.status for job in jobs)
     shown = ", ".join(f"{counts[status]} {status}" for status in folders.STATUSES if counts[status])
-    print(one_line(f"wrote {output}: {len(jobs)} jobs: {shown}"))
+    write_stdout(one_line(f"wrote {output}: {len(jobs)} jobs: {shown}") + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

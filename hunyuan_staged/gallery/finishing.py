@@ -40,4 +40,6 @@ def _command(stage: int, words: list[str]) -> str:
     for word in words:
         if printable(word) != word:  # pasted into a terminal they could end the paste
             raise InputError(f"control characters in {printable(word)[:200]}: no command is given")
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise InputError(f"{word[:200]!a} is not UTF-8 text: no command is given")
     return shlex.join(["bash", str(ROOT / f"run_stage{stage}.sh"), *words])

@@ -83,9 +83,9 @@ def read(folder: Path, root: Path) -> Job:
     job = Job(folder.absolute(), folder.relative_to(root).as_posix())
     if job.name == ".":
         job.name = folder.absolute().name
-    job.preview = inside(folder / contract.PREVIEW_VIDEO, root)
-    job.picture = inside(folder / contract.PREVIEW_PICTURE, root)
     try:
+        job.preview = inside(folder / contract.PREVIEW_VIDEO, root)
+        job.picture = inside(folder / contract.PREVIEW_PICTURE, root)
         config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
         _describe(job, config)
         job.video = _video(folder, config, root)

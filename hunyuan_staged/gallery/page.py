@@ -6,10 +6,10 @@ What files say reaches the page as JSON whose "<" are escaped, and the page's sc
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from importlib import resources
-from os.path import relpath
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,25 +25,26 @@ TEMPLATE = "template.html"
 
 
 class Embedder:
-    """Files as data URIs, as long as there is room."""
+    """Files as data URIs, as long as there is room for them in the page."""
 
     def __init__(self) -> None:
         self.left = EMBEDDED_IN_ALL
 
     def uri(self, path: Path | None) -> str | None:
-        """None where the file is too large, or the page already is."""
-        if path is None:
-            return None
-        size = path.stat().st_size
-        if size > min(EMBEDDED_BYTES, self.left):
-            return None
-        self.left -= size
-        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        """None where the file is too large, the page already is, or the file cannot be read."""
+        try:
+            if path is None or path.stat().st_size > min(EMBEDDED_BYTES, self.left):
+                return None
+            content = path.read_bytes()
+        except OSError:
+            return None  # a run that goes on has just replaced it
+        self.left -= len(content)
+        return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 def as_data(job: Job, output: Path, embedder: Embedder) -> dict[str, Any]:
     """What the page knows of a job. sources: what plays, the best first."""
-    link = quote(relpath(job.video.absolute(), output.absolute().parent)) if job.video else None
+    link = quote(os.fsencode(os.path.relpath(job.video.absolute(), output.absolute().parent))) if job.video else None
     embedded = embedder.uri(job.video)
     sources = [embedded or link] if job.video else []
     if not embedded and (preview := embedder.uri(job.preview)):

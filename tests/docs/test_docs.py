@@ -96,6 +96,7 @@ def test_the_readme_is_short_and_its_pictures_small():
     assert (ROOT / "docs" / "demo.gif").stat().st_size <= 400_000
     assert (ROOT / "docs" / "clips.png").stat().st_size <= 100_000
     assert (ROOT / "docs" / "first_frame.png").stat().st_size <= 20_000
+    assert (ROOT / "docs" / "gallery.png").stat().st_size <= 200_000
 
 
 @pytest.mark.parametrize("page", [page for page in MARKDOWN if page not in ("docs/benchmarks.md", "docs/demo.md")])

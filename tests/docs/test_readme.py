@@ -14,6 +14,7 @@ from hunyuan_staged.bench import command as bench_command
 from hunyuan_staged.compare import command
 from hunyuan_staged.demo import adapter, caches, evaluate
 from hunyuan_staged.download import command as download_command
+from hunyuan_staged.gallery import command as gallery_command
 from hunyuan_staged.verify import command as verify_command
 
 READMES = ("README.md", "README.zh.md")
@@ -21,7 +22,7 @@ PAGES = (*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for pa
 # In the order of their tables
 COMMANDS = (
     *(stage1_text_encoder, stage2_transformer, stage3_vae_decoder),
-    *(command, download_command, verify_command, fit_preview),
+    *(command, download_command, verify_command, fit_preview, gallery_command),
 )
 STAGES = COMMANDS[:3]
 

@@ -117,6 +117,16 @@ def test_a_file_gives_values_of_known_flags_alone(tmp_path):
     assert found.note.startswith("control characters in --dtype=x\\x1b[201~")
 
 
+def test_a_name_that_is_no_text_gives_no_command(tmp_path):
+    name = os.fsdecode(b"a\xff")
+    job(tmp_path, name, (contract.LATENTS_FILE, contract.PREVIEW_VIDEO))
+    job(tmp_path, name + "b", (contract.VIDEO_FILE,))
+    assert command.main([str(tmp_path)]) == 0
+    broken, finished = data((tmp_path / "index.html").read_text())["jobs"]
+    assert broken["status"] == folders.BROKEN and "a\\udcff' is not UTF-8 text: no command is given" in broken["note"]
+    assert finished["link"] == "a%FFb/output_video.mp4"
+
+
 def test_a_state_without_a_config_is_a_job_too(tmp_path):
     stop(tmp_path / "out")
     (found,) = read(tmp_path).values()
