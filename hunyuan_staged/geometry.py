@@ -10,6 +10,7 @@ from functools import cache
 from hunyuan_staged.errors import InputError
 
 MAX_VIDEO_LENGTH = 2401  # 100 s at 24 frames per second
+MAX_SIDE = 4096  # px, of a size that is given; the largest bucket is 2880 wide
 
 LATENT_CHANNELS = 32
 SPATIAL_RATIO = 16
@@ -99,6 +100,32 @@ def check_video_length(num_frames: int) -> int:
     if num_frames > MAX_VIDEO_LENGTH:
         raise InputError(f"--video_length {num_frames} is more than {MAX_VIDEO_LENGTH}")
     return num_frames
+
+
+def check_size(width: int | None, height: int | None, aspect_ratio: str | None = None) -> tuple[int, int] | None:
+    """(height, width) in pixels where both are given; InputError for one alone, with a ratio, or sizes that no latents
+    have."""
+    if width is None and height is None:
+        return None
+    given = {"width": width, "height": height}
+    for name, value in given.items():
+        if value is None:
+            other = "height" if name == "width" else "width"
+            raise InputError(f"{given[other]} needs --{name} beside it", option=other)
+        if value % SPATIAL_RATIO or not 0 < value <= MAX_SIDE:
+            raise InputError(f"{value} is not a multiple of {SPATIAL_RATIO} up to {MAX_SIDE}", option=name)
+    if aspect_ratio is not None:
+        raise InputError(f"{aspect_ratio} and --width, --height are two ways to say the size; give one", "aspect_ratio")
+    assert width is not None and height is not None
+    return height, width
+
+
+def size_warning(resolution: str, height: int, width: int) -> str | None:
+    """What to tell a user whose size is none of those that a resolution was trained at; None where it is one."""
+    if (height, width) in size_buckets(BUCKET_BASE[resolution]):
+        return None
+    near = nearest_size(resolution, height / width)
+    return f"{width}x{height} is no size that {resolution} was trained at; the nearest is {near[1]}x{near[0]}"
 
 
 def latent_shape(num_frames: int, height: int, width: int, channels: int) -> tuple[int, int, int, int, int]:

@@ -37,6 +37,7 @@ from hunyuan_staged.run_options import (
 )
 from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
 from hunyuan_staged.sampling import cache_settings
+from hunyuan_staged.sampling.given_sigmas import parse_sigmas
 from hunyuan_staged.upscale_options import UpscaleOptions
 
 
@@ -77,6 +78,8 @@ class DenoiseOptions(UpscaleOptions):
     aspect_ratio: str | None = flag(
         f"width:height (default: {DEFAULT_ASPECT_RATIO}, or the image's own for image to video)", group=VIDEO
     )
+    width: int | None = flag("px, a multiple of 16, with --height (default: by --aspect_ratio)", group=VIDEO)
+    height: int | None = flag("px, a multiple of 16, with --width (default: by --aspect_ratio)", group=VIDEO)
     video_length: int | None = flag("frames, 4n+1 (default: 121; 33 for the demo weights)", group=VIDEO)
     seed: int = flag("noise seed (default: %(default)s)", group=VIDEO, default=42)
     num_inference_steps: int | None = flag(
@@ -87,6 +90,10 @@ class DenoiseOptions(UpscaleOptions):
         group=SAMPLING,
     )
     flow_shift: float | None = flag("shift of the sigmas towards noise (default by version: 5 to 9)", group=SAMPLING)
+    sigmas: str | None = flag(
+        "the noise level of each step, from 1 down, as 1,0.94,0.8 (default: by --num_inference_steps and --flow_shift)",
+        group=SAMPLING,
+    )
     four_steps: bool = flag("4 steps, shift 5, guidance 1: for weights made so", group=SAMPLING, default=False)
     dtype: str | None = flag(
         "of weights and activations (default: as stage 1)", group=SAMPLING, choices=(*DTYPES, DEFAULT_DTYPE)
@@ -173,6 +180,8 @@ class DenoiseOptions(UpscaleOptions):
             geometry.check_video_length(self.video_length)
         if self.aspect_ratio is not None:
             geometry.check_aspect_ratio(self.aspect_ratio)
+        geometry.check_size(self.width, self.height, self.aspect_ratio)
+        self.given_sigmas()
         steps = self.num_inference_steps
         if steps is not None and steps < 1:
             raise InputError(f"{steps} is not a positive number", option="num_inference_steps")
@@ -204,6 +213,15 @@ class DenoiseOptions(UpscaleOptions):
         if self.sage_blocks_range is not None and mode != "sageattn":
             raise InputError(f"belongs to --attn_mode sageattn, not to {mode}", option="sage_blocks_range")
         return mode
+
+    def given_sigmas(self) -> tuple[float, ...] | None:
+        """The sigmas that are asked for, if any; InputError where they are none, or another option says otherwise."""
+        if self.sigmas is None:
+            return None
+        for name in ("num_inference_steps", "flow_shift", "four_steps"):
+            if getattr(self, name):
+                raise InputError(f"and --{name} both set the schedule; give one of them", option="sigmas")
+        return parse_sigmas(self.sigmas)
 
     def sage_blocks(self) -> range:
         """Which blocks sage_blocks_range names; InputError where it is no range."""

@@ -114,6 +114,8 @@ class EncodeOptions(RunOptions):
     strict: bool = flag(
         "refuse what cannot be rewritten, rather than warn and take the prompt as it is", group=REWRITING, default=False
     )
+    width: int | None = flag("px that the image is fitted to, with --height (default: its own shape)", group=WHAT)
+    height: int | None = flag("px that the image is fitted to, with --width (default: its own shape)", group=WHAT)
     resolution: str | None = flag(
         f"480p, 720p, or another that the model has (default: {versions.DEFAULT_RESOLUTION}, else the model's own)",
         group=WEIGHTS,
@@ -149,6 +151,7 @@ class EncodeOptions(RunOptions):
         if self.image_path and not Path(self.image_path).is_file():
             raise InputError(f"{self.image_path} does not exist", option="image_path")
         self._check_rewriting()
+        geometry.check_size(self.width, self.height)
         check_output_dir("--output_dir", self.output_dir)
 
     def _check_rewriting(self) -> None:

@@ -35,6 +35,7 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "num_inference_steps": int,
         "guidance_scale": NUMBER,
         "flow_shift": NUMBER,
+        "sigmas": str,
         "seed": int,
         "attn_mode": str,
         "weights_dtype": str,

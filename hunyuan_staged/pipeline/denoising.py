@@ -88,6 +88,8 @@ class DenoiseSetup:
     @property
     def sigmas(self) -> torch.Tensor:
         """The schedule, [steps + 1]."""
+        if self.settings.sigmas:
+            return torch.tensor([*self.settings.sigmas, 0.0])
         return schedule.flow_sigmas(self.settings.num_inference_steps, self.settings.flow_shift)
 
     @property

@@ -19,7 +19,6 @@ from hunyuan_staged.pipeline.common import gpu_name
 from hunyuan_staged.pipeline.denoiser import Denoised
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.jobs import output_dir
-from hunyuan_staged.sampling import schedule
 from hunyuan_staged.sampling.state import RunIdentity
 from hunyuan_staged.weights.single_file import TransformerFile
 
@@ -32,7 +31,7 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
     """All that the latents follow from, and what only rounds them. Reads samples of the weights."""
     options, settings, caching, adapters = setup.options, setup.settings, setup.caching, setup.adapters
     weights = setup.fingerprint()
-    sigmas = schedule.flow_sigmas(settings.num_inference_steps, settings.flow_shift).tolist()
+    sigmas = setup.sigmas.tolist()
     chosen = asdict(settings) | {"version": settings.version.name, "dtype": str(setup.dtype), "seed": options.seed}
     return RunIdentity(
         chosen
@@ -125,13 +124,14 @@ def finished(setup: DenoiseSetup, made_from: str) -> Path | None:
 def describe(setup: DenoiseSetup) -> str:
     """One line for the log: all that shapes the video."""
     settings, options = setup.settings, setup.options
+    schedule = f"sigmas {options.sigmas}" if settings.sigmas else f"shift {settings.flow_shift:g}"
     files = [f"{Path(file).name}:{weight:g}" for file, weight in options.adapter_files()]
     more = [options.weights_dtype and f"weights in {options.weights_dtype}", setup.caching and setup.caching.type]
     extra = "".join(f", {word}" for word in (*more, files and f"lora {' '.join(files)}") if word)
     return (
         f"{settings.version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
-        f"shift {settings.flow_shift:g}, seed {options.seed}, {setup.dtype}, attention {setup.attention.name}{extra}; "
+        f"{schedule}, seed {options.seed}, {setup.dtype}, attention {setup.attention.name}{extra}; "
         f"prompt {setup.job.config.get('prompt')!r}"
     )
 
@@ -159,7 +159,7 @@ def write(setup: DenoiseSetup, denoised: Denoised, made_from: str) -> Path:
         "width": settings.width,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
-        "flow_shift": settings.flow_shift,
+        **({"sigmas": options.sigmas} if settings.sigmas else {"flow_shift": settings.flow_shift}),
         "seed": options.seed,
     }
     about = {
@@ -175,7 +175,9 @@ def write(setup: DenoiseSetup, denoised: Denoised, made_from: str) -> Path:
     if larger:
         return path  # the config describes the base run; what enlarged it is in the latents' metadata
     additions = {
-        "aspect_ratio": options.aspect_ratio or DEFAULT_ASPECT_RATIO,
+        "aspect_ratio": f"{options.width}:{options.height}"
+        if options.width
+        else options.aspect_ratio or DEFAULT_ASPECT_RATIO,
         "video_length": settings.video_length,
         "attn_mode": setup.attention.name,
         **optional_settings(setup),

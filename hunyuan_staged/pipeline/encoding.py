@@ -221,7 +221,8 @@ def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, tor
     picture, folder, device, dtype = setup.picture, setup.folder, setup.world.device, setup.dtypes.image
     if picture is None:
         return {}
-    height, width = geometry.nearest_size(setup.version.resolution, picture.height / picture.width)
+    given = geometry.check_size(setup.options.width, setup.options.height)
+    height, width = given or geometry.nearest_size(setup.version.resolution, picture.height / picture.width)
     fitted = image.resize_and_center_crop(picture, height, width)
     report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
     sizes = larger_sizes(setup.version.resolution, setup.options.super_resolution, height, width)

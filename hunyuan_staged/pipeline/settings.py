@@ -27,6 +27,7 @@ class Settings:
     guidance_scale: float
     flow_shift: float
     dtype: str
+    sigmas: tuple[float, ...] | None = None  # where they are given rather than computed from steps and shift
 
     @property
     def branches(self) -> int:
@@ -52,15 +53,28 @@ def resolve_settings(
             "weights"
         )
     if image is None:
-        height, width = geometry.size_for_ratio(version.resolution, options.aspect_ratio or DEFAULT_ASPECT_RATIO)
+        given = geometry.check_size(options.width, options.height)
+        ratio = options.aspect_ratio or DEFAULT_ASPECT_RATIO
+        height, width = given or geometry.size_for_ratio(version.resolution, ratio)
     else:
         height, width = (n * geometry.SPATIAL_RATIO for n in image.shape[-2:])
         asked = options.aspect_ratio
         if asked and geometry.size_for_ratio(version.resolution, asked) != (height, width):
             raise InputError(f"--aspect_ratio {asked} contradicts the image, which is {width}x{height}")
+        if geometry.check_size(options.width, options.height) not in (None, (height, width)):
+            raise InputError(
+                f"{options.width} and --height {options.height} contradict the image's latents, which are "
+                f"{width}x{height}; run stage 1 with them",
+                option="width",
+            )
     sampling = resolve_sampling(options, version, flow_shift)
     length = options.video_length or version.video_length
-    return Settings(version, height, width, length, *sampling, resolve_dtype(options, config))
+    steps, guidance_scale, flow_shift = sampling
+    sigmas = options.given_sigmas()
+    steps = len(sigmas) if sigmas else steps
+    return Settings(
+        version, height, width, length, steps, guidance_scale, flow_shift, resolve_dtype(options, config), sigmas
+    )
 
 
 def resolve_sampling(options: DenoiseOptions, version: Version, flow_shift: float) -> tuple[int, float, float]:
@@ -105,6 +119,17 @@ def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: b
 
 def sampling_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
     """What to tell a user whose settings these weights were not made for."""
+    return [*_size_warnings(settings), *_version_warnings(options, settings)]
+
+
+def _size_warnings(settings: Settings) -> list[str]:
+    if isinstance(settings.version, SuperResolutionVersion):
+        return []
+    warning = geometry.size_warning(settings.version.resolution, settings.height, settings.width)
+    return [warning] if warning else []
+
+
+def _version_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
     version = settings.version
     if not options.four_steps or isinstance(version, SuperResolutionVersion):
         return version.warnings(settings.guidance_scale, settings.num_inference_steps)

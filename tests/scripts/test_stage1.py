@@ -74,13 +74,17 @@ def test_both_layouts_give_the_same_bits(done, tmp_path, tiny_diffusers):
 def test_an_image_is_encoded_beside_the_text(tmp_path, tiny_official):
     Image.new("RGB", (300, 300), "red").save(tmp_path / "red.png")
     out = tmp_path / "out"
-    result = call("--model_path", tiny_official, "--image_path", tmp_path / "red.png", "--output_dir", out)
+    given = ["--model_path", tiny_official, "--image_path", tmp_path / "red.png"]
+    result = call("--output_dir", out, *given)
     assert result.returncode == 0, result.stderr
     tensors, _ = load_embeddings(out)
     assert tensors["image_latents"].shape == (1, 32, 1, 8, 8), "a square image takes the square bucket, 128 px"
     assert tensors["image_embeds"].ndim == 3
     assert tensors["image_embeds"].any()
     assert read_config(out)["transformer_version"] == "demo_i2v"
+    fitted = call("--output_dir", out, *given, "--width", 160, "--height", 64)
+    assert fitted.returncode == 0, fitted.stderr
+    assert load_embeddings(out)[0]["image_latents"].shape == (1, 32, 1, 4, 10)
 
 
 def test_a_prompt_without_quotes_needs_no_glyph_encoder(tmp_path, tiny_official):

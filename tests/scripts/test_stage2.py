@@ -12,6 +12,7 @@ from folders import embed
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.tensors import load_latents
+from hunyuan_staged.sampling.schedule import flow_sigmas
 
 SCRIPT = ROOT / "stage2_transformer.py"
 SMALL = ["--video_length", "9", "--num_inference_steps", "2"]
@@ -85,6 +86,9 @@ def test_an_image_sets_the_size_and_a_ratio_against_it_is_refused(tmp_path, tiny
     result = call("--input_dir", folder, *SMALL, "--aspect_ratio", "1:1")
     assert result.returncode == 2 and "--aspect_ratio 1:1 contradicts the image, which is 160x96" in result.stderr
     assert not (folder / contract.LATENTS_FILE).exists()
+    result = call("--input_dir", folder, *SMALL, "--width", 96, "--height", 64)
+    assert result.returncode == 2
+    assert "--width 96 and --height 64 contradict the image's latents, which are 160x96; run stage 1" in result.stderr
     result = call("--input_dir", folder, *SMALL)
     assert result.returncode == 0, result.stderr
     assert latents(folder).shape == (1, 32, 3, 6, 10)
@@ -99,6 +103,31 @@ def test_an_image_for_weights_that_take_none_is_refused(tmp_path, tiny_official)
     ) in result.stderr
 
 
+def test_given_sigmas_are_the_schedule(done, tmp_path):
+    """The same numbers as the version's own schedule give: the same bits."""
+    own = flow_sigmas(2, 5.0).tolist()
+    assert own[0] == 1 and own[-1] == 0
+    given = ",".join(repr(number) for number in own[:-1])
+    result = call("--input_dir", done[0], "--output_dir", tmp_path, "--video_length", 5, "--sigmas", given)
+    assert result.returncode == 0, result.stderr
+    assert f"sigmas {given}" in result.stderr
+    mine, metadata = load_latents(tmp_path)
+    config = read_config(tmp_path)
+    assert metadata["sigmas"] == config["sigmas"] == given and config["num_inference_steps"] == 2
+    assert "flow_shift" not in metadata and "flow_shift" not in config
+    both = call("--input_dir", done[0], "--output_dir", tmp_path, "--video_length", 5, "--num_inference_steps", 2)
+    assert both.returncode == 0, both.stderr
+    assert torch.equal(mine, latents(tmp_path))
+
+
+def test_a_given_size_is_taken_with_a_warning(done, tmp_path):
+    result = call("--input_dir", done[0], "--output_dir", tmp_path, *SMALL, "--width", 96, "--height", 64)
+    assert result.returncode == 0, result.stderr
+    assert "96x64 is no size that demo was trained at; the nearest is 144x96" in result.stderr
+    assert load_latents(tmp_path)[0].shape == (1, 32, 3, 4, 6)
+    assert (read_config(tmp_path)["width"], read_config(tmp_path)["height"]) == (96, 64)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -107,6 +136,14 @@ def test_an_image_for_weights_that_take_none_is_refused(tmp_path, tiny_official)
         (["--num_inference_steps", "0"], "--num_inference_steps 0 is not a positive number"),
         (["--guidance_scale", "0.5"], "--guidance_scale 0.5 is outside 1 to 100"),
         (["--guidance_scale", "nan"], "--guidance_scale nan is outside 1 to 100"),
+        (["--width", "160"], "--width 160 needs --height beside it"),
+        (["--width", "160", "--height", "100"], "--height 100 is not a multiple of 16 up to 4096"),
+        (["--width", "8192", "--height", "96"], "--width 8192 is not a multiple of 16 up to 4096"),
+        (
+            ["--width", "160", "--height", "96", "--aspect_ratio", "16:9"],
+            "--aspect_ratio 16:9 and --width, --height are two ways to say the size; give one",
+        ),
+        (["--sigmas", "1,0"], "--sigmas 1,0: '0' is not a number above 0 and up to 1"),
         (["--seed", "-1"], "--seed -1 is outside 0 to 2^64 - 1"),
         (["--use_sageattn", "--sparse_attn"], "--use_sageattn and --sparse_attn ask for different attention"),
         (
