@@ -14,8 +14,8 @@ from hunyuan_staged import parsing
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
-from hunyuan_staged.options import RunOptions
 from hunyuan_staged.pipeline.common import torch_dtype
+from hunyuan_staged.run_options import RunOptions
 from hunyuan_staged.runtime import failure
 from hunyuan_staged.runtime.environment import WHOLE_RUN
 
