@@ -4,20 +4,20 @@ Hugging Face goes through its own client; of ModelScope two plain requests are a
 """
 
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from hunyuan_staged.errors import InputError, one_line
+from hunyuan_staged.files import provenance
 from hunyuan_staged.weights.hub import HF, MODELSCOPE, Source
 
 TIMEOUT_SECONDS = 10.0
@@ -42,7 +42,7 @@ class RemoteFile:
         """Where it lies in a model folder."""
         return folder / self.source.into / self.name
 
-    def fault(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> str | None:
+    def fault(self, path: Path) -> str | None:
         """What is wrong with a copy of it on disk; None where size and hash are the hub's."""
         size = path.stat().st_size
         if size != self.size:
@@ -50,12 +50,7 @@ class RemoteFile:
         expected = self.sha256 or self.git_sha1
         if expected is None:
             return None
-        found = hashlib.sha256() if self.sha256 else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-        with path.open("rb") as file:
-            while piece := file.read(2**22):
-                found.update(piece)
-                progress(len(piece))
-        given = found.hexdigest()
+        given = provenance.sha256(path) if self.sha256 else provenance.git_sha1(path)
         return None if given == expected else f"its hash is {given[:12]}…, and the hub says {expected[:12]}…"
 
 

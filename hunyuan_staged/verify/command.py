@@ -1,6 +1,7 @@
 """`python -m hunyuan_staged.verify --model_path DIR`: do these weights, on this machine, give the published numbers?
 
-Every part is there, with the published config, names, shapes and dtypes, and finite. Then, part by part, ours against
+Every part is there, with the published config, names, shapes and dtypes, finite, and of the hash that the hub gave
+with it where the download noted that. Then, part by part, ours against
 the classes of diffusers and transformers on these very weights. Status 0 if all checks pass, 1 if one fails.
 """
 
@@ -28,6 +29,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto is the GPU if any (default: %(default)s)"
     )
+    parser.add_argument(
+        "--skip_hashes", action="store_true", help="do not read all files for the hashes that the download noted"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the JSON to this file, not to stdout")
     parser.add_argument("--report", metavar="FILE", help="also write what a bug report needs, as Markdown")
     return parser
@@ -49,7 +53,8 @@ def prepare(args: argparse.Namespace) -> Any:
     gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     folder = open_model(args.model_path or CHECKPOINT, [part for part in PARTS if part != "upsampler"])
-    return Verification(folder, chosen_versions(folder, args.version), device, torch_dtype(DEFAULT_DTYPE, device))
+    dtype = torch_dtype(DEFAULT_DTYPE, device)
+    return Verification(folder, chosen_versions(folder, args.version), device, dtype, not args.skip_hashes)
 
 
 def run(args: argparse.Namespace) -> int:

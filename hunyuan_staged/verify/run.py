@@ -11,6 +11,7 @@ import torch
 from hunyuan_staged.errors import InputError, one_line
 from hunyuan_staged.verify import encoders, published, transformer, vae
 from hunyuan_staged.verify.checks import Check
+from hunyuan_staged.verify.hashes import check_hashes
 from hunyuan_staged.versions import TransformerVersion, parse_version
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
@@ -18,12 +19,14 @@ from hunyuan_staged.weights.folder import ModelFolder
 
 @dataclass
 class Verification:
-    """A run over some versions of a folder. embeddings: what the encoders have given so far, for the transformers."""
+    """A run over some versions of a folder. hashes: whether to read all of each file for its hash. embeddings: what the
+    encoders have given so far, for the transformers."""
 
     folder: ModelFolder
     versions: list[TransformerVersion]
     device: torch.device
     dtype: torch.dtype
+    hashes: bool = True
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def checks(self) -> Iterator[Check]:
@@ -31,13 +34,19 @@ class Verification:
         first = self.versions[0].name
         tasks = {version.task for version in self.versions}
         for part in ("text", "glyph", *(["image"] if "i2v" in tasks else []), "vae"):
-            yield from self._guarded(
-                part, partial(published.files_of, self.folder, part, first), partial(self._part, part)
-            )
+            files = partial(published.files_of, self.folder, part, first)
+            yield from self._guarded(part, files, partial(self._hashes, part), partial(self._part, part))
         for version in self.versions:
             files = partial(published.files_of, self.folder, "transformer", version.name)
-            yield from self._guarded(f"transformer {version.name}", files, partial(self._transformer, version))
+            hashed = partial(self._hashes, "transformer", version.name)
+            yield from self._guarded(f"transformer {version.name}", files, hashed, partial(self._transformer, version))
         yield from self._guarded("attention", self._attention)
+
+    def _hashes(self, part: str, version: str | None = None) -> list[Check]:
+        if not self.hashes:
+            return []
+        folders = [self.folder.transformer_folder(version)] if version else self.folder.folders(part)
+        return check_hashes(part, folders, self.folder.path)
 
     def _part(self, part: str) -> list[Check]:
         if part == "vae":

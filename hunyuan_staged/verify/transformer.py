@@ -8,6 +8,7 @@ import torch
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
+from hunyuan_staged.verify import second_reading
 from hunyuan_staged.verify.checks import BOUNDS, Bound, Check, compared, drawn, finite, place_for, weight_bytes
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import components
@@ -26,7 +27,8 @@ IMAGE_TOKENS = 729
 
 
 def diffusers_model(ours: torch.nn.Module, config: Mapping[str, Any]) -> Any:
-    """diffusers' transformer with these very weights, which both hold."""
+    """diffusers' transformer with these very weights, which both hold: a GPU of 24 GB has no room for two. That each of
+    them is where it belongs is checked apart, by second_reading."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     with torch.device("meta"):
@@ -47,7 +49,14 @@ def check_transformer(
     part, config = f"transformer {version.name}", components.transformer_config(folder, version.name)
     place = place_for(weight_bytes(components.transformer_skeleton(folder, version.name), dtype) + WORKING, device)
     model = components.load_transformer(folder, version.name, device=place, dtype=dtype)
-    checks = [finite(part, model)]
+    count, wrong = second_reading.misplaced(folder, version.name, model)
+    where = f"{count} tensors, rows of each against the file, by a second table of names"
+    checks = [
+        finite(part, model),
+        Check(
+            part, "where they belong", not wrong, f"{wrong[0]} and {len(wrong) - 1} more are not" if wrong else where
+        ),
+    ]
     reference = diffusers_model(model, config)
     attention = choose_attention("flash", place, dtype, head_width=config["attention_head_dim"])
     forward = Transformer(model, attention, GRID)

@@ -1,4 +1,4 @@
-"""The VAE: decoding and encoding of a small clip, against diffusers' coders."""
+"""The VAE: decoding and encoding of a small clip, against diffusers' coders, which read the file their own way."""
 
 from typing import Any
 
@@ -6,21 +6,28 @@ import torch
 
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.models.vae_encoder import Encoder
+from hunyuan_staged.verify import second_reading
 from hunyuan_staged.verify.checks import Check, drawn, finite, within_rounding
 from hunyuan_staged.weights import components
+from hunyuan_staged.weights.boundary import refusing
 from hunyuan_staged.weights.folder import ModelFolder
 
 LATENTS = (3, 4, 5)  # frames, rows, columns
 CHUNK = 2  # latent frames at once, so that the seam between two chunks is seen
 
 
-def _diffusers_coder(name: str, ours: torch.nn.Module, config: dict[str, Any]) -> Any:
+def _diffusers_coder(
+    folder: ModelFolder, name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """diffusers' coder with the weights as second_reading finds them; InputError where it does not take them."""
     from diffusers import AutoencoderKLHunyuanVideo15
 
     with torch.device("meta"):
         coder = AutoencoderKLHunyuanVideo15(**config).get_submodule(name)
-    coder.load_state_dict(ours.state_dict(), assign=True)
-    return coder.eval()
+    weights = second_reading.vae_coder(folder, name, device, dtype)
+    with refusing(f"{folder.folders('vae')[0]}: diffusers' {name} does not take these weights"):
+        coder.load_state_dict(weights, assign=True)
+    return coder.eval().requires_grad_(False)
 
 
 def _precise(coder: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -37,7 +44,7 @@ def check_vae(folder: ModelFolder, device: torch.device) -> list[Check]:
     decoder, config = components.load_vae_decoder(folder, device=device, dtype=dtype)
     checks = [finite("vae decoder", decoder)]
     latents = drawn((1, config["latent_channels"], *LATENTS), 5).to(device, dtype)
-    reference = _diffusers_coder("decoder", decoder, config)
+    reference = _diffusers_coder(folder, "decoder", config, device, dtype)
     theirs = reference(latents)  # [1, 3, T, H, W]
     frames = torch.cat(list(Decoder(decoder)(latents, CHUNK))).permute(3, 0, 1, 2)[None]
     checks.append(within_rounding("vae decoder", "a clip", frames, theirs, _precise(reference, latents)))
@@ -45,7 +52,7 @@ def check_vae(folder: ModelFolder, device: torch.device) -> list[Check]:
     encoder, _ = components.load_vae_encoder(folder, device=device, dtype=dtype)
     checks.append(finite("vae encoder", encoder))
     video = theirs.clamp(-1, 1)
-    reference = _diffusers_coder("encoder", encoder, config)
+    reference = _diffusers_coder(folder, "encoder", config, device, dtype)
     theirs, ours = reference(video), Encoder(encoder)(video, CHUNK)
     checks.append(within_rounding("vae encoder", "a clip", ours, theirs, _precise(reference, video)))
     return checks

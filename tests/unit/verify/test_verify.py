@@ -1,10 +1,12 @@
 """`python -m hunyuan_staged.verify`: the demo passes; what is absent, broken, not as published or wrong in ours fails."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from hunyuan_staged.demo.tiny import draw_checkpoint
-from hunyuan_staged.verify import checks, published, transformer
+from hunyuan_staged.verify import checks, published, second_reading, transformer, vae
 from hunyuan_staged.verify.command import main
+from hunyuan_staged.verify.hashes import check_hashes, known_hash
 from hunyuan_staged.verify.run import Verification, chosen_versions
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
+from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP
 
 CPU = torch.device("cpu")
 
@@ -157,6 +162,91 @@ def test_a_mistake_in_our_forward_is_seen(tiny_official, capsys, monkeypatch):
     assert status == 1
     branches = ("conditional", "unconditional")
     assert set(failures(result)) == {f"transformer demo_t2v: forward, {branch}, torch" for branch in branches}
+
+
+@pytest.mark.parametrize(("one", "other"), [("conv1", "conv2"), ("norm1", "norm2")])
+def test_a_wrong_name_of_the_vae_is_seen(tiny_official, capsys, monkeypatch, one, other):
+    """The reference held our tensors, so that what our table of names mixed up was mixed up in both."""
+    swapped = {one: other, other: one}
+
+    def wrong(rule):
+        last = rule.official.rpartition(".block.#.")[2].split(".")[0]
+        if not rule.official.startswith("decoder.up") or last not in swapped:
+            return rule
+        return replace(rule, diffusers=tuple(name.replace(last, swapped[last]) for name in rule.diffusers))
+
+    monkeypatch.setattr(components, "VAE_MAP", tuple(map(wrong, components.VAE_MAP)))
+    found = vae.check_vae(open_model(tiny_official, ["vae"]), CPU)
+    told = {check.part: check for check in found if check.value is not None}
+    assert not told["vae decoder"].ok and told["vae decoder"].value > 1e-2
+    assert told["vae encoder"].ok
+
+
+def test_a_wrong_name_of_the_transformer_is_seen(tiny_official, tiny_diffusers, monkeypatch):
+    def misplaced(path) -> tuple[int, list[str]]:
+        folder = open_model(path, ["transformer"])
+        model = components.load_transformer(folder, "demo_t2v", device=CPU, dtype=torch.bfloat16)
+        return second_reading.misplaced(folder, "demo_t2v", model)
+
+    count, wrong = misplaced(tiny_official)
+    assert count > 150 and wrong == [] and misplaced(tiny_diffusers) == (count, [])
+
+    def swapped(rule):
+        ends = {"img_attn_q": "attn.to_k", "img_attn_k": "attn.to_q"}
+        end = next((end for start, end in ends.items() if rule.official == f"double_blocks.#.{start}"), None)
+        return replace(rule, diffusers=(f"transformer_blocks.#.{end}",)) if end else rule
+
+    monkeypatch.setattr(components, "TRANSFORMER_MAP", tuple(map(swapped, components.TRANSFORMER_MAP)))
+    expected = {f"transformer_blocks.{i}.attn.to_{x}.{y}" for i in range(3) for x in "qk" for y in ("weight", "bias")}
+    assert set(misplaced(tiny_official)[1]) == expected
+
+
+def test_both_tables_of_names_agree_on_every_tensor():
+    """Also on those of meanflow and of more blocks than the tiny model has."""
+    for rules, words in ((VAE_MAP, second_reading.VAE_WORDS), (TRANSFORMER_MAP, second_reading.TRANSFORMER_WORDS)):
+        for rule in rules:
+            for leaf in ("weight", "bias", "gamma"):
+                name = f"{rule.official.replace('#', '3')}.{leaf}"
+                if second_reading.FUSED in name:
+                    own = [part[0] for part in second_reading._parts(name, 3, True)]
+                else:
+                    own = [second_reading.renamed(name, words)]
+                assert own == [f"{target.replace('#', '3')}.{leaf}" for target in rule.diffusers]
+
+
+def test_a_file_that_is_not_the_one_that_was_downloaded_is_seen(copy, capsys):
+    """huggingface_hub notes the hub's hash of each file; one byte of a config is changed, and one of the weights."""
+    notes = copy / "vae" / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    weights, config = copy / "vae" / "diffusion_pytorch_model.safetensors", copy / "vae" / "config.json"
+    etags = {weights: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    etags[config] = hashlib.sha1(b"blob %d\0" % config.stat().st_size + config.read_bytes()).hexdigest()
+    for path, etag in etags.items():
+        (notes / f"{path.name}.metadata").write_text(f"{'a' * 40}\n{etag}\n1700000000.0\n")
+    check = check_hashes("vae", [copy / "vae"], copy)
+    assert check == [checks.Check("vae", "hashes", True, "2 of 2 files have a known hash")]
+    config.write_text(config.read_text().replace("256", "257"))
+    assert check_hashes("vae", [copy / "vae"], copy)[0].note.startswith("vae/config.json: not the file that was down")
+    edit_weights(weights, "decoder.conv_in.conv.bias", lambda x: x + 1)
+    (failed,) = check_hashes("vae", [copy / "vae"], copy)
+    assert not failed.ok
+    assert failed.note == "vae/config.json and 1 more: not the file that was downloaded; fetch it again"
+    (notes / "config.json.metadata").write_text("junk")
+    assert known_hash(config, copy) is None and known_hash(weights, copy) == etags[weights]
+    assert check_hashes("text", [copy / "text_encoder"], copy) == []
+
+
+def test_the_hubs_own_cache_names_files_by_their_hash(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a" / "vae"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    etag = hashlib.sha256(b"weights").hexdigest()
+    (blobs / etag).write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to(blobs / etag)
+    root = tmp_path / "snapshots" / "a"
+    assert check_hashes("vae", [snapshot], root)[0].ok
+    (blobs / etag).write_bytes(b"Weights")
+    assert not check_hashes("vae", [snapshot], root)[0].ok
 
 
 def test_a_kernel_that_is_not_exact_is_seen(monkeypatch):
