@@ -46,7 +46,7 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     for path, what in written.files:
         run.add_output(path, what)
     if written.files:
-        run.add_video(written.files[-1][0], written.frames, options.fps)
+        run.add_video(written.files[-1][0], written.frames, job.fps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

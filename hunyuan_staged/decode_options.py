@@ -13,6 +13,7 @@ from hunyuan_staged.run_options import (
     DEFAULT_FPS,
     DEFAULT_OUTPUT_DIR,
     FILES,
+    MAX_FPS,
     MAX_NAME_BYTES,
     STRICT,
     TILES,
@@ -39,7 +40,7 @@ class DecodeOptions(RunOptions):
     )
     save_frames: bool = flag("also write stage3_frames.safetensors to --input_dir", group=FILES, default=False)
     strict: bool = flag(STRICT, group=FILES, default=False)
-    fps: float = flag("frames per second (default: %(default)s)", group=VIDEO, default=DEFAULT_FPS)
+    fps: float | None = flag(f"frames per second (default: --input_video's, else {DEFAULT_FPS})", group=VIDEO)
     encoder: str = flag(
         "H.264 encoder of ffmpeg; h264_nvenc needs a GPU with one (default: %(default)s)",
         group=VIDEO,
@@ -71,8 +72,8 @@ class DecodeOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if not 1 <= self.fps <= 240:
-            raise InputError(f"{self.fps:g} is outside 1 to 240", option="fps")
+        if self.fps is not None and not 1 <= self.fps <= MAX_FPS:
+            raise InputError(f"{self.fps:g} is outside 1 to {MAX_FPS}", option="fps")
         encoding.check_encoding(encoding.Encoding(self.encoder, self.encoder_preset, self.crf))
         if not self.disable_tiling:
             size = tiling.DEFAULT_TILE_SIZE if self.tile_size is None else self.tile_size

@@ -174,6 +174,8 @@ def base_and_larger(words: list[str]) -> list[list[str]]:
     """Stage 2's two lists where super resolution follows the base run, from what is given for both."""
     of_larger = {option.name for option in options_of(DenoiseOptions) if option.flag.group == LARGER}
     of_base = {option.name for option in options_of(DenoiseOptions) if option.flag.group == CACHE}
+    if any(_name(word) == "input_video" for word in words):
+        return [words]  # there is no base run
     of_base |= {*UpscaleOptions.of_the_base, *UpscaleOptions.of_its_own}
     return [[word for word in words if _name(word) not in others] for others in (of_larger, of_base)]
 

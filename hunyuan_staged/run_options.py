@@ -28,6 +28,7 @@ DEFAULT_AMPLIFY = 8.0
 # What an option may ask for at most: far beyond what the models were made for, and short of what no memory holds.
 MAX_LORA_WEIGHT = 1000  # either way; the largest in use are some 10
 MAX_STEPS = 1000
+MAX_FPS = 240
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
 
 FILES, WHAT, REWRITING, WEIGHTS, MEMORY = "files", "what to show", "rewriting", "weights", "memory"

@@ -20,6 +20,11 @@ class UpscaleOptions(RunOptions):
         choices=tuple(SUPER_RESOLUTION),
     )
 
+    input_video: str | None = flag(
+        "enlarge this video instead of a run's latents; --video_length: how many of its frames (default: up to 121)",
+        group=LARGER,
+        metavar="FILE",
+    )
     super_resolution_transformer: str | None = flag(
         "its transformer as one safetensors file, as ComfyUI has it (default: the model's)",
         group=LARGER,
@@ -43,7 +48,7 @@ class UpscaleOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("super_resolution_transformer", "super_resolution_upsampler"):
+        for name in ("input_video", "super_resolution_transformer", "super_resolution_upsampler"):
             file = getattr(self, name)
             if file is not None and self.super_resolution is None:
                 raise InputError("belongs to --super_resolution", option=name)

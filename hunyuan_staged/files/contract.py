@@ -19,6 +19,7 @@ CONFIG_FILE = "generation_config.json"
 VIDEO_FILE = "output_video.mp4"
 PREVIEW_VIDEO, PREVIEW_PICTURE = "preview.mp4", "preview.png"  # of stage 2, while it denoises
 BASE = "base"  # what the latents of a run without super resolution are called where there are others
+INPUT = "input"  # what they are called that a video of the user's was encoded to
 # Where a stopped stage 2 goes on from; removed when the latents are there.
 STATE_FILE = "stage2_state.safetensors"
 LOCK_FILE = ".lock"

@@ -17,6 +17,9 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic
 from hunyuan_staged.files.encoding import DEFAULT_ENCODING, ENCODERS, Encoding
 
+# How ffmpeg may read a video of the user's: from this file alone, which some formats would have it leave.
+READ_FORMATS = ("mov", "matroska", "avi", "mpegts", "flv", "ogg", "gif")
+READ_OPTIONS = ["-protocol_whitelist", "file", "-format_whitelist", ",".join(READ_FORMATS)]
 FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
 
 
@@ -176,8 +179,8 @@ def open_video(path: str | Path) -> tuple[VideoInfo, Iterator[np.ndarray]]:
 
     if not Path(path).is_file():
         raise InputError(f"video {path} does not exist")
-    unreadable = f"{path} is no video that ffmpeg can read"
-    reader = imageio_ffmpeg.read_frames(str(path))
+    unreadable = f"{path} is no video that ffmpeg can read as {', '.join(READ_FORMATS)}"
+    reader = imageio_ffmpeg.read_frames(str(Path(path).absolute()), input_params=READ_OPTIONS)
     try:
         meta = next(reader)
         info = VideoInfo(meta["size"][1], meta["size"][0], float(meta["fps"]))

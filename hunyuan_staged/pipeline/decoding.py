@@ -8,7 +8,7 @@ decoding.run(setup, setup.plan(free_memory(setup.world)))
 import collections
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name
+from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
 from hunyuan_staged.runtime.processes import cores
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights import components
@@ -86,12 +87,13 @@ def _former(folder: Path, resolution: str) -> str | None:
 @dataclass(frozen=True)
 class DecodeJob:
     """What a folder holds for stage 3: latents [1, C, t, h, w], their hash, the config; mismatch: why they do not belong
-    to what they were made from, else None; resolution: of super resolution, else None."""
+    to what they were made from, else None; fps: of the video to make; resolution: of super resolution, else None."""
 
     latents: torch.Tensor
     latents_hash: str
     config: dict[str, Any]
     mismatch: str | None
+    fps: float = DEFAULT_FPS
     resolution: str | None = None
 
 
@@ -103,7 +105,17 @@ def read_job(options: DecodeOptions, report: Reporter = SILENT) -> DecodeJob:
     latents, metadata = tensors.load_latents(folder, resolution)
     config = read_config(folder)
     mismatch = provenance.latents_mismatch(folder, config, metadata, resolution)
-    return DecodeJob(latents, provenance.sha256(path), config, mismatch, resolution)
+    fps = options.fps or _recorded_fps(metadata)
+    return DecodeJob(latents, provenance.sha256(path), config, mismatch, fps, resolution)
+
+
+def _recorded_fps(metadata: Mapping[str, str]) -> float:
+    """The frames per second of the video that latents were made from; the default where there was none."""
+    try:
+        fps = float(metadata.get("fps", DEFAULT_FPS))
+    except ValueError:
+        return DEFAULT_FPS
+    return fps if 1 <= fps <= MAX_FPS else DEFAULT_FPS
 
 
 def replaced(options: DecodeOptions, job: DecodeJob) -> str | None:
@@ -254,11 +266,11 @@ def write(setup: DecodeSetup, batches: Iterator[FrameBatch]) -> Written:
         written.seconds = time.perf_counter() - started
 
     path = video_path(options, setup.job.resolution)
-    written.frames = count = write_video(path, frames(), options.fps, height, width, encoding_of(setup))
+    written.frames = count = write_video(path, frames(), setup.job.fps, height, width, encoding_of(setup))
     if floats:
         whole = torch.cat(floats).permute(3, 0, 1, 2)[None].contiguous()  # [T, H, W, 3] → [1, 3, T, H, W]
-        about = {"fps": f"{options.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}
+        about = {"fps": f"{setup.job.fps:g}", contract.LATENTS_HASH: setup.job.latents_hash}
         saved = tensors.save_frames(options.input_dir, whole, about, setup.job.resolution)
         written.files.append((saved, f"frames {list(whole.shape)} {whole.dtype}"))
-    written.files.append((path, f"{count} frames of {width}x{height} at {options.fps:g} frames per second"))
+    written.files.append((path, f"{count} frames of {width}x{height} at {setup.job.fps:g} frames per second"))
     return written

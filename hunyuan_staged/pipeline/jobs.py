@@ -11,6 +11,8 @@ from hunyuan_staged.files.config import read_config
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.pipeline.common import Lock
 
+INPUT_LATENTS = contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
+
 
 def output_dir(options: DenoiseOptions) -> Path:
     """Where the latents go."""
@@ -20,7 +22,7 @@ def output_dir(options: DenoiseOptions) -> Path:
 def locks(options: DenoiseOptions) -> list[Lock]:
     """What a run must lock before it reads; InputError where stage 1 has not been run."""
     contract.require_file(Path(options.input_dir) / contract.CONFIG_FILE)
-    larger = contract.larger_files(2) if options.super_resolution else ()
+    larger = (*contract.larger_files(2), INPUT_LATENTS) if options.super_resolution else ()
     return [(output_dir(options) / contract.LOCK_FILE, (*contract.STAGE_FILES[2], *larger))]
 
 

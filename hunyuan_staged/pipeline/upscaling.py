@@ -24,7 +24,7 @@ from hunyuan_staged.geometry import (
 )
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DenoiseOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import denoising, low_resolution
+from hunyuan_staged.pipeline import denoising, input_video, low_resolution
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.common import chosen_model, free_memory
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
@@ -40,11 +40,12 @@ from hunyuan_staged.weights.upsampler import UpsamplerFiles, open_upsampler
 
 @dataclass(frozen=True)
 class Source:
-    """The latents [1, 32, T, h, w] that are enlarged, the file's name and its hash."""
+    """The latents [1, 32, T, h, w] that are enlarged, the file's name and its hash; about: metadata that stays."""
 
     latents: torch.Tensor
     name: str
     hash: str
+    about: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class UpscaleSetup(denoising.DenoiseSetup):
     def made_from(self) -> dict[str, str]:
         assert self.source is not None
         larger = {contract.LATENTS_HASH: self.source.hash, contract.ENLARGED_FROM: self.source.name}
-        return super().made_from | larger
+        return super().made_from | larger | self.source.about
 
     def fingerprint(self) -> str:
         transformer = self.folder.fingerprint(["transformer"], self.version.name)
@@ -140,7 +141,8 @@ def enlarge(
     made so will do. Of several runs all are planned before the first begins. Every rank calls it.
     """
     assert options.super_resolution is not None
-    shape = base_shape(options, job)
+    video = input_video.look_at(options, report) if options.input_video else None
+    shape: tuple[int, ...] = video.shape if video else base_shape(options, job)
     base = resolution_of(*(side * SPATIAL_RATIO for side in shape[-2:]))
     if base is None:
         raise InputError(f"latents {list(shape)} are of no resolution; known: {', '.join(BUCKET_BASE)}")
@@ -154,10 +156,14 @@ def enlarge(
         planned = resolve(options, job, world, version, larger)
         planned.plan(free_memory(world))
         larger = planned.shape
+    if video and not options.dry_run:
+        model_path = chosen_model(options.model_path, options.input_dir, job.config)
+        input_video.write_latents(video, options, model_path, world, report)
+    first = contract.INPUT if video else None
     for version in chain:
         setup = resolve(options, job, world, version, shape, report)
         if not options.dry_run:
-            setup = _with_source(setup, None if version.base == base else version.base, shape)
+            setup = _with_source(setup, first if version.base == base else version.base, shape)
         denoise(setup, version is not chain[-1])
         shape = setup.shape
         del setup  # and with it the transformer, before the next one is loaded
@@ -207,6 +213,7 @@ def _with_source(setup: UpscaleSetup, resolution: str | None, shape: tuple[int, 
     latents, metadata = tensors.load_latents(folder, resolution)
     if latents.shape != shape:
         raise InputError(f"{folder / name} is {list(latents.shape)}; it was {list(shape)} when this run began")
-    job, source = setup.job, Source(latents, name, provenance.sha256(folder / name))
+    about = {"fps": metadata["fps"]} if "fps" in metadata else {}
+    job, source = setup.job, Source(latents, name, provenance.sha256(folder / name), about)
     mismatch = provenance.latents_mismatch(folder, job.config, metadata, resolution)
     return replace(setup, source=source, job=replace(job, mismatch=job.mismatch or mismatch))

@@ -8,16 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformer_writer as writer
 from conftest import ROOT
 from folders import embed
 from forked import Moment, run_ranks, run_stage
+from PIL import Image
 from safetensors.torch import load_file
 
+from hunyuan_staged.encoders.image import pixels_of, resize_and_center_crop
 from hunyuan_staged.files import contract, provenance
+from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_latents
+from hunyuan_staged.files.video import read_video, write_video
+from hunyuan_staged.weights.components import load_vae_encoder
+from hunyuan_staged.weights.folder import open_model
 
 STEP = "hunyuan_staged.sampling.loop.euler_step"
 LARGER = contract.at_resolution(contract.LATENTS_FILE, "demo_hd")
@@ -192,6 +199,78 @@ def test_files_of_something_else_are_refused(again, tiny_super_resolution, flag,
     assert not (again / LARGER).exists()
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """11 frames of 200x100 at 12 frames per second: a bright column that moves."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    frames = np.zeros((11, 100, 200, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[:, 15 * number : 15 * number + 40] = 230
+    write_video(path, frames, 12, 100, 200)
+    return path
+
+
+def test_any_video_is_enlarged(again, clip):
+    """Its frames go through the VAE's encoder; the base run's latents stay, and stage 3 keeps the frame rate."""
+    base = (again / contract.LATENTS_FILE).read_bytes()
+    status, said = enlarge(again, "--input_video", clip)
+    assert status == 0, said
+    assert (
+        f"{clip}: 11 frames of 200x100 at 12 frames per second; taken are 9, cropped and resized to 160x80 (demo)"
+        in said
+    )
+    made, metadata = load_latents(again, "demo_hd")
+    source = contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
+    assert made.shape == (1, 32, 3, 8, 16)
+    assert (metadata[contract.ENLARGED_FROM], metadata["fps"]) == (source, "12")
+    assert (again / contract.LATENTS_FILE).read_bytes() == base
+    # What is enlarged is the mode of the posterior of the first 9 frames, cropped, times the scaling factor.
+    frames = [resize_and_center_crop(Image.fromarray(frame), 80, 160) for frame in read_video(clip)[0][:9]]
+    config = read_config(again)
+    encoder, vae = load_vae_encoder(
+        open_model(config["model_path"], ("vae",)), device=torch.device("cpu"), dtype=torch.float32
+    )
+    mean = encoder(torch.stack([pixels_of(frame) for frame in frames], dim=1)[None]).chunk(2, dim=1)[0]
+    expected = mean * vae["scaling_factor"]
+    found = load_latents(again, contract.INPUT)[0]
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    status, said = run_stage(3, "--input_dir", again, said=again.parent / "said")
+    assert status == 0, said
+    assert "9 frames of" in said and "at 12 frames per second" in said
+    status, said = enlarge(again, "--input_video", clip, "--resume")
+    assert status == 0, said
+    assert said.count("is there, made from the same: taken as it is") == 2
+
+
+def test_a_part_of_a_video_in_another_shape(again, clip):
+    status, said = enlarge(again, "--input_video", clip, "--video_length", 5, "--aspect_ratio", "1:1", "--dry_run")
+    assert status == 0, said
+    assert "taken are 5, cropped and resized to 128x128 (demo)" in said
+    assert planned(said, "video") == "192x192, 5 frames"
+    assert not (again / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)).exists()
+    status, said = enlarge(again, "--input_video", clip, "--video_length", 13)
+    assert status == 2
+    assert said.splitlines()[-1] == f"error: --video_length 13: {clip} has 11 frames"
+
+
+@pytest.mark.parametrize("kind", ["text", "playlist", "list of files", "cut short"])
+def test_what_is_no_video_is_refused(again, tmp_path, clip, kind):
+    """A playlist or a list of files would have ffmpeg read others."""
+    content = {
+        "text": b"no video",
+        "playlist": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n".encode(),
+        "list of files": f"ffconcat version 1.0\nfile {clip}\n".encode(),
+        "cut short": clip.read_bytes()[:60],
+    }[kind]
+    (tmp_path / "clip.mp4").write_bytes(content)
+    status, said = enlarge(again, "--input_video", tmp_path / "clip.mp4")
+    assert status == 2
+    assert [line for line in said.splitlines() if "error" in line] == [
+        f"error: {tmp_path}/clip.mp4 is no video that ffmpeg can read as mov, matroska, avi, mpegts, flv, ogg, gif"
+    ]
+    assert not (again / LARGER).exists()
+
+
 def planned(said: str, row: str) -> str:
     return next(line.removeprefix(row).strip() for line in said.splitlines() if line.startswith(row))
 
@@ -223,6 +302,7 @@ def test_a_plan_needs_no_latents(again):
         (["--aspect_ratio", "1:1"], "--aspect_ratio 1:1: {latents} is 160x96"),
         (["--enable_cache"], "--enable_cache is for the run whose latents --super_resolution enlarges"),
         (["--lora", ROOT], "--lora is for the run whose latents --super_resolution enlarges"),
+        (["--input_video", ROOT / "none.mp4"], f"--input_video {ROOT}/none.mp4 does not exist"),
         (["--super_resolution_upsampler", ROOT], f"--super_resolution_upsampler {ROOT} does not exist"),
         (["--super_resolution", "720p"], "super resolution to 720p does not start from demo; allowed: demo_hd"),
     ],

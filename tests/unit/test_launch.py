@@ -46,6 +46,8 @@ def test_super_resolution_is_stage_2_once_more(tmp_path):
         ["--latents=720p", *FOLDER],
     ]
     assert launch.stage_numbers(lists) == (1, 2, 2, 3)
+    video = ["--super_resolution=720p", "--input_video=/dev/null", "--num_inference_steps=8"]
+    assert launch.base_and_larger(video) == [video], "there is no base run"
     # Without it the latents of a former run are not decoded, unless the flags say so.
     (tmp_path / "stage2_latents_720p.safetensors").touch()
     own = [f"--output_dir={tmp_path}"]
