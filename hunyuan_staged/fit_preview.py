@@ -13,8 +13,6 @@ from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files import contract
 from hunyuan_staged.parsing import Parser, tool_parser
 
-GOOD = 0.9  # of the variance; the published VAE's factors reach 0.976
-
 
 def build_parser() -> Parser:
     """All flags, with their defaults."""
@@ -51,14 +49,14 @@ def fit(args: argparse.Namespace) -> None:
         if (info.height, info.width) != (height, width):
             raise InputError(f"{run}: the video is {info.width}x{info.height}, its latents are of {width}x{height}")
         try:
-            clips.append(preview.samples(latents, frames))
+            clips.append(preview.moments(latents, frames))
         except ValueError as error:
             raise InputError(f"{run}: {error}") from error
     factors, explained = preview.fit_factors(clips)
     vae = folder.fingerprint(["vae"])
     path = args.output or cached_factors(vae)
     preview_factors.save(path, preview_factors.FittedFactors(vae, explained, factors))
-    few = "" if explained >= GOOD else "; more runs, of other colours, would do better"
+    few = "" if explained >= preview.ENOUGH else "; more runs, of other colours, would do better"
     print(f"wrote {path}: {explained:.1%} of the variance of latent frames left out of the fit{few}")
 
 

@@ -56,7 +56,7 @@ def test_a_frame_for_each_latent_frame_in_its_colours():
 
 def test_factors_are_found_again_from_several_clips():
     latents, factors = drawn()
-    clips = [preview.samples(x, decoded(x, factors)) for x in (latents, latents.flip(2), -latents)]
+    clips = [preview.moments(x, decoded(x, factors)) for x in (latents, latents.flip(2), -latents)]
     found, explained = preview.fit_factors(clips)
     assert torch.allclose(torch.tensor(found), factors, atol=3e-3)  # 8 bits
     assert 0.999 < explained < 1
@@ -64,21 +64,36 @@ def test_factors_are_found_again_from_several_clips():
 
 def test_the_share_is_that_of_frames_left_out():
     """Of noise nothing can be foretold, however well as many factors as there are numbers fit it."""
-    latents, _ = drawn(32)
+    latents, _ = drawn(16)
     noise = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), dtype=np.uint8)
-    assert preview.fit_factors([preview.samples(latents, noise)])[1] < 0.1
+    assert preview.fit_factors([preview.moments(latents, noise)])[1] < 0.1
+
+
+def test_neighbours_count_where_a_latent_alone_tells_too_little():
+    """A VAE whose colours come from the latent to the left, at the edge from the one there."""
+    draw = torch.Generator().manual_seed(1)
+    latents, factors = torch.randn(1, 2, 9, 8, 8, generator=draw), drawn(2)[1]
+    shifted = torch.cat([latents[..., :1], latents[..., :-1]], dim=-1)
+    found, explained = preview.fit_factors([preview.moments(latents, decoded(shifted, factors))])
+    assert len(found) == 19 and explained > 0.99
+    by_left = torch.tensor(found)[:-1].unflatten(0, (9, 2))
+    assert torch.allclose(by_left[3], factors[:2], atol=3e-3)
+    assert by_left[[0, 1, 2, 4, 5, 6, 7, 8]].abs().max() < 3e-3
+    colors = preview.colors(latents, preview.as_weights(found, 2, CPU))
+    expected = preview.colors(shifted, preview.as_weights(factors.tolist(), 2, CPU))
+    assert torch.allclose(colors, expected, atol=0.02)
 
 
 def test_a_single_frame_is_fitted_too():
     latents, factors = drawn(2)
-    found, explained = preview.fit_factors([preview.samples(latents[:, :, :1], decoded(latents[:, :, :1], factors))])
+    found, explained = preview.fit_factors([preview.moments(latents[:, :, :1], decoded(latents[:, :, :1], factors))])
     assert torch.allclose(torch.tensor(found), factors, atol=3e-3) and explained > 0.999
 
 
 def test_frames_that_are_not_those_of_the_latents_are_refused():
     latents, factors = drawn()
     with pytest.raises(ValueError, match="8 frames do not belong to 3 latent frames"):
-        preview.samples(latents, decoded(latents, factors)[:8])
+        preview.moments(latents, decoded(latents, factors)[:8])
 
 
 def test_factors_are_read_as_written(tmp_path):
@@ -103,7 +118,8 @@ def test_a_broken_table_is_refused_by_name(tmp_path, factors):
 
 
 def test_factors_for_other_channels_are_refused():
-    with pytest.raises(InputError, match=r"preview factors are \[33, 3\]; 4 latent channels need one more row"):
+    allowed = "4 latent channels need 5 rows, or 37 with their neighbours"
+    with pytest.raises(InputError, match=rf"preview factors are \[33, 3\]; {allowed}"):
         preview.as_weights(preview_factors.PUBLISHED, 4, CPU)
 
 
