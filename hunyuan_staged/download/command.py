@@ -5,6 +5,7 @@ run left is gone on with; each file that arrives is checked.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hunyuan_staged.download.sources import sources_of
 from hunyuan_staged.errors import run_tool
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.parsing import Parser, tool_parser
-from hunyuan_staged.weights.hub import FOUR_STEPS_SOURCE, FOUR_STEPS_VERSION, HF, MODELSCOPE
+from hunyuan_staged.weights.hub import FOUR_STEPS_FILE, FOUR_STEPS_SOURCE, FOUR_STEPS_VERSION, HF, MODELSCOPE
 
 
 def build_parser() -> Parser:
@@ -26,7 +27,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--four_steps",
         action="store_true",
-        help=f"LightX2V's transformer for four steps in place of {FOUR_STEPS_VERSION}'s own; no stage reads it yet",
+        help=f"LightX2V's transformer for four steps in place of {FOUR_STEPS_VERSION}'s own",
     )
     parser.add_argument(
         "--endpoint", metavar="URL", help=f"mirror of {ENDPOINTS[HF]} (default: ${ENDPOINT_VARIABLES[HF]}, else itself)"
@@ -49,10 +50,7 @@ def run(args: argparse.Namespace) -> None:
     sources = sources_of(args.version, args.super_resolution, four_steps=args.four_steps)
     endpoints = {HF: endpoint_of(HF, args.endpoint), MODELSCOPE: endpoint_of(MODELSCOPE, args.modelscope_endpoint)}
     download = plan.make_download(folder, sources, endpoints)
-    remarks = list(download.remarks)
-    if args.four_steps:
-        remarks.append(f"{FOUR_STEPS_SOURCE.into}/ is for a later version of this suite: no stage reads it yet")
-    for remark in remarks:
+    for remark in download.remarks:
         print(f"note: {remark}")
     rows = download.rows()
     width = max(len(row[0]) for row in rows)
@@ -69,7 +67,17 @@ def run(args: argparse.Namespace) -> None:
         return
     plan.check_present(download, lambda files, **about: tqdm(files, disable=not files, dynamic_ncols=True, **about))
     plan.fetch(download, endpoints, lambda line: print(line, flush=True))
-    print(f"all files are whole; next: python -m hunyuan_staged.verify --model_path {folder}")
+    print(f"all files are whole; next: {next_command(folder, args.version, four_steps=args.four_steps)}")
+
+
+def next_command(folder: Path, version: str, *, four_steps: bool) -> str:
+    """The command for what has been fetched: a proof of it, or of a single file, which has none, a video."""
+    if four_steps:
+        file = folder / FOUR_STEPS_SOURCE.into / FOUR_STEPS_FILE
+        words = ["bash", "run_staged.sh", "--model_path", str(folder), "--resolution", version.partition("_")[0]]
+        words += ["--transformer", str(file), "--four_steps", "--prompt", "A cat walks on the grass."]
+        return shlex.join(words)
+    return shlex.join(["python", "-m", "hunyuan_staged.verify", "--model_path", str(folder), "--version", version])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """Which files a version needs, and from where."""
 
+from dataclasses import replace
+
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights import hub
@@ -10,14 +12,17 @@ def sources_of(name: str, super_resolution: str | None = None, *, four_steps: bo
     """What stages 1 to 3 need for a transformer version, e.g. "720p_t2v", the largest first.
 
     super_resolution: "720p" or "1080p", with every version on the way there. four_steps: LightX2V's transformer in place
-    of the version's own. Raises InputError for a name that is none, and for what is not published.
+    of the version's own, of which the config remains: stage 1 reads it. Raises InputError for a name that is none, and for
+    what is not published.
     """
     version = versions.parse_version(name)
     if version.resolution.startswith("demo"):
         raise InputError(f"version {name} is on no hub: the demo's weights come with the package")
     if four_steps and name != hub.FOUR_STEPS_VERSION:
         raise InputError(f"exists for {hub.FOUR_STEPS_VERSION} alone, not for {name}", option="four_steps")
-    found = [hub.FOUR_STEPS_SOURCE if four_steps else official_source(f"transformer/{name}")]
+    found = [official_source(f"transformer/{name}")]
+    if four_steps:
+        found = [hub.FOUR_STEPS_SOURCE, replace(found[0], patterns=(f"transformer/{name}/config.json",))]
     found += [hub.LANGUAGE_SOURCE, official_source("vae"), hub.BYTES_SOURCE, hub.GLYPH_SOURCE]
     found += [official_source("scheduler")] + [hub.IMAGE_SOURCE] * (version.task == "i2v")
     if super_resolution is not None:

@@ -154,6 +154,10 @@ def resolve(
     version = pick_version(options, folder)
     for part in parts:
         folder.require(part)
+    if folder.config_alone(version.name):
+        report.warn(
+            f"{folder.path} has no weights of {version.name}, its config alone: stage 2 needs --transformer FILE"
+        )
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)
     rewriter = rewriting.resolve(options, folder, version.task, picture, world)

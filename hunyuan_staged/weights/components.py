@@ -21,6 +21,7 @@ from hunyuan_staged.weights.configs import (
     official_transformer_config,
     official_vae_config,
 )
+from hunyuan_staged.weights.encoder_configs import glyph_config
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import remote_shape
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, Named, Rule, diffusers_names, diffusers_tensors
@@ -56,8 +57,10 @@ def transformer_config(folder: ModelFolder, version: str) -> dict[str, Any]:
 
 def _glyph_width(folder: ModelFolder, version: str) -> int:
     """The width of the glyph encoder, which no official config names; of a hub's weights that are not here yet it is read
-    from the header alone."""
+    from the header alone. Where there is a transformer's config alone, the glyph encoder's own tells."""
     inside = folder.transformer_folder(version)
+    if folder.config_alone(version) and folder.has("glyph"):
+        return int(glyph_config(folder.folders("glyph")[0] / "config.json").d_model)
     if folder.repo and not has_weights(inside):
         name = sharded_file(inside, GLYPH_IN)
         shape = remote_shape(folder.repo, inside.relative_to(folder.path) / name, folder.path.name, GLYPH_IN)

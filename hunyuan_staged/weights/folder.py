@@ -215,6 +215,10 @@ class ModelFolder:
             raise InputError(self.lacks(version))
         return folder / version if self.official else folder
 
+    def config_alone(self, version: str) -> bool:
+        """Whether of a version's transformer only the config is here: its weights are a file elsewhere, or forgotten."""
+        return not self.repo and not any(self.transformer_folder(version).glob("*.safetensors*"))
+
     def transformer_files(self, version: str) -> list[Path]:
         """A version's weights; of a hub repository they are downloaded now, if they are not in its cache."""
         folder = self.transformer_folder(version)

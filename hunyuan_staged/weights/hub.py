@@ -89,9 +89,8 @@ IMAGE_SOURCE = Source(
 )
 # LightX2V's transformer for four steps, in one file.
 FOUR_STEPS_VERSION = "480p_t2v"
-FOUR_STEPS_SOURCE = Source(
-    "lightx2v/Hy1.5-Distill-Models", ("hy1.5_t2v_480p_lightx2v_4step.safetensors",), "four_steps"
-)
+FOUR_STEPS_FILE = "hy1.5_t2v_480p_lightx2v_4step.safetensors"
+FOUR_STEPS_SOURCE = Source("lightx2v/Hy1.5-Distill-Models", (FOUR_STEPS_FILE,), "four_steps")
 
 PARTS = {
     # One version of ten, of 33 GB each.

@@ -102,6 +102,9 @@ def test_exactly_the_parts_of_a_version_arrive(hub, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{len(T2V)} files, {total / 1e3:.1f} kB; to be fetched: {total / 1e3:.1f} kB; free: " in said
     assert "transformer/720p_t2v " in said and f"5.0 kB  {TENCENT}" in said
+    assert said.splitlines()[-1] == (
+        f"all files are whole; next: python -m hunyuan_staged.verify --model_path {folder} --version 720p_t2v"
+    )
     before = hub.sent.copy()
     assert run(hub, folder) == 0
     assert hub.sent == before
@@ -125,8 +128,12 @@ def test_four_steps_take_the_place_of_the_transformer(hub, tmp_path, capsys):
     assert run(hub, tmp_path / "model", "--four_steps", version="480p_t2v") == 0
     found = contents(tmp_path / "model")
     assert "four_steps/hy1.5_t2v_480p_lightx2v_4step.safetensors" in found
-    assert not [name for name in found if name.startswith("transformer/")]
-    assert "no stage reads it yet" in capsys.readouterr().out
+    assert [name for name in found if name.startswith("transformer/")] == ["transformer/480p_t2v/config.json"]
+    file = tmp_path / "model" / "four_steps" / "hy1.5_t2v_480p_lightx2v_4step.safetensors"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"all files are whole; next: bash run_staged.sh --model_path {tmp_path}/model --resolution 480p "
+        f"--transformer {file} --four_steps --prompt 'A cat walks on the grass.'"
+    )
     assert run(hub, tmp_path / "other", "--four_steps") == 2
     assert capsys.readouterr().err == "error: --four_steps exists for 480p_t2v alone, not for 720p_t2v\n"
 
