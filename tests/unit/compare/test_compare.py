@@ -345,7 +345,10 @@ def refused(capsys, *args: object) -> str:
             ["a", "short"],
             "error: output_video.mp4 differs in shape: 3 frames of 160x96 px in a, 2 frames of 160x96 px in short",
         ),
-        (["a", "broken"], "error: broken/output_video.mp4 is no video that ffmpeg can read"),
+        (
+            ["a", "broken"],
+            "error: broken/output_video.mp4 is no video that ffmpeg can read as mov, matroska, avi, mpegts, flv, ogg, gif",
+        ),
         (["odd", "odd2"], "error: odd/stage3_frames.safetensors has 3 frames of 40x32 px; allowed are multiples of 16 px"),
     ],
 )  # fmt: skip
