@@ -1,6 +1,7 @@
 """The jobs below a folder: what each is, how far it is, and what there is to see of it."""
 
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from hunyuan_staged.errors import InputError, printable
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.encoding import SUFFIXES
+from hunyuan_staged.files.provenance import sha256
 from hunyuan_staged.files.tensors import opened
 from hunyuan_staged.gallery.finishing import decode_command, denoise_command
 from hunyuan_staged.geometry import BUCKET_BASE
@@ -114,7 +116,7 @@ def _describe(job: Job, config: Mapping[str, Any]) -> None:
         if value not in (None, ""):
             job.settings[name] = f"{value:g}" if isinstance(value, float) else str(value)
     times = [float(config[key]) for key in SECONDS if config.get(key) is not None]
-    job.seconds = sum(times) if times else None
+    job.seconds = sum(times) if times and math.isfinite(sum(times)) else None
 
 
 def _video(folder: Path, config: Mapping[str, Any], root: Path) -> Path | None:
@@ -135,10 +137,14 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
     if state:
         given = _read_state(job, state)
         job.status = STOPPED
-    elif job.video:
+        if state.name == contract.STATE_FILE:
+            job.video = None  # of an earlier run: a state goes once its latents are there
+    elif job.video and not _replaced(latents, job.video, config):
         job.status = FINISHED
     elif latents.is_file():
         job.status = DECODE
+        if job.video:
+            job.video, job.note = None, f"{contract.VIDEO_FILE} is of other latents: it will be replaced"
     elif (folder / contract.EMBEDDINGS_FILE).is_file():
         job.status = ENCODED
         job.note = "stage 2 has left nothing here: its flags are not known"
@@ -151,6 +157,15 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
         job.commands = [denoise_command(folder, given, resume=resume), decode_command(folder)]
     elif job.status == DECODE:
         job.commands = [decode_command(folder)]
+
+
+def _replaced(latents: Path, video: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a video is of other latents than those that are there now."""
+    recorded = config.get(contract.LATENTS_HASH)
+    if video.name != contract.VIDEO_FILE or recorded is None or not latents.is_file():
+        return False
+    # Only where the times let one think so: reading all latents of a large folder takes a while.
+    return latents.stat().st_mtime > video.stat().st_mtime and sha256(latents) != recorded
 
 
 def _read_state(job: Job, path: Path) -> Mapping[str, Any]:
@@ -168,7 +183,7 @@ def _read_state(job: Job, path: Path) -> Mapping[str, Any]:
         }
         known = job.settings | {name: f"{value:g}" for name, value in numbers.items()}
         job.settings = {name: known[name] for name in ("size", *SETTINGS.values()) if name in known}
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is no state of stage 2 ({error!r})") from error
     if given is None:
         job.note += "; it does not record its flags: give those of the first call"

@@ -25,6 +25,13 @@ from hunyuan_staged.weights.single_file import TransformerFile
 # Options of stage 2 that belong to one call and not to its result, or that name its folders.
 OF_ONE_CALL = {"input_dir", "output_dir", "resume", "stop_after", "strict", "dry_run", "debug", "log_json"}
 OF_ONE_CALL |= {"jobs", "seeds", "gpus_per_job", "watch"}
+FILE_OPTIONS = (
+    "model_path",
+    "transformer",
+    "input_video",
+    "super_resolution_transformer",
+    "super_resolution_upsampler",
+)
 
 
 def identity(setup: DenoiseSetup) -> RunIdentity:
@@ -69,7 +76,7 @@ def options_to_go_on(options: DenoiseOptions) -> dict[str, Any]:
     own = [option for option in options_of(DenoiseOptions) if option.name not in OF_ONE_CALL]
     given = {option.name: getattr(options, option.name) for option in own}
     found = {option.name: given[option.name] for option in own if given[option.name] != option.default}
-    for name in ("model_path", "transformer"):
+    for name in FILE_OPTIONS:
         if found.get(name) and Path(found[name]).exists():  # else it is a hub id
             found[name] = str(Path(found[name]).absolute())
     if options.lora:

@@ -119,3 +119,16 @@ def test_a_page_without_its_videos_shows_the_previews(browser, runs, tmp_path):
     large = f"{CARDS}.find((card) => card.querySelector('label').textContent === 'large').querySelector('video')"
     assert browser.run(f"{large}.currentSrc").startswith("data:video/mp4;base64,")
     assert browser.run(f"{large}.duration") == 1
+
+
+def test_a_page_of_many_jobs_plays_what_is_in_sight(browser, runs, tmp_path):
+    """With a source in each of 200 videos none played: a browser has fewer players."""
+    for number in range(200):
+        shutil.copytree(runs / "finished", tmp_path / f"job {number}")
+    assert command.main([str(tmp_path)]) == 0
+    browser.open(tmp_path / "index.html")
+    browser.wait(f"{PLAYS} > 2")
+    browser.run("window.scrollTo(0, document.body.scrollHeight)")
+    browser.wait("[...document.querySelectorAll('video')].at(-1).currentTime > 0")
+    browser.wait("document.querySelectorAll('video[src]').length < 40")
+    assert len(put(browser, "search", "job 17")) == 12, "17, 117, 170 to 179"

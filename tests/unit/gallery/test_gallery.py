@@ -1,10 +1,12 @@
 """Folders of jobs as cards, the commands that finish them, and the page's text."""
 
 import json
+import math
 import os
 import re
 import shlex
 import socket
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,21 @@ def test_how_far_each_job_is_and_what_finishes_it(tmp_path):
     assert list(stopped.settings.items()) == [("size", "160x96"), ("steps", "30"), ("frames", "33"), ("guidance", "6")]
     assert flags(stopped.commands[0]) == [f"--input_dir={tmp_path}/stopped", "--resume", "--seed=7", "--four_steps"]
     assert "run_stage3.sh" in stopped.commands[1]
+
+
+def test_a_video_of_other_latents_is_not_the_jobs(tmp_path):
+    """A second run of stage 2 in one folder, with another seed: at its end, and while it is stopped."""
+    folder = job(tmp_path, "a", (contract.VIDEO_FILE, contract.LATENTS_FILE), latents_sha256=sha256(b"").hexdigest())
+    os.utime(folder / contract.VIDEO_FILE, (1, 1))
+    (found,) = read(tmp_path).values()
+    assert found.status == folders.FINISHED, "they are the same, only copied later"
+    (folder / contract.LATENTS_FILE).write_text("other")
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.video) == (folders.DECODE, None)
+    assert found.note == "output_video.mp4 is of other latents: it will be replaced" and len(found.commands) == 1
+    stop(folder, options={})
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.video) == (folders.STOPPED, None)
 
 
 def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
@@ -151,7 +168,17 @@ def test_a_broken_folder_is_a_card_that_says_so(tmp_path, config, note):
     assert found.status == folders.BROKEN and note in found.note and found.commands == []
 
 
-@pytest.mark.parametrize("change", [{"step": "x"}, {"settings": "[]"}, {"settings": '{"num_inference_steps": null}'}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "x"},
+        {"settings": "[]"},
+        {"settings": '{"num_inference_steps": null}'},
+        {"settings": json.dumps(SETTINGS | {"width": math.inf})},
+        {"settings": json.dumps(SETTINGS | {"guidance_scale": 10**400})},
+        {"settings": json.dumps(SETTINGS), "options": "{"},
+    ],
+)
 def test_a_broken_state_is_a_card_that_says_so(tmp_path, change):
     folder = job(tmp_path, "a")
     tensors.save_state(folder, {"latents": torch.zeros(1, 2, 1, 1, 1)}, {"step": "1", "settings": "{}"} | change)
@@ -221,6 +248,12 @@ def test_small_files_are_in_the_page_and_large_ones_are_linked(tmp_path, monkeyp
     assert found[0]["sources"] == [embedded + "dnZ2dnZ2dnZ2dg=="]
     assert found[1]["sources"] == ["../runs/b%20%231%3F/output_video.mp4", embedded + "cHJldmlldw=="]
     assert found[2]["sources"] == ["../runs/c/output_video.mp4"], "there is no room left"
+
+
+def test_seconds_beyond_all_numbers_are_left_out(tmp_path):
+    job(tmp_path, "a", (contract.VIDEO_FILE,), stage2_elapsed_time=1.7e308, stage3_decode_time=1.7e308, seed=10**400)
+    (found,) = data(page.render(read(tmp_path).values(), "t", tmp_path / "index.html"))["jobs"]
+    assert found["seconds"] is None and found["seed"] == str(10**400)
 
 
 def test_the_command_says_what_it_wrote_or_why_not(tmp_path, capsys):
