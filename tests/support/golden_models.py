@@ -7,9 +7,15 @@ import torch
 from conftest import golden_weights
 from safetensors import safe_open
 
+from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
+from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.models.upsampler import build_upsampler
+from hunyuan_staged.parallel.layout import Layout
+from hunyuan_staged.sampling.conditions import condition_channels
+from hunyuan_staged.sampling.loop import Sampling, denoise
+from hunyuan_staged.sampling.schedule import flow_sigmas
 from hunyuan_staged.weights.configs import official_transformer_config
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_diffusers
 from hunyuan_staged.weights.upsampler import upsampler_kind
@@ -72,3 +78,27 @@ def golden_upsampler(folder: Path, kind: str, config: dict):
     upsampler = build_upsampler(kind, config)
     upsampler.load_state_dict(weights)
     return upsampler.eval()
+
+
+def forward(folder, name: str, layout: Layout | None = None) -> torch.Tensor:
+    tensors, model, conditioning = golden(folder, name)
+    attention = choose_attention("torch", CPU, torch.float32)
+    velocity = Transformer(model, attention, tensors["hidden_states"].shape[2:], layout)
+    return velocity(tensors["hidden_states"], tensors["timestep"], conditioning, tensors.get("timestep_r"))
+
+
+def run_loop(folder, layout: Layout | None = None, on_step=None) -> torch.Tensor:
+    tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
+    model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
+    branches = golden_branches(tensors)
+    attention = choose_attention("torch", CPU, torch.float32)
+    velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
+    return denoise(
+        velocity,
+        tensors["noise"],
+        condition_channels(tensors["noise"], None),
+        branches,
+        flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
+        Sampling(float(metadata["guidance_scale"]), layout=layout),
+        on_step=on_step,
+    )

@@ -1,42 +1,20 @@
 """Decoding: the official numbers, attention without a mask, tiles that cover, the same bits on any number of ranks."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden_weights
-from ranks import run_ranks
 from safetensors.torch import load_file
+from small_vae import ALONE, CONFIG, decode_tiles, decoded, draw_latents, tiny_decoder
 
 from hunyuan_staged.decoding import frames, tiled, tiling
-from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tiling
+from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models import vae_decoder
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.models.vae_modules import FrameCausalAttention, VaeConfig, VaeDecoder
-from hunyuan_staged.parallel.world import World
 from hunyuan_staged.weights.key_maps import VAE_MAP, to_diffusers
-
-ALONE = World(0, 1, torch.device("cpu"))
-CONFIG = {
-    "scaling_factor": 1.03682,
-    "latent_channels": 32,
-    "spatial_compression_ratio": 16,
-    "temporal_compression_ratio": 4,
-}
-
-
-def tiny_decoder(seed: int = 0, layers: int = 0) -> torch.nn.Module:
-    """A decoder of the real structure, with the fewest channels that it allows."""
-    torch.manual_seed(seed)
-    return VaeDecoder(VaeConfig(block_out_channels=(4, 4, 4, 8, 32), layers_per_block=layers)).requires_grad_(False)
-
-
-def draw_latents(frames: int, height: int, width: int) -> torch.Tensor:
-    return torch.randn(1, 32, frames, height, width, generator=torch.Generator().manual_seed(5))
-
 
 # The official numbers
 
@@ -78,28 +56,6 @@ def test_decoder_matches_diffusers_in_chunks(frames, latent_frames_per_chunk, la
     latents = draw_latents(frames, 3, 4)
     wanted = reference(latents)
     torch.testing.assert_close(decoded_by(decoder, latents, latent_frames_per_chunk), wanted, rtol=1e-4, atol=1e-5)
-
-
-def decode_tiles(
-    decoder, latents, config, *, tile_size, tile_overlap, latent_frames_per_chunk=CHUNK_SIZES[0], **options
-):
-    return tiled.decode_frames(
-        decoder,
-        latents,
-        config,
-        Tiling(tile_size, tile_overlap, latent_frames_per_chunk),
-        frames.DecodeContext(**options),
-    )
-
-
-def decoded(*args, **options) -> frames.FrameBatch:
-    """All batches of decode_frames as one, its floats [1, 3, T, H, W]."""
-    blocks = list(decode_tiles(*args, **options))
-    floats = [block.floats for block in blocks if block.floats is not None]
-    return frames.FrameBatch(
-        torch.cat([block.frames for block in blocks]),
-        torch.cat(floats).permute(3, 0, 1, 2)[None] if floats else None,
-    )
 
 
 @pytest.mark.parametrize(("tile_size", "name"), [(None, "decoded"), (64, "decoded_tiled")])
@@ -332,44 +288,3 @@ def test_memory_that_runs_out_again_is_one_line(monkeypatch):
     failing_at(monkeypatch, 0)
     with pytest.raises(InputError, match=r"a tile of 16x16 px does not fit in memory .* there is none that is smaller"):
         decoded(tiny_decoder(), draw_latents(2, 1, 1), CONFIG, tile_size=None, tile_overlap=0.25, world=ALONE)
-
-
-# Ranks
-
-
-def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Decode as the first n of these processes would, for each n; rank 0 returns what it wrote."""
-    results = {}
-    decoder, latents = tiny_decoder(), draw_latents(3, 5, 7)
-    for size in counts:
-        for tile_size in (64, 96, None):
-            if world.rank >= size:
-                continue
-            part = World(world.rank, size, world.device)
-            options = {
-                "tile_size": tile_size,
-                "tile_overlap": 0.25,
-                "world": part,
-                "as_float": True,
-                "latent_frames_per_chunk": 2,
-            }
-            if world.rank > 0:
-                assert list(decode_tiles(decoder, latents, CONFIG, **options)) == []
-            else:
-                video = decoded(decoder, latents, CONFIG, **options)
-                results[json.dumps([size, tile_size, "frames"])] = video.frames.numpy()
-                results[json.dumps([size, tile_size, "floats"])] = video.floats.numpy()
-    return results
-
-
-def test_any_number_of_ranks_gives_the_same_bits():
-    """Six tiles of 64 px; four of 96 px, fewer than the six ranks; one, whole."""
-    counts = [len(tiled.plan_decode(draw_latents(3, 5, 7), CONFIG, Tiling(n)).tiles) for n in (64, 96, None)]
-    assert counts == [6, 4, 1]
-    results = run_ranks(6, decode_as, (1, 2, 3, 4, 6))[0]
-    assert len(results) == 5 * 3 * 2
-    for name, array in results.items():
-        size, *rest = json.loads(name)
-        # Equal to the bit: the ranks only decode, and rank 0 does all later arithmetic.
-        assert np.array_equal(array, results[json.dumps([1, *rest])]), f"{size} ranks, {rest}"
-    assert results[json.dumps([1, 64, "frames"])].std() > 1

@@ -1,19 +1,18 @@
 """Blocks that travel: the same bits as blocks that stay, in one copy for all processes of a machine."""
 
 import gc
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from offloaded import loaded
 from torch import nn
 
 from hunyuan_staged.memory import budget
 from hunyuan_staged.memory.host import HostBlocks, packed_layout
-from hunyuan_staged.memory.offloading import StreamedBlocks, evenly_spaced, load_offloaded, stream_blocks, weights_of
+from hunyuan_staged.memory.offloading import StreamedBlocks, evenly_spaced, stream_blocks, weights_of
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.weights import components, key_maps, loading
+from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -131,19 +130,6 @@ def test_blocks_of_different_shapes_are_not_streamed():
         HostBlocks(nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 3)]), [0, 1], CPU, ALONE)
 
 
-def loaded(folder: Path, offloaded: int, world: World = ALONE, weights_dtype: str | None = None):
-    """The tiny transformer, loaded as stage 2 loads it."""
-    source = open_model(folder, ["transformer"])
-    skeleton = components.transformer_skeleton(source, "demo_t2v", weights_dtype=weights_dtype)
-
-    def load(destinations: loading.Destinations):
-        return components.load_transformer(
-            source, "demo_t2v", device=CPU, dtype=torch.float32, skeleton=skeleton, destinations=destinations
-        )
-
-    return load_offloaded(skeleton, "transformer_blocks", offloaded, load, device=CPU, dtype=torch.float32, world=world)
-
-
 @pytest.mark.parametrize("weights_dtype", [None, "fp8"])
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 def test_weights_are_loaded_straight_into_their_places(layout, weights_dtype, tiny_official, tiny_diffusers):
@@ -176,50 +162,6 @@ def test_the_plan_counts_what_is_loaded(tiny_official):
     )
     small = weights_of(halved, halved.transformer_blocks, torch.float32)
     assert small.each < 0.3 * weights.each and small.rest == weights.rest, "a quarter of float32, and the biases"
-
-
-# Several processes
-
-
-def mapping() -> str:
-    """Inode of the memory that offload.py maps, as the kernel knows it."""
-    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:hunyuan_staged" in line]
-    assert len({line.split()[4] for line in lines}) == 1, lines
-    assert all(line.split()[1].endswith("s") for line in lines), "mapped as shared"
-    return lines[0].split()[4]
-
-
-def reads(world: World, folder: Path) -> tuple[str, list[str], list[float], float]:
-    """(the mapping, names that were read, sums of the blocks' weights, a value that the other process has written)."""
-    names: list[str] = []
-    original = key_maps.diffusers_tensors
-
-    def noting(name, tensor, rules):
-        names.append(name)
-        return original(name, tensor, rules)
-
-    components.diffusers_tensors = noting
-    blocks = loaded(folder, 2, world)[1]
-    sums = [float(sum(t.double().sum() for t in block.parameters())) for block in blocks[:]]
-    world.barrier("read")
-    cell = blocks.host_blocks.memory[:4].view(torch.float32)
-    if world.rank == 1:
-        cell.fill_(7.5)
-    world.barrier("written")
-    return mapping(), names, sums, float(cell)
-
-
-def test_processes_of_a_machine_share_one_copy_that_one_of_them_reads(tiny_official):
-    one, blocks = loaded(tiny_official, 2)
-    (inode, names, sums, cell), (inode_1, names_1, sums_1, cell_1) = run_ranks(2, reads, tiny_official)
-    assert inode == inode_1, "the same memory"
-    assert cell == cell_1 == 7.5, "what one writes the other sees"
-    expected = [float(sum(t.double().sum() for t in block.parameters())) for block in one.transformer_blocks]
-    assert sums == sums_1 == expected
-    offloaded = re.compile(rf"double_blocks\.({'|'.join(map(str, blocks.host_blocks.which))})\.")
-    assert any(offloaded.match(name) for name in names)
-    assert not any(offloaded.match(name) for name in names_1), "the file is read once"
-    assert {name for name in names if not offloaded.match(name)} == set(names_1)
 
 
 def test_nothing_is_left_of_the_memory(tiny_official):

@@ -6,35 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from golden_models import CPU, build, distance, golden_branches, load
-from ranks import run_ranks
+from golden_models import CPU, build, distance, load, run_loop
 
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
-from hunyuan_staged.parallel.layout import Layout, make_layout
-from hunyuan_staged.parallel.world import World
 from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.guidance import guide
 from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, timesteps_of
-
-
-def run_loop(folder, layout: Layout | None = None, on_step=None) -> torch.Tensor:
-    tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
-    model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
-    branches = golden_branches(tensors)
-    attention = choose_attention("torch", CPU, torch.float32)
-    velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
-    return denoise(
-        velocity,
-        tensors["noise"],
-        condition_channels(tensors["noise"], None),
-        branches,
-        flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
-        Sampling(float(metadata["guidance_scale"]), layout=layout),
-        on_step=on_step,
-    )
 
 
 def test_the_loop_gives_the_official_latents(golden_folder):
@@ -49,27 +29,6 @@ def test_the_loop_gives_the_official_latents(golden_folder):
 
 def test_the_loop_gives_the_same_bits_twice(golden_folder):
     assert torch.equal(run_loop(golden_folder), run_loop(golden_folder))
-
-
-def with_first_estimate(folder, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents, what the first step took them to be)."""
-    found = []
-    latents = run_loop(folder, layout, lambda i, _, clean: found.append(clean()))
-    assert torch.equal(found[-1], latents), "behind the last step no noise is left"
-    return latents, found[0]
-
-
-def loop_on(world: World, folder) -> tuple[torch.Tensor, torch.Tensor]:
-    return with_first_estimate(folder, make_layout(world, 2))
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_processes_give_what_one_gives(golden_folder, size):
-    """2: a guidance branch each, the same arithmetic. 3 and 4: sums are split over shards, so not the same bits."""
-    one = with_first_estimate(golden_folder)
-    for rank in run_ranks(size, loop_on, golden_folder):
-        for found, alone in zip(rank, one, strict=True):
-            assert torch.equal(found, alone) if size == 2 else distance(found, alone) < 1e-5
 
 
 def test_noise_is_drawn_on_the_cpu_in_the_models_dtype():

@@ -1,29 +1,22 @@
 """Super resolution against the official numbers: a forward, whole runs; and mistakes that must show."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from golden_models import CPU, build, distance, golden_upsampler, load
-from ranks import run_ranks
+from golden_models import CPU, distance, load
+from golden_super_resolution import Golden, conditioning_of_row, golden_run, golden_transformer
 
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.memory.offloading import stream_blocks
-from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.transformer import Transformer
-from hunyuan_staged.parallel.layout import Layout, make_layout
-from hunyuan_staged.parallel.world import World
 from hunyuan_staged.sampling.conditions import (
     LowResolutionCondition,
     augment,
     condition_channels,
     resize_latents,
-    upsample_latents,
 )
-from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, initial_noise, super_resolution_noise, timesteps_of
 from hunyuan_staged.versions import super_resolution_version
 from hunyuan_staged.weights.configs import official_transformer_config
@@ -45,20 +38,6 @@ def test_the_published_transformer_has_the_official_tensors(golden_folder):
     assert len(official) == 1797
 
 
-def conditioning_of_row(tensors: dict, row: int = 0):
-    names = ("text_states", "text_mask", "byt5_states", "byt5_mask")
-    ours = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
-    embeddings = {our: tensors[name][row : row + 1] for our, name in zip(ours, names, strict=True)}
-    embeddings["image_embeds"] = tensors["vision_states"]
-    return Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
-
-
-def golden_transformer(folder: Path, latent_size, layout: Layout | None = None) -> Transformer:
-    config = json.loads(load(folder / "sr_dit_t2v.safetensors")[1]["config"])
-    model = build(folder, config, "sr_dit_shapes")
-    return Transformer(model, choose_attention("torch", CPU, torch.float32), latent_size, layout)
-
-
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_forward_gives_the_official_numbers(golden_folder, task):
     tensors, _ = load(golden_folder / f"sr_dit_{task}.safetensors")
@@ -75,50 +54,6 @@ def test_streamed_blocks_give_the_same_bits(golden_folder):
     streamed = Transformer(resident.model, attention, tensors["hidden_states"].shape[2:], blocks=blocks)
     arguments = (tensors["hidden_states"], tensors["timestep"], conditioning_of_row(tensors), tensors["timestep_r"])
     assert torch.equal(streamed(*arguments), resident(*arguments))
-
-
-@dataclass
-class Golden:
-    """A golden run, and the parts that ours is made of."""
-
-    tensors: dict
-    metadata: dict
-    folder: Path
-
-    @property
-    def kind(self) -> str:
-        return self.metadata["sr_version"].removesuffix("_sr_distilled")
-
-    def upsampled(self) -> torch.Tensor:
-        upsampler = golden_upsampler(self.folder, self.kind, json.loads(self.metadata["upsampler"]))
-        size = self.tensors["noise"].shape[-2:]
-        return upsample_latents(upsampler, self.tensors["lq_latents"], *size, torch.float32)
-
-    def condition(self) -> LowResolutionCondition:
-        _, noise = super_resolution_noise(self.tensors["noise"].shape, int(self.metadata["seed"]), torch.float32)
-        image = condition_channels(self.tensors["noise"], self.tensors.get("image_latents"))
-        return LowResolutionCondition(image, augment(self.upsampled(), noise))
-
-    def run(self, *, condition=None, shift=None, meanflow=True, layout=None, velocity=None) -> list[torch.Tensor]:
-        """The latents after each step."""
-        noise, _ = super_resolution_noise(self.tensors["noise"].shape, int(self.metadata["seed"]), torch.float32)
-        guidance_scale = float(self.metadata["guidance_scale"])
-        transformer = golden_transformer(self.folder, noise.shape[2:], layout)
-        steps: list[torch.Tensor] = []
-        denoise(
-            transformer if velocity is None else lambda *args: velocity(transformer, *args),
-            noise,
-            condition or self.condition(),
-            [conditioning_of_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
-            flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
-            Sampling(guidance_scale, meanflow, layout),
-            on_step=lambda _, latents, __: steps.append(latents),
-        )
-        return steps
-
-
-def golden_run(folder: Path, name: str) -> Golden:
-    return Golden(*load(folder / f"sr_loop_{name}.safetensors"), folder)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -262,20 +197,3 @@ MISTAKES = (
 def test_a_mistake_is_far_beyond_the_bound(golden_folder, name, mistake):
     run = golden_run(golden_folder, name)
     assert distance(run.run(**mistake(run))[-1], run.tensors["latents"]) > MISTAKE
-
-
-# -- several processes --
-
-
-def run_on(world: World, folder: Path, name: str) -> torch.Tensor:
-    run = golden_run(folder, name)
-    guided = float(run.metadata["guidance_scale"]) > 1
-    return run.run(layout=make_layout(world, 2 if guided else 1))[-1]
-
-
-@pytest.mark.parametrize(("size", "name"), [(2, "720p_cfg"), (3, "1080p_i2v"), (2, "720p_t2v")])
-def test_processes_give_what_one_gives(golden_folder, size, name):
-    """With a guidance branch each the same arithmetic, hence the same bits; shards split sums."""
-    one = golden_run(golden_folder, name).run()[-1]
-    for latents in run_ranks(size, run_on, golden_folder, name):
-        assert torch.equal(latents, one) if name == "720p_cfg" else distance(latents, one) < 1e-5

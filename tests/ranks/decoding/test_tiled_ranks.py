@@ -1,0 +1,49 @@
+"""Tiles over any number of ranks: the same bits."""
+
+import json
+
+import numpy as np
+from ranks import run_ranks
+from small_vae import CONFIG, decode_tiles, decoded, draw_latents, tiny_decoder
+
+from hunyuan_staged.decoding import tiled
+from hunyuan_staged.decoding.tiling import Tiling
+from hunyuan_staged.parallel.world import World
+
+
+def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Decode as the first n of these processes would, for each n; rank 0 returns what it wrote."""
+    results = {}
+    decoder, latents = tiny_decoder(), draw_latents(3, 5, 7)
+    for size in counts:
+        for tile_size in (64, 96, None):
+            if world.rank >= size:
+                continue
+            part = World(world.rank, size, world.device)
+            options = {
+                "tile_size": tile_size,
+                "tile_overlap": 0.25,
+                "world": part,
+                "as_float": True,
+                "latent_frames_per_chunk": 2,
+            }
+            if world.rank > 0:
+                assert list(decode_tiles(decoder, latents, CONFIG, **options)) == []
+            else:
+                video = decoded(decoder, latents, CONFIG, **options)
+                results[json.dumps([size, tile_size, "frames"])] = video.frames.numpy()
+                results[json.dumps([size, tile_size, "floats"])] = video.floats.numpy()
+    return results
+
+
+def test_any_number_of_ranks_gives_the_same_bits():
+    """Six tiles of 64 px; four of 96 px, fewer than the six ranks; one, whole."""
+    counts = [len(tiled.plan_decode(draw_latents(3, 5, 7), CONFIG, Tiling(n)).tiles) for n in (64, 96, None)]
+    assert counts == [6, 4, 1]
+    results = run_ranks(6, decode_as, (1, 2, 3, 4, 6))[0]
+    assert len(results) == 5 * 3 * 2
+    for name, array in results.items():
+        size, *rest = json.loads(name)
+        # Equal to the bit: the ranks only decode, and rank 0 does all later arithmetic.
+        assert np.array_equal(array, results[json.dumps([1, *rest])]), f"{size} ranks, {rest}"
+    assert results[json.dumps([1, 64, "frames"])].std() > 1
