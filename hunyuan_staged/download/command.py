@@ -1,7 +1,7 @@
 """`python -m hunyuan_staged.download VERSION --model_path DIR`: all that a version needs, in the official layout.
 
 Sizes and free disk come first. A file that is there is kept if its size and hash are the hub's; what an interrupted
-run left is gone on with; each file that arrives is checked.
+run left of a file is gone on with; each file that arrives is checked, and its hash kept for verify.
 """
 
 import argparse

@@ -27,9 +27,8 @@ class Download:
 
     @property
     def missing_bytes(self) -> int:
-        """What is to be fetched yet, without what interrupted runs have left."""
-        left = sum(path.stat().st_size for path in self.folder.rglob("*.incomplete") if path.is_file())
-        return max(0, sum(file.size for file in self.missing) - left)
+        """What is to be fetched yet, without what interrupted runs have left of these files."""
+        return sum(file.size - file.left(self.folder) for file in self.missing)
 
     def free_bytes(self) -> int:
         """Free space where the folder lies or is to lie."""
@@ -84,13 +83,14 @@ def check_space(download: Download) -> None:
 
 
 def check_present(download: Download, progress: Callable[..., Any] = quiet) -> None:
-    """InputError, with nothing changed, where a file in the folder is another one than the hub's."""
+    """InputError, with no file changed, where a file in the folder is another one than the hub's; notes their hashes."""
     present = [file for file in download.files if file.target(download.folder).exists()]
     for file in progress(present, desc="checking files that are there", unit="file"):
         path = file.target(download.folder)
         fault = file.fault(path) if path.is_file() else "it is no file"
         if fault:
             raise InputError(f"{path} is there already and is not {file.source.repo}'s ({fault}); move it away")
+        file.note(download.folder)
 
 
 def fetch(download: Download, endpoints: Mapping[str, str], say: Callable[[str], object]) -> Sequence[Path]:
@@ -108,5 +108,6 @@ def fetch(download: Download, endpoints: Mapping[str, str], say: Callable[[str],
         if fault:
             path.unlink()
             raise InputError(f"{path} arrived broken: {fault}; it is removed, run the same command again")
+        file.note(download.folder)
         fetched.append(path)
     return fetched

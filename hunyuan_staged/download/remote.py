@@ -1,27 +1,26 @@
 """The two hubs: which files a repository holds, with sizes and hashes, and one file of it onto the disk.
 
-Hugging Face goes through its own client; of ModelScope two plain requests are all that is needed.
+Of Hugging Face the listing goes through its own client; of ModelScope a plain request is all that is needed. The files
+themselves come by transfer.py, which goes on where an earlier run stopped.
 """
 
 import fnmatch
 import json
 import os
-import shutil
+import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
+from hunyuan_staged.download import transfer
 from hunyuan_staged.errors import InputError, one_line
 from hunyuan_staged.files import provenance
-from hunyuan_staged.weights.hub import HF, MODELSCOPE, Source
+from hunyuan_staged.files.atomic import replacing
+from hunyuan_staged.weights.hub import HF, MODELSCOPE, NOTES, Source
 
-TIMEOUT_SECONDS = 10.0
-TRIES = 3
 ENDPOINTS = {HF: "https://huggingface.co", MODELSCOPE: "https://modelscope.cn"}
 ENDPOINT_VARIABLES = {HF: "HF_ENDPOINT", MODELSCOPE: "MODELSCOPE_ENDPOINT"}
 MIRROR_HINT = {HF: "--endpoint URL names a mirror", MODELSCOPE: "--modelscope_endpoint URL names another address"}
@@ -41,6 +40,19 @@ class RemoteFile:
     def target(self, folder: Path) -> Path:
         """Where it lies in a model folder."""
         return folder / self.source.into / self.name
+
+    def left(self, folder: Path) -> int:
+        """The bytes of it that an interrupted run has left."""
+        part = transfer.partial_file(self.target(folder))
+        return min(self.size, part.stat().st_size) if part.is_file() else 0
+
+    def note(self, folder: Path) -> None:
+        """Keep the hub's hash, as huggingface_hub's client does, so that verify and that client know it later."""
+        expected = self.sha256 or self.git_sha1
+        if expected is not None:
+            path = folder / self.source.into / NOTES / f"{self.name}.metadata"
+            with replacing(path) as temporary:
+                temporary.write_text(f"{self.revision}\n{expected}\n{time.time()}\n", encoding="utf-8")
 
     def fault(self, path: Path) -> str | None:
         """What is wrong with a copy of it on disk; None where size and hash are the hub's."""
@@ -93,15 +105,14 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def _hf_failure(endpoint: str, repo: str, error: Exception) -> InputError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", getattr(error, "code", None))
     if status in (401, 403):
+        page = f"{endpoint}/{repo.partition(':')[0]}"
         return AccessRefused(
-            f"{repo} wants its licence to be accepted: do so at {endpoint}/{repo}, then `hf auth login` ({status})"
+            f"{repo} wants its licence to be accepted: do so at {page}, then `hf auth login` ({status})"
         )
     if status == 404:
         return InputError(f"{endpoint} has no repository {repo}, or not all of its files (404)")
-    if isinstance(error, OSError) and error.errno is not None:
-        return InputError(f"{repo} cannot be written: {error.strerror}")
     return _unreachable(HF, endpoint, error)
 
 
@@ -111,11 +122,13 @@ def list_hf(source: Source, endpoint: str) -> list[RemoteFile]:
 
     api = HfApi(endpoint)
     try:
-        info = api.model_info(source.repo, files_metadata=True, timeout=TIMEOUT_SECONDS)
+        info = api.model_info(source.repo, files_metadata=True, timeout=transfer.TIMEOUT_SECONDS)
         if info.gated:
             api.auth_check(source.repo)
     except _client_errors() as error:
         raise _hf_failure(endpoint, source.repo, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{endpoint} answers for {source.repo} in a form that is not Hugging Face's") from error
     files = {file.rfilename: file for file in info.siblings or ()}
     found = []
     for name in wanted(source, files):
@@ -126,28 +139,21 @@ def list_hf(source: Source, endpoint: str) -> list[RemoteFile]:
 
 
 def fetch_hf(file: RemoteFile, folder: Path, endpoint: str) -> None:
-    """One file into the model folder, by the hub's client: what is there of it is gone on with."""
-    from huggingface_hub import hf_hub_download
+    """One file into the model folder; AccessRefused where this user may not read it."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
+    url = hf_hub_url(file.source.repo, file.name, revision=file.revision, endpoint=endpoint)
+    # Of its headers the key alone.
+    headers = {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
+    headers = {name.capitalize(): value for name, value in headers.items()}
     try:
-        hf_hub_download(
-            file.source.repo,
-            file.name,
-            revision=file.revision,
-            local_dir=folder / file.source.into,
-            endpoint=endpoint,
-            etag_timeout=TIMEOUT_SECONDS,
-        )
-    except _client_errors() as error:
+        transfer.transfer(url, headers, file.target(folder), file.size, file.name)
+    except (OSError, HTTPException) as error:
         raise _hf_failure(endpoint, f"{file.source.repo}: {file.name}", error) from error
 
 
 # -- ModelScope --
-
-
-def _ask(url: str, start: int = 0) -> Any:
-    headers = {"User-Agent": "hunyuan-staged"} | ({"Range": f"bytes={start}-"} if start else {})
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
 
 
 def _modelscope_failure(endpoint: str, repo: str, error: Exception) -> InputError:
@@ -160,7 +166,7 @@ def list_modelscope(source: Source, endpoint: str) -> list[RemoteFile]:
     """The source's files, from ModelScope's listing of the repository."""
     url = f"{endpoint}/api/v1/models/{source.repo}/repo/files?Revision=master&Recursive=true"
     try:
-        with _ask(url) as answer:
+        with transfer.ask(url) as answer:
             content = json.loads(answer.read())
         files = {file["Path"]: file for file in content["Data"]["Files"] if file["Type"] != "tree"}
         return [
@@ -174,35 +180,13 @@ def list_modelscope(source: Source, endpoint: str) -> list[RemoteFile]:
 
 
 def fetch_modelscope(file: RemoteFile, folder: Path, endpoint: str) -> None:
-    """One file into the model folder; what an interrupted run left of it, in a hidden file beside it, is gone on with."""
+    """One file into the model folder."""
     query = urllib.parse.urlencode({"Revision": file.revision, "FilePath": file.name})
-    target = file.target(folder)
-    part = partial_file(target)
-    for attempt in range(TRIES):
-        start = part.stat().st_size if part.exists() else 0
-        try:
-            if start < file.size:
-                with (
-                    _ask(f"{endpoint}/api/v1/models/{file.source.repo}/repo?{query}", start) as answer,
-                    # A server that knows no ranges sends all of it.
-                    part.open("ab" if answer.status == 206 else "wb") as output,
-                ):
-                    shutil.copyfileobj(answer, output, 2**20)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            if attempt == TRIES - 1 or isinstance(error, urllib.error.HTTPError):
-                raise _modelscope_failure(endpoint, file.source.repo, error) from error
-            continue
-        except OSError as error:
-            raise InputError(f"{target} cannot be written: {error.strerror}") from error
-        if part.stat().st_size >= file.size:
-            part.replace(target)
-            return
-    raise InputError(f"{endpoint} breaks off in {file.name} again and again; run the same command again")
-
-
-def partial_file(target: Path) -> Path:
-    """Where the beginning of a ModelScope file waits for the rest."""
-    return target.with_name(f".{target.name}.incomplete")
+    url = f"{endpoint}/api/v1/models/{file.source.repo}/repo?{query}"
+    try:
+        transfer.transfer(url, {}, file.target(folder), file.size, file.name)
+    except (OSError, HTTPException) as error:
+        raise _modelscope_failure(endpoint, file.source.repo, error) from error
 
 
 LIST = {HF: list_hf, MODELSCOPE: list_modelscope}

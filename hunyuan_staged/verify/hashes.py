@@ -8,10 +8,10 @@ from pathlib import Path
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import provenance
 from hunyuan_staged.verify.checks import Check
+from hunyuan_staged.weights.hub import NOTES
 
-# Where huggingface_hub notes the revision and the ETag of each file of a local folder; the ETag is the SHA-256 of a large
-# file, and git's SHA-1 of a small one. In its own cache the ETag is the name of the file that a link leads to.
-NOTES = Path(".cache") / "huggingface" / "download"
+# A noted ETag is the SHA-256 of a large file, and git's SHA-1 of a small one. In the hub's own cache the ETag is the name
+# of the file that a link leads to.
 MAX_NOTE_BYTES = 4096
 READERS = 4  # files at once: one core hashes less than a disk gives
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")

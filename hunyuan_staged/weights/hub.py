@@ -27,6 +27,8 @@ class Part:
 
 
 HF, MODELSCOPE = "hf", "modelscope"
+# Where huggingface_hub, below a local folder, notes the revision and ETag of each file.
+NOTES = Path(".cache") / "huggingface" / "download"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def drawn(seed: int, size: int) -> bytes:
 
 class HubServer(ThreadingHTTPServer):
     """gated: repositories that answer 401. cut: how often a file breaks off at its half. wrong: files sent with a byte
-    changed. ranges: the Range headers that were asked for, by file. silent: no request is answered.
+    changed. ranges: the Range headers that were asked for, by file. silent: no request is answered. elsewhere: files that
+    another server has. page: what every request is answered with. keys: (path, Authorization) of each request.
     """
 
     daemon_threads = True
@@ -34,6 +35,9 @@ class HubServer(ThreadingHTTPServer):
         self.ranges: dict[str, list[str]] = {}
         self.sent: Counter[str] = Counter()
         self.silent = threading.Event()
+        self.elsewhere: dict[str, str] = {}
+        self.page: bytes | None = None
+        self.keys: list[tuple[str, str | None]] = []
 
     @property
     def address(self) -> str:
@@ -53,6 +57,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.silent.is_set():
             threading.Event().wait(5)
+            return
+        self.server.keys.append((self.path, self.headers.get("Authorization")))
+        if self.server.page is not None:
+            self.answer(200, self.server.page, Content_Type="text/html")
             return
         url = urlsplit(self.path)
         path, query = unquote(url.path).strip("/"), parse_qs(url.query)
@@ -110,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps({"Code": 200, "Data": {"Files": files}}).encode())
 
     def contents(self, repo: str, name: str) -> None:
+        if name in self.server.elsewhere:
+            return self.answer(302, Location=f"{self.server.elsewhere[name]}{self.path}")
         contents = self.server.files[repo][name]
         about = {"ETag": f'"{hashlib.sha256(contents).hexdigest()}"', "X_Repo_Commit": REVISION}
         if self.command == "HEAD":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hub_server import drawn, serving
 
-from hunyuan_staged.download import plan, remote
+from hunyuan_staged.download import plan, remote, transfer
 from hunyuan_staged.download.command import main
 from hunyuan_staged.download.sources import sources_of
 from hunyuan_staged.errors import InputError
@@ -59,8 +59,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)  # what arrives of less is thrown away
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with serving({repo: dict(files) for repo, files in REPOSITORIES.items()}) as server:
         yield server
@@ -149,17 +148,64 @@ def test_a_transfer_that_breaks_off_goes_on_from_there(hub, tmp_path, name):
     ]
 
 
-def test_a_run_that_failed_is_gone_on_with_by_the_next(hub, tmp_path, capsys):
-    hub.cut["checkpoints/byt5_model.pt"] = remote.TRIES
+@pytest.mark.parametrize(
+    ("name", "path", "size"),
+    [(f"vae/{WEIGHTS}", f"vae/{WEIGHTS}", 3000), ("checkpoints/byt5_model.pt", PT, 2000)],
+    ids=["Hugging Face", "ModelScope"],
+)
+def test_a_run_that_failed_is_gone_on_with_by_the_next(hub, tmp_path, capsys, name, path, size):
+    """The hub's own client would begin the 33 GB of a transformer anew."""
+    hub.cut[name] = transfer.TRIES
     assert run(hub, tmp_path / "model") == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "model" / PT).exists()
-    left = remote.partial_file(tmp_path / "model" / PT).stat().st_size
-    assert left == 1000 + 500 + 250
+    assert f"breaks off at {size * 7 // 8} of {size} bytes of {name}" in capsys.readouterr().err
+    assert not (tmp_path / "model" / path).exists()
+    assert transfer.partial_file(tmp_path / "model" / path).stat().st_size == size * 7 // 8
     assert run(hub, tmp_path / "model") == 0
-    assert hub.ranges["checkpoints/byt5_model.pt"][-1] == f"bytes={left}-"
+    assert hub.ranges[name][-1] == f"bytes={size * 7 // 8}-"
     assert contents(tmp_path / "model") == T2V
-    assert "to be fetched: 252 bytes" in capsys.readouterr().out  # and scheduler_config.json
+
+
+def test_tries_that_bring_something_are_not_counted(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "PROGRESS_BYTES", 50)
+    hub.cut[f"vae/{WEIGHTS}"] = 5
+    assert run(hub, tmp_path / "model") == 0
+    assert contents(tmp_path / "model") == T2V and len(hub.ranges[f"vae/{WEIGHTS}"]) == 5
+
+
+def test_the_key_goes_to_the_hub_and_not_to_where_it_redirects(hub, tmp_path, monkeypatch):
+    """A hub's large files lie on other hosts, whose addresses are signed."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving({QWEN: hub.files[QWEN]}) as storage:
+        hub.elsewhere["model-00001-of-00001.safetensors"] = storage.address
+        assert run(hub, tmp_path / "model") == 0
+        assert contents(tmp_path / "model") == T2V
+        assert {key for _, key in hub.keys} == {"Bearer hf_secret", None}, "the second hub gets none"
+        assert all((key is None) == ("api/v1/models" in path) for path, key in hub.keys)
+        assert [key for _, key in storage.keys] == [None]
+
+
+def test_the_hashes_are_kept_for_verify(hub, tmp_path):
+    from hunyuan_staged.verify.hashes import check_hashes
+
+    assert run(hub, tmp_path / "model") == 0
+    noted = {
+        part: check_hashes(part, [tmp_path / "model" / part], tmp_path / "model")[0].note
+        for part in ("vae", "transformer", "text_encoder")
+    }
+    assert noted == {
+        "vae": "2 of 2 files have a known hash",
+        "transformer": "2 of 2 files have a known hash",
+        "text_encoder": "6 of 6 files have a known hash",
+    }
+
+
+def test_a_page_in_place_of_the_listing_is_one_line(hub, tmp_path, capsys):
+    """What a hotel's network gives."""
+    hub.page = b"<html>Please log in</html>"
+    assert run(hub, tmp_path / "model") == 2
+    assert (
+        capsys.readouterr().err == f"error: {hub.address} answers for {TENCENT} in a form that is not Hugging Face's\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,6 +264,19 @@ def test_too_little_space_is_said_before_anything_is_fetched(hub, tmp_path, caps
     assert not (tmp_path / "model").exists()
 
 
+def test_what_is_left_of_other_files_makes_no_space(hub, tmp_path, capsys):
+    """All beginnings in the folder were taken for those of the files that are wanted."""
+    hub.cut[f"transformer/480p_t2v/{WEIGHTS}"] = 9
+    assert run(hub, tmp_path / "model", version="480p_t2v") == 2
+    capsys.readouterr()
+    assert run(hub, tmp_path / "model", "--dry_run") == 0
+    said = capsys.readouterr().out
+    total = sum(map(len, T2V.values()))
+    assert f"to be fetched: {plan.size_text(total)}; " in said
+    assert run(hub, tmp_path / "model", "--dry_run", version="480p_t2v") == 0
+    assert f"to be fetched: {plan.size_text(total)}; " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("limit", [1500, 4500])
 def test_a_disk_that_fills_up_is_one_line(hub, tmp_path, capsys, limit):
     """1500 bytes are too few for ModelScope's file, too, but Hugging Face's come first."""
@@ -240,7 +299,7 @@ def test_a_hub_that_is_not_there_or_says_nothing_is_one_line(hub, tmp_path, caps
     error = capsys.readouterr().err
     assert error.startswith(f"error: {nowhere} gives no answer (") and error.count("\n") == 1
     assert error.endswith("; --endpoint URL names a mirror\n")
-    monkeypatch.setattr(remote, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(transfer, "TIMEOUT_SECONDS", 0.3)
     hub.silent.set()
     assert run(hub, tmp_path / "model") == 2
     error = capsys.readouterr().err
