@@ -107,3 +107,13 @@ def golden_weights(shapes: str | Path) -> dict[str, torch.Tensor]:
         else:
             weights[name] = x * 0.7 / (x[0].numel() if x.ndim > 1 else 64) ** 0.5
     return weights
+
+
+@pytest.fixture(params=["official", "diffusers"])
+def either_layout(request, tiny_official, tiny_diffusers):
+    """A tiny checkpoint, opened, in the official layout and in diffusers'."""
+    from hunyuan_staged.weights.folder import open_model
+    from hunyuan_staged.weights.hub import PARTS
+
+    path = {"official": tiny_official, "diffusers": tiny_diffusers}[request.param]
+    return open_model(path, tuple(PARTS))

@@ -1,0 +1,171 @@
+"""Transformer and VAE from either layout, bit for bit, and weights that do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CPU, F32, WEIGHTS, copied, same
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import components, encoder_components, loading
+from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, to_diffusers
+
+
+def test_layouts_and_versions(tiny_official, tiny_diffusers):
+    official, diffusers = open_model(tiny_official, ()), open_model(str(tiny_diffusers), ())
+    assert (official.layout, official.versions()) == ("official", ["demo_i2v", "demo_t2v"])
+    assert (diffusers.layout, diffusers.versions()) == ("diffusers", ["demo_t2v"])
+    assert official.resolutions() == diffusers.resolutions() == ["demo"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_is_loaded_whole_from_either_layout(either_layout, tiny_official, dtype):
+    model = components.load_transformer(either_layout, "demo_t2v", device=CPU, dtype=dtype)
+    stored = to_diffusers(load_file(tiny_official / "transformer" / "demo_t2v" / WEIGHTS), TRANSFORMER_MAP)
+    assert same(model.state_dict(), {name: tensor.to(dtype) for name, tensor in stored.items()})
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert type(model).__name__ == "TransformerModules"
+    assert model.config.target_size == 128
+
+
+def test_loaded_weights_lie_in_memory_of_their_own(either_layout):
+    """On a CPU safetensors gives views of the file's map: bits followed the alignment, and so the layout."""
+    models = [
+        components.load_transformer(either_layout, "demo_t2v", **F32),
+        components.load_vae_decoder(either_layout, **F32)[0],
+        encoder_components.load_language_model(either_layout, **F32)[1],
+        encoder_components.load_glyph_encoder(either_layout, **F32)[1],
+        encoder_components.load_image_encoder(either_layout, **F32)[1],
+    ]
+    weights = [parameter for model in models for parameter in model.parameters()]
+    assert {weight.data_ptr() % 64 for weight in weights} == {0}
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
+def test_a_file_read_in_several_goes_is_whole(tiny_official, monkeypatch):
+    """A file's map is closed now and then, here after every tensor; all of them come, once."""
+    expected = components.load_vae_encoder(open_model(tiny_official, ()), **F32)[0].state_dict()
+    opened = []
+
+    def counted(path, *args, **options):
+        opened.append(path)
+        return safe_open(path, *args, **options)
+
+    monkeypatch.setattr(loading, "safe_open", counted)
+    monkeypatch.setattr(loading, "MAPPED_BYTES", 1)
+    loaded = components.load_vae_encoder(open_model(tiny_official, ()), **F32)[0].state_dict()
+    assert len(opened) == 1 + len(expected)  # the names, then each tensor
+    assert same(loaded, expected)
+
+
+def test_both_layouts_say_the_same_of_the_transformer_and_the_vae(tiny_official, tiny_diffusers):
+    official, diffusers = open_model(tiny_official, ()), open_model(tiny_diffusers, ())
+    ours, theirs = (
+        components.transformer_config(official, "demo_t2v"),
+        components.transformer_config(diffusers, "demo_t2v"),
+    )
+    assert {name: theirs[name] for name in ours if name != "rope_axes_dim"} == {
+        name: value for name, value in ours.items() if name != "rope_axes_dim"
+    }
+    assert ours["rope_axes_dim"] == tuple(theirs["rope_axes_dim"])
+    assert ours["text_embed_2_dim"] == 64
+    assert components.vae_config(official) == components.vae_config(diffusers)
+
+
+@pytest.mark.parametrize("coder", ["decoder", "encoder"])
+def test_one_half_of_the_vae_is_loaded_without_the_other(either_layout, tiny_official, tmp_path, coder):
+    loaded, config = getattr(components, f"load_vae_{coder}")(either_layout, **F32)
+    assert type(loaded).__name__ == f"Vae{coder.title()}"
+    assert config["scaling_factor"] == 1.03682
+    assert config["spatial_compression_ratio"] == 16
+    stored = load_file(tiny_official / "vae" / WEIGHTS)
+    half = {name: tensor for name, tensor in to_diffusers(stored, VAE_MAP).items() if name.startswith(coder)}
+    assert same({f"{coder}.{name}": tensor for name, tensor in loaded.state_dict().items()}, half)
+    # The other half need not even be there.
+    damaged = copied(either_layout.path, tmp_path, "vae")
+    kept = {name: tensor for name, tensor in load_file(damaged / "vae" / WEIGHTS).items() if name.startswith(coder)}
+    save_file(kept, damaged / "vae" / WEIGHTS)
+    alone = ModelFolder(damaged, either_layout.layout)
+    assert same(getattr(components, f"load_vae_{coder}")(alone, **F32)[0].state_dict(), loaded.state_dict())
+
+
+def sharded(path: Path) -> list[str]:
+    """Deal a weight file's tensors to three shards with an index; returns the shards' names."""
+    weights = load_file(path)
+    shards = [f"{path.stem}-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    index = {name: shards[number % 3] for number, name in enumerate(weights)}
+    for shard in shards:
+        save_file({name: weights[name] for name in weights if index[name] == shard}, path.parent / shard)
+    path.unlink()
+    Path(f"{path}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return shards
+
+
+def test_shards_are_read_one_by_one_with_a_bar(tiny_official, tmp_path):
+    whole = components.load_transformer(open_model(tiny_official, ()), "demo_t2v", **F32)
+    model = copied(tiny_official, tmp_path, "transformer/demo_t2v")
+    shards = sharded(model / "transformer" / "demo_t2v" / WEIGHTS)
+    # A file that the index does not list is of no concern.
+    (model / "transformer" / "demo_t2v" / "stray.safetensors").write_bytes(b"no weights")
+    seen = []
+
+    def progress(iterable, **said):
+        seen.append(said | {"files": [path.name for path in iterable]})
+        return iterable
+
+    loaded = components.load_transformer(open_model(model, ()), "demo_t2v", **F32, progress=progress)
+    assert same(loaded.state_dict(), whole.state_dict())
+    assert seen == [{"desc": "loading transformer", "unit": "shard", "files": shards}]
+
+
+def test_a_listed_shard_that_is_absent_is_named(tiny_official, tmp_path):
+    model = copied(tiny_official, tmp_path, "transformer/demo_t2v")
+    shards = sharded(model / "transformer" / "demo_t2v" / WEIGHTS)
+    (model / "transformer" / "demo_t2v" / shards[1]).unlink()
+    with pytest.raises(InputError, match=f"demo_t2v lacks shards that its index lists: {shards[1]}$"):
+        components.load_transformer(open_model(model, ()), "demo_t2v", **F32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "lacks tensors of the model: x_embedder.proj.bias$"),
+        ("leftover", "holds single_blocks.0.linear.weight, which the official layout does not have$"),
+        ("of another block", "holds tensors that the model does not have: transformer_blocks.9.attn.to_q.weight$"),
+        ("shape", r"x_embedder.proj.bias has shape \[3\]; its config says \[96\]$"),
+        ("cut short", rf"{WEIGHTS} is not a whole safetensors file \(.+\)$"),
+        ("none", f"holds 0 safetensors files; expected {WEIGHTS} or model.safetensors, alone or with its index$"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny_official, tmp_path, damage, message):
+    model = copied(tiny_official, tmp_path, "transformer/demo_t2v")
+    path = model / "transformer" / "demo_t2v" / WEIGHTS
+    weights = load_file(path)
+    path.unlink()
+    if damage == "missing":
+        del weights["img_in.proj.bias"]
+    elif damage == "leftover":
+        weights["single_blocks.0.linear.weight"] = torch.zeros(2)
+    elif damage == "of another block":
+        weights["double_blocks.9.img_attn_q.weight"] = torch.zeros(2)
+    elif damage == "shape":
+        weights["img_in.proj.bias"] = torch.zeros(3)
+    if damage != "none":
+        save_file(weights, path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=message):
+        components.load_transformer(open_model(model, ()), "demo_t2v", **F32)
+
+
+def test_a_vae_tensor_of_neither_half_is_refused(tiny_official, tmp_path):
+    model = copied(tiny_official, tmp_path, "vae")
+    path = model / "vae" / WEIGHTS
+    save_file(load_file(path) | {"quant_conv.weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"holds quant_conv.weight, which the official layout does not have$"):
+        components.load_vae_decoder(open_model(model, ()), **F32)

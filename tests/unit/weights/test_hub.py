@@ -1,0 +1,59 @@
+"""A hub id in the place of a folder: the wanted parts alone are downloaded."""
+
+import pytest
+from checkpoints import F32
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.weights import components
+from hunyuan_staged.weights.folder import open_model
+
+
+@pytest.fixture
+def hub(monkeypatch, tiny_official):
+    """huggingface_hub with one repository, owner/model: the drawn checkpoint. Holds what was asked of it."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(repo, allow_patterns, revision, etag_timeout):
+        asked.append((repo, sorted(allow_patterns), revision))
+        if repo != "owner/model":
+            raise LocalEntryNotFoundError("no connection\nand more")
+        return str(tiny_official)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_of_a_hub_id_only_the_wanted_parts_are_downloaded(hub, tiny_official):
+    model = open_model("owner/model", ("vae", "glyph"))
+    wanted = [
+        "*.json",
+        "text_encoder/Glyph-SDXL-v2/*",
+        "text_encoder/byt5-small/*",
+        "text_encoder_2/*",
+        "tokenizer_2/*",
+    ]
+    assert hub == [("owner/model", [*wanted, "vae/*"], None)]
+    assert model.path == tiny_official
+    components.load_vae_decoder(model, **F32)
+    assert len(hub) == 1
+
+
+def test_of_the_hubs_transformers_only_the_version_that_is_read_is_downloaded(hub, tiny_official):
+    model = open_model("owner/model", ("transformer", "scheduler"))
+    assert model.versions() == ["demo_i2v", "demo_t2v"]
+    assert hub == [("owner/model", ["*.json", "scheduler/*"], None)]
+    components.load_transformer(model, "demo_i2v", **F32)
+    # From the same snapshot, whatever was pushed since.
+    assert set(map(str, hub[1:])) == {str(("owner/model", ["transformer/demo_i2v/*"], tiny_official.name))}
+
+
+def test_a_hub_that_does_not_answer_is_one_line(hub):
+    with pytest.raises(InputError) as refused:
+        open_model("owner/none", ("vae",))
+    assert str(refused.value) == (
+        "owner/none is no folder here, and the hub did not give it (no connection); to have it in a folder: hf download "
+        'tencent/HunyuanVideo-1.5 --include "transformer/720p_t2v/*" "vae/*" "scheduler/*" --local-dir DIR'
+    )
