@@ -48,17 +48,19 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     from hunyuan_staged.pipeline.common import free_memory
 
     run.info(f"prompt {options.prompt!r}")  # first: what follows takes seconds to import
+    if Path(options.model_path or DEMO_CHECKPOINT).resolve() == DEMO_CHECKPOINT.resolve():
+        warn_of_unknown_words(run, options.prompt)
+    if options.dry_run:
+        from hunyuan_staged.pipeline import forecast
+
+        run.show_plan(forecast.plan_encoding(options, run.world, run).rows)
+        return
     # All that can be wrong is looked at first: the language model alone takes minutes to load.
     picture = encoding.read_image(options)
-    run.lock_all(encoding.locks(options), unless=options.dry_run)
+    run.lock_all(encoding.locks(options))
     setup = encoding.resolve(options, picture, run.world, run)
-    if Path(setup.model_path).resolve() == DEMO_CHECKPOINT.resolve():
-        warn_of_unknown_words(run, options.prompt)
     free = free_memory(run.world)
     plan = setup.plan(free)
-    if options.dry_run:
-        run.show_plan(setup.rows(plan, free))
-        return
     run.record_plan(setup.rows(plan, free))
     if left := encoding.outdated(options):
         run.warn(left)

@@ -33,7 +33,13 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     """Read the embeddings; then denoise, or enlarge the latents that are there by denoising at a larger size."""
     from hunyuan_staged.pipeline import denoising, jobs, upscaling
 
-    run.lock_all(jobs.locks(options), unless=options.dry_run)
+    if options.dry_run:
+        from hunyuan_staged.pipeline import forecast_denoising
+
+        for plan in forecast_denoising.plan_denoising(options, run.world, run):
+            run.show_plan(plan.rows)
+        return
+    run.lock_all(jobs.locks(options))
     job = jobs.read(options)
     if options.super_resolution:
         upscaling.enlarge(options, job, run.world, partial(denoise, run), run)
@@ -53,10 +59,6 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
     run.warn_or_refuse(setup.job.mismatch, strict=options.strict)
     free = free_memory(run.world)
     plan = setup.plan(free)
-    rows = denoising_records.rows(setup, plan, free)
-    if options.dry_run:
-        run.show_plan(rows)
-        return
     folder, identity = jobs.output_dir(options), denoising_records.identity(setup)
     if (reuse or options.resume) and (path := denoising_records.finished(setup, identity.digest())):
         run.info(f"{path} is there, made from the same: taken as it is")
@@ -64,7 +66,7 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
     looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume)
-    run.record_plan(rows)
+    run.record_plan(denoising_records.rows(setup, plan, free))
     denoiser = setup.load(plan, run)
     run.info(denoising_records.describe(setup))
     if run.world.is_main and not start.done and not setup.enlarges_to:

@@ -30,15 +30,17 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     from hunyuan_staged.pipeline import decoding
     from hunyuan_staged.pipeline.common import free_memory
 
-    run.lock_all(decoding.locks(options), unless=options.dry_run)
+    if options.dry_run:
+        from hunyuan_staged.pipeline import forecast
+
+        run.show_plan(forecast.plan_decoding(options, run.world, run).rows)
+        return
+    run.lock_all(decoding.locks(options))
     job = decoding.read_job(options, run)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = decoding.resolve(options, job, run.world, run)
     free = free_memory(setup.world)
     plan = setup.plan(free)
-    if options.dry_run:
-        run.show_plan(setup.rows(plan, free, run.world.size))
-        return
     run.record_plan(setup.rows(plan, free, run.world.size))
     if other := decoding.replaced(options, job):
         run.warn(other)

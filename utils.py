@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import shlex
 import sys
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hunyuan_staged.errors import InputError, one_line, write_stdout
+from hunyuan_staged.errors import one_line, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.runtime.environment import await_turn, check_environment, started_by_launcher
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
@@ -73,9 +74,9 @@ class Run(Reporter):
             self._claims.enter_context(atomic.locked(path, files))
             self.interrupts.cleanups.append(partial(atomic.unlock, path, files))
 
-    def lock_all(self, locks: Iterable[tuple[Path, Sequence[str]]], *, unless: bool) -> None:
-        """Lock each (path, files), but not for a run that writes nothing."""
-        for path, files in () if unless else locks:
+    def lock_all(self, locks: Iterable[tuple[Path, Sequence[str]]]) -> None:
+        """Lock each (path, files)."""
+        for path, files in locks:
             self.lock(path, files)
 
     def info(self, text: str) -> None:
@@ -85,13 +86,6 @@ class Run(Reporter):
     def warn(self, text: str) -> None:
         self.log.warning(text)
         self.events.write("warning", text=one_line(text))
-
-    def warn_or_refuse(self, reason: str | None, *, strict: bool) -> None:
-        """Warn of files that do not belong together; with --strict, InputError."""
-        if reason and strict:
-            raise InputError(f"{reason}; --strict refuses that")
-        if reason:
-            self.warn(reason)
 
     def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
         """A tqdm bar with the time left, on the first process alone; without a terminal a line every 10 %."""
@@ -120,18 +114,20 @@ class Run(Reporter):
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def show_plan(self, rows: Mapping[str, object]) -> None:
+    def show_plan(self, rows: Mapping[str, object], title: str = "") -> None:
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
-        self.planned = True
-        self.record_plan(rows)
+        self.record_plan(rows, title)
         if self.world.is_main:
             width = max(map(len, rows))
-            for name, value in rows.items():
-                write_stdout(f"{name:{width}}  {one_line(value)}\n")
+            lines = [f"{name:{width}}  {one_line(value)}\n" for name, value in rows.items()]
+            heading = f"{'' if not self.planned else chr(10)}{title}\n" if title else ""
+            write_stdout(heading + "".join(lines))
+        self.planned = True
 
-    def record_plan(self, rows: Mapping[str, object]) -> None:
-        """Add a plan to the events alone."""
-        self.events.write("plan", **{name.replace(" ", "_"): one_line(value) for name, value in rows.items()})
+    def record_plan(self, rows: Mapping[str, object], title: str = "") -> None:
+        """Add a plan to the events alone. title: what it is of, within a whole run."""
+        about = {"of": title} if title else {}
+        self.events.write("plan", **about, **{name.replace(" ", "_"): one_line(value) for name, value in rows.items()})
 
     def add_output(self, path: str | Path, what: str) -> None:
         """Note a file for the closing report."""
@@ -241,6 +237,28 @@ def run_stage(
     return 0
 
 
+def plan_script(argv: Sequence[str]) -> int:
+    """`python utils.py GPUS STAGE1 STAGE2 [ENLARGING] STAGE3`, flags as JSON: what run_staged.sh --dry_run runs."""
+    from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
+    from hunyuan_staged.parsing import make_parser, parse
+
+    def options_of(cls: Any, flags: str) -> Any:
+        return parse(cls, make_parser(cls, "run_staged.sh", "", ""), json.loads(flags))
+
+    processes, *flags = argv
+    encode, decode = options_of(EncodeOptions, flags[0]), options_of(DecodeOptions, flags[-1])
+    denoise, *enlarge = (options_of(DenoiseOptions, words) for words in flags[1:-1])
+
+    def body(run: Run, _: object) -> None:
+        from hunyuan_staged.pipeline import forecast
+
+        world = forecast.world_of(int(processes), run.world)
+        for title, rows in forecast.plan_run(encode, denoise, decode, world, run, *enlarge).items():
+            run.show_plan(rows, title)
+
+    return run_stage("plan", encode, body=body, every_rank=False)
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Be a script: main(), then the end of the process with its status.
 
@@ -248,3 +266,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """
     hold_back()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run_script(lambda: plan_script(sys.argv[1:]))

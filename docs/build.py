@@ -177,30 +177,30 @@ def minutes_of(
     card: str, resolution: str, num_frames: int, steps: int = STEPS, branches: int = 2
 ) -> tuple[float, float]:
     """(least, most) minutes of the denoising loop: as measured on the card of the measurement, else by its dense rate."""
+    from hunyuan_staged.geometry import video_tokens
+    from hunyuan_staged.memory import expected
+    from hunyuan_staged.memory.cards import assumed_card
+    from hunyuan_staged.memory.operations import TEXT_TOKENS, step_flops
+    from hunyuan_staged.versions import LAYERS
+
     step = measured_step(resolution, num_frames)
     forwards = steps * branches / 2  # of those with two branches
     seconds = forwards * step["seconds"] + step["first_step_extra"]
     if card == figures()["machines"][step["machine"]]["gpu"]:
         return seconds / 60, seconds / 60
-    operations = step["seconds"] * step["share_of_peak"] * figures()["practical_peak_tflops"]  # in TFLOP
-    rate = next(row["bf16_tflops"] for row in figures()["cards"] if row["name"] == card)
-    shares = figures()["estimate"]
-    least, most = (forwards * operations / rate / shares[key] / 60 for key in ("most_share", "least_share"))
-    return least, most
+    tokens = video_tokens(num_frames, step["height"], step["width"])
+    one = step_flops(tokens, TEXT_TOKENS, layers=LAYERS, heads=16, width=128, mlp_ratio=4)
+    found = expected.estimated(*[2 * forwards * one] * 2, assumed_card(card))
+    assert found is not None, f"{card} has no rate"
+    return found.least / 60, found.most / 60
 
 
 def duration(least: float, most: float, chinese: bool) -> str:
     """Minutes, or hours from three of them on, e.g. "80 to 130 min"."""
-    hours = most >= 180
-    ends = [end / 60 if hours else end for end in (least, most)]
-    if least == most:
-        text = f"{ends[0]:.1f}"
-    else:
-        short = [f"{end:.0f}" if end >= 10 else f"{end:.1f}" for end in ends]
-        text = (" 到 " if chinese else " to ").join(short)
-    if chinese:
-        return CHINESE["hours" if hours else "minutes"].format(text)
-    return f"{text} {'hours' if hours else 'min'}"
+    from hunyuan_staged.memory import expected
+
+    text, unit = expected.duration(60 * least, 60 * most, " 到 " if chinese else " to ")
+    return CHINESE[{"hours": "hours", "min": "minutes"}[unit]].format(text) if chinese else f"{text} {unit}"
 
 
 @cache

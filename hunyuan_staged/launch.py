@@ -6,6 +6,7 @@ run_staged.sh hands over to `main`. Knows no torch, so that a bad flag is refuse
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import shlex
@@ -216,8 +217,12 @@ def run(python: str, command: Command) -> int:
     lists = [command.flags] if command.only else split_flags(command.flags)
     numbers = [command.only] if command.only else stage_numbers(lists)
     options = [check_flags(STAGES[number - 1], argv) for number, argv in zip(numbers, lists, strict=True)]
-    if command.only or options[-1].dry_run:
+    if command.only:
         return run_stages(python, command, numbers, lists)
+    if options[-1].dry_run:
+        with Supervisor() as supervisor:
+            words = [python, str(ROOT / "utils.py"), str(command.gpus), *map(json.dumps, lists)]
+            return supervisor.run(words, 1, name="the plan")
     began = time.monotonic()
     events = EventLog(options[-1].log_json, "run")
     events.write("start", flags=command.flags, gpus=command.gpus)

@@ -10,6 +10,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.files.event_log import OPTION, check_log
 from hunyuan_staged.flags import flag
+from hunyuan_staged.memory.cards import assumed_card
 from hunyuan_staged.sampling import cache_settings
 
 DEMO_CHECKPOINT = Path(__file__).with_name("demo") / "checkpoint"  # that ships, and is used where none is named
@@ -45,6 +46,12 @@ class RunOptions:
     dry_run: bool = flag(
         "print what the run would take, and stop: nothing is loaded or written", group="other", default=False
     )
+    assume_gpu: str | None = flag(
+        "with --dry_run: plan for a card that is not here, by its GB of memory or its name, as 24 or 4090 "
+        "(default: what is here)",
+        group="other",
+        metavar="CARD",
+    )
     log_json: str | None = flag(
         "add an event a line to this file, as JSON objects; a further run adds its own", group="other", metavar="FILE"
     )
@@ -68,6 +75,10 @@ class RunOptions:
                 Path(value).exists()
             except OSError as error:
                 raise InputError(f"{value}: {error.strerror}", option=name) from error
+        if self.assume_gpu is not None:
+            assumed_card(self.assume_gpu)
+            if not self.dry_run:
+                raise InputError("needs --dry_run: a card that is not here computes nothing", option="assume_gpu")
         if self.log_json is not None:
             check_log(self.log_json)
 

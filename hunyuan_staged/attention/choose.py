@@ -118,8 +118,8 @@ class Gpu:
     head_width: int
 
 
-def _obstacle(mode: str, gpu: Gpu) -> str | None:
-    """Why a mode cannot run here, known without trying."""
+def _unsuited(mode: str, gpu: Gpu) -> str | None:
+    """Why a mode runs on no such GPU, whatever is installed."""
     major, minor = gpu.capability
     if gpu.dtype not in HALF:
         return f"it takes float16 and bfloat16, not {gpu.dtype}"
@@ -129,15 +129,41 @@ def _obstacle(mode: str, gpu: Gpu) -> str | None:
         return f"its kernels are for Hopper alone (compute capability 9.x), and this GPU has {major}.{minor}"
     if mode == "flash4" and gpu.capability < HOPPER:
         return f"it needs a Hopper GPU or newer, and this one has compute capability {major}.{minor}"
-    if mode in PACKAGES and not installed(PACKAGES[mode][0]):
-        package, remedy = PACKAGES[mode]
-        return f"the package {package} {packages.obstacle(package)} ({remedy})"
     if gpu.head_width not in HEAD_WIDTHS.get(mode, (gpu.head_width,)):
         widths = ", ".join(map(str, HEAD_WIDTHS[mode]))
         return f"it takes heads that are {widths} wide, and this model's are {gpu.head_width}"
     if mode == "sageattn" and gpu.head_width > max(SAGE_HEAD_WIDTHS):
         return f"it takes heads up to {max(SAGE_HEAD_WIDTHS)} wide, and this model's are {gpu.head_width}"
     return None
+
+
+def _obstacle(mode: str, gpu: Gpu) -> str | None:
+    """Why a mode cannot run here, known without trying."""
+    why_not = _unsuited(mode, gpu)
+    if not why_not and mode in PACKAGES and not installed(PACKAGES[mode][0]):
+        package, remedy = PACKAGES[mode]
+        return f"the package {package} {packages.obstacle(package)} ({remedy})"
+    return why_not
+
+
+def assumed_attention(
+    mode: str, capability: tuple[int, int] | None, dtype: torch.dtype, *, head_width: int = 128
+) -> AttentionMode:
+    """The name and reason of the kernel that a mode would take on a GPU that is not here, with all packages installed.
+
+    capability: None where it is not known, as if of the oldest GPUs with flash kernels. InputError as choose_attention.
+    """
+    gpu = Gpu(torch.device("cuda"), dtype, capability or AMPERE, head_width)
+    if mode in ("torch", SPARSE_ATTN_MODE):
+        return AttentionMode(mode, "as asked", dense(sdpa()))
+    if mode != DEFAULT_ATTN_MODE:
+        why_not = capability and _unsuited(mode, gpu)
+        if why_not:
+            raise InputError(f"--attn_mode {mode}: {why_not}; use flash or torch")
+        return AttentionMode(mode, "as asked, if it is installed there", dense(sdpa()))
+    found = next((one for one in ("flash4", "flash2") if not _unsuited(one, gpu)), "torch")
+    needs = f", with its package: {PACKAGES[found][1]}" if found in PACKAGES else ""
+    return AttentionMode(found, f"the fastest exact kernel of such a card{needs}", dense(sdpa()))
 
 
 def _has_flash2_package() -> bool:

@@ -34,6 +34,13 @@ def top_k_of(frames: int) -> int:
     return TOP_K // 2 if frames <= SHORT_VIDEO else TOP_K
 
 
+def attended_share(grid: Sequence[int]) -> float:
+    """The share of a video's tiles that a tile attends to at most; grid: latent frames, rows, columns."""
+    tile, window = (IMAGE_TILE, IMAGE_WINDOW) if grid[0] == 1 else (TILE, WINDOW)
+    number = math.prod(-(-n // t) for n, t in zip(grid, tile, strict=True))
+    return min(1.0, (math.prod(window) + top_k_of(grid[0])) / number)
+
+
 class SstaGrid:
     """A grid of video tokens cut into tiles; the grid is padded with zeros to whole tiles, as in the official code."""
 

@@ -7,17 +7,7 @@ from hunyuan_staged import geometry, options, versions
 from hunyuan_staged.decoding import planning
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import budget, estimates
-from hunyuan_staged.versions import SKIPPED_LAYERS
 
-# Qwen2.5-VL-7B-Instruct's language part, as its config.json on the hub has it.
-QWEN_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
 LONG = 121  # frames
 STEPS = 50
 
@@ -32,15 +22,15 @@ def skeleton(layers: int | None = None) -> Any:
         return TransformerModules(TransformerConfig(num_layers=layers or versions.LAYERS))
 
 
-def language_skeleton(layers: int = QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS) -> Any:
+def language_skeleton(layers: int | None = None) -> Any:
     """The language model on the meta device, of the layers that stage 1 runs or of so many."""
     import torch
-    from transformers import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    sizes: Any = QWEN_7B | {"num_hidden_layers": layers}
+    from hunyuan_staged.weights.published import published_language_config
+
     with torch.device("meta"):
-        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**sizes))
+        model = Qwen2_5_VLTextModel(published_language_config(layers))
     model.norm = torch.nn.Identity()
     return model
 
@@ -52,10 +42,11 @@ def table() -> list[tuple[str, ...]]:
     """
     import torch
 
-    from hunyuan_staged.bench.flops import TEXT_TOKENS
     from hunyuan_staged.memory import offloading
+    from hunyuan_staged.memory.operations import TEXT_TOKENS
     from hunyuan_staged.models.modulations import remove_linears, table_bytes
     from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+    from hunyuan_staged.weights.published import published_language_config
     from hunyuan_staged.weights.quantization import fp8_rows
 
     dtype, vae = torch.bfloat16, VaeConfig()
@@ -67,7 +58,7 @@ def table() -> list[tuple[str, ...]]:
     with torch.device("meta"):
         decoder = sum(tensor.numel() for tensor in VaeDecoder(vae).parameters()) * 2
     layers = replace(
-        offloading.weights_of(language, language.layers, dtype), count=QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS
+        offloading.weights_of(language, language.layers, dtype), count=published_language_config().num_hidden_layers
     )
     in_bf16, in_float8 = (
         replace(offloading.weights_of(model, model.transformer_blocks, dtype), count=versions.LAYERS)

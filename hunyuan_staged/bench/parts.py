@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from hunyuan_staged.bench.flops import TEXT_TOKENS
+from hunyuan_staged.memory.operations import TEXT_TOKENS
 
 
 class Stopwatch:

@@ -9,10 +9,10 @@ from typing import Any
 from hunyuan_staged import geometry
 from hunyuan_staged.attention import modes
 from hunyuan_staged.bench import parts
-from hunyuan_staged.bench.flops import PEAK_TFLOPS, TEXT_TOKENS, attention_flops, linear_flops
 from hunyuan_staged.bench.step import Setup, Step, set_up
 from hunyuan_staged.compare import measures
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory.operations import PEAK_TFLOPS, TEXT_TOKENS, attention_flops, linear_flops
 from hunyuan_staged.sampling import cache, cache_settings
 
 

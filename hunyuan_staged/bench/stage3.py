@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged import geometry, options
-from hunyuan_staged.bench.flops import PEAK_TFLOPS, decoder_flops
 from hunyuan_staged.decoding import planning, tiling
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory.operations import PEAK_TFLOPS, decoder_flops
 
 if TYPE_CHECKING:
     import torch

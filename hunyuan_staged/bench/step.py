@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_staged import geometry, versions
-from hunyuan_staged.bench.flops import TEXT_TOKENS
+from hunyuan_staged.memory.operations import TEXT_TOKENS
 
 
 def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:

@@ -9,6 +9,7 @@ from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import RESERVE, FreeMemory, gib, refusal
+from hunyuan_staged.memory.operations import decoder_flops
 from hunyuan_staged.memory.timings import measured_decoding
 from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VAE_LAYERS
 
@@ -21,6 +22,8 @@ WHOLE_TENSORS = 4
 MID_BLOCK_TENSORS = 8
 SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
 GATHERED_TENSORS = 4  # of all ranks' keys and values: as they come, and joined
+# What a further band of rows adds at most, of all operations: a level's convolutions reach so far into its neighbours.
+BAND_OVERLAP = 0.15
 # A chunk of whole frames gains nothing beyond so many latents: two frames of 1280x720 (README, "Measured").
 USEFUL_CHUNK = 2 * 45 * 80
 
@@ -205,3 +208,21 @@ def decoding_seconds(
     if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
         return None
     return measured_decoding(gpu, size, decoding.tile_size, decoding.latent_frames_per_chunk)
+
+
+def decoding_flops(
+    config: Mapping[str, Any], size: tuple[int, int, int], decoding: Decoding, overlap: float, ranks: int
+) -> tuple[float, float]:
+    """Operations of a decoding on the process that has most of it, at least and at most: what overlaps is done twice."""
+    frames, height, width = size
+    ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
+    rows, columns = height // ratio, width // ratio
+    plain = decoder_flops(dict(config), (frames - 1) // temporal + 1, rows, columns)
+    if decoding.tile_size is not None:
+        cut = tiling.tile_plan(rows, columns, tile_size=decoding.tile_size, tile_overlap=overlap, spatial_ratio=ratio)
+        tiles = len(cut.rows) * len(cut.columns)
+        area = sum(span.size for span in cut.rows) * sum(span.size for span in cut.columns)
+        done = plain * area / (rows * columns) * -(-tiles // ranks) / tiles
+        return done, done
+    alone = row_ranks(rows, ranks)
+    return plain / alone, plain / alone * (1 + BAND_OVERLAP * (decoding.bands - 1))

@@ -147,6 +147,6 @@ CARDS = (8, 12, 16, 24, 48, 80)  # GB as they are sold
 CARD_OVERHEAD = 3 * GIB // 4  # what CUDA itself and a desktop take of a card. Not measured
 
 
-def card(size: int) -> FreeMemory:
+def card(size: float) -> FreeMemory:
     """What is free on an otherwise idle card of `size` GB, in a host with enough memory."""
-    return FreeMemory(size * GIB - CARD_OVERHEAD, 64 * GIB)
+    return FreeMemory(max(0, int(size * GIB) - CARD_OVERHEAD), 64 * GIB)

@@ -28,7 +28,7 @@ class MeasuredStep:
 
 
 @cache
-def _benchmarks() -> dict[str, Any]:
+def benchmarks() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
     return found
 
@@ -36,7 +36,7 @@ def _benchmarks() -> dict[str, Any]:
 @cache
 def measured_steps() -> tuple[MeasuredStep, ...]:
     """The steps of benchmarks.json whose time a plan may state."""
-    machines = _benchmarks()["machines"]
+    machines = benchmarks()["machines"]
     return tuple(
         MeasuredStep(
             gpu=machines[row["machine"]]["gpu"],
@@ -47,7 +47,7 @@ def measured_steps() -> tuple[MeasuredStep, ...]:
             seconds=row["seconds"],
             extra=row["first_step_extra"] or 0.0,
         )
-        for row in _benchmarks()["steps"]
+        for row in benchmarks()["steps"]
         if row["in_plan"]
     )
 
@@ -59,9 +59,9 @@ def measured_decoding(
 
     tile_size: None for whole frames; latent_frames_per_chunk: latent frames. None where just that has not been measured.
     """
-    for row in _benchmarks()["decodings"]:
+    for row in benchmarks()["decodings"]:
         measured = (row["num_frames"], row["height"], row["width"]), row["tile_size"], row["latent_frames_at_once"]
-        on = _benchmarks()["machines"][row["machine"]]["gpu"]
+        on = benchmarks()["machines"][row["machine"]]["gpu"]
         if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, latent_frames_per_chunk):
             return float(row["seconds"])
     return None
@@ -73,7 +73,7 @@ def reused_shares() -> dict[str, float]:
 
     What a reused step does was measured with fewer blocks where it does not grow with their number.
     """
-    rows = _benchmarks()["tables"]["cache_speed"]["rows"]
+    rows = benchmarks()["tables"]["cache_speed"]["rows"]
     return {kind: float(share.split()[0]) / 100 * int(blocks) / LAYERS for kind, blocks, _, share, *_ in rows}
 
 

@@ -27,12 +27,12 @@ from hunyuan_staged.files.video import ffmpeg_path, require_encoder, write_video
 from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline.common import Lock, chosen_model, gpu_name
+from hunyuan_staged.pipeline.common import Lock, chosen_model, open_for
 from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
 from hunyuan_staged.runtime.processes import cores
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights import components
-from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.folder import ModelFolder
 
 
 def video_path(options: DecodeOptions, resolution: str | None) -> Path:
@@ -172,8 +172,6 @@ class DecodeSetup:
     def rows(self, plan: planning.Decoding, free: FreeMemory, ranks: int) -> dict[str, object]:
         """The rows that --dry_run prints."""
         held = ", ".join(f"{part} {gib(number)}" for part, number in plan.parts.items())
-        gpu, overlap = gpu_name(self.world.device), self.options.tile_overlap
-        seconds = planning.decoding_seconds(gpu, self.config, self.size, plan, overlap, self.world.size)
         frames, height, width = self.size
         return {
             "video": f"{width}x{height}, {frames} frames",
@@ -181,7 +179,6 @@ class DecodeSetup:
             "latent frames at once": min(plan.latent_frames_per_chunk, self.job.latents.shape[2]),
             "memory": f"{gib(plan.total)}: {held}",
             "free": free.describe(),
-            "expected time": "unknown: not measured" if seconds is None else f"{seconds:.1f} s",
             **({} if plan.tile_size is None else {"tiles": len(self.owners(plan))}),
             "ranks": ranks,
         }
@@ -192,9 +189,9 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     path = chosen_model(options.model_path, options.input_dir, job.config)
     # Now, rather than after the decoding.
     ffmpeg_path()
-    if options.encoder != ENCODERS[0]:
+    if options.encoder != ENCODERS[0] and options.assume_gpu is None:
         require_encoder(options.encoder)
-    model = open_model(path, ("vae",), report.progress)
+    model = open_for(options, path, ("vae",), report)
     config = components.vae_config(model)
     check_latents(job.latents, config)
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32

@@ -17,7 +17,7 @@ import torch
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
-from hunyuan_staged.attention.choose import AttentionMode, choose_attention
+from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
@@ -27,7 +27,7 @@ from hunyuan_staged.options import DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import torch_dtype
+from hunyuan_staged.pipeline.common import attention_for, torch_dtype
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
@@ -212,9 +212,7 @@ def assemble(
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
     config = components.transformer_config(folder, version.name)
-    head_width = config.get("attention_head_dim", 128)
-    mode, sage = options.attention_mode(), options.sage_blocks()
-    attention = choose_attention(mode, world.device, dtype, sage, head_width=head_width)
+    attention = attention_for(options, world.device, dtype, config.get("attention_head_dim", 128))
     if attention.name == modes.SPARSE_ATTN_MODE and not version.sparse:
         report.warn(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
     resolving.check_widths(job.embeddings, config, version)

@@ -11,7 +11,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import update_config
 from hunyuan_staged.flags import options_of
-from hunyuan_staged.memory import budget, timings
+from hunyuan_staged.memory import budget
 from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_SAGE_BLOCKS, DenoiseOptions
 from hunyuan_staged.parallel.layout import Layout, plan_layout
@@ -23,7 +23,17 @@ from hunyuan_staged.sampling.state import RunIdentity
 from hunyuan_staged.weights.single_file import TransformerFile
 
 # Options of stage 2 that belong to one call and not to its result, or that name its folders.
-OF_ONE_CALL = {"input_dir", "output_dir", "resume", "stop_after", "strict", "dry_run", "debug", "log_json"}
+OF_ONE_CALL = {
+    "input_dir",
+    "output_dir",
+    "resume",
+    "stop_after",
+    "strict",
+    "dry_run",
+    "assume_gpu",
+    "debug",
+    "log_json",
+}
 OF_ONE_CALL |= {"jobs", "seeds", "gpus_per_job", "watch"}
 FILE_OPTIONS = (
     "model_path",
@@ -88,22 +98,8 @@ def options_to_go_on(options: DenoiseOptions) -> dict[str, Any]:
 
 def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
     """The rows that --dry_run prints."""
-    settings, options, world, gpu = setup.settings, setup.options, setup.world, gpu_name(setup.world.device)
-    caching = setup.caching
-    seconds = timings.expected_seconds(
-        gpu,
-        setup.size,
-        plan.offloaded,
-        layers=setup.weights.count,
-        branches=settings.branches,
-        ranks=world.size,
-        steps=timings.steps_worth(
-            settings.num_inference_steps, caching.type if caching else None, caching.reused if caching else None
-        ),
-        float8=bool(options.weights_dtype),
-    )
+    settings, options, world = setup.settings, setup.options, setup.world
     layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
-    unknown = "unknown: no such step has been measured"
     return {
         "version": settings.version.name,
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
@@ -113,7 +109,6 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         "attention": f"{setup.attention.name} ({setup.attention.reason})",
         "ranks": f"{world.size}: {layout.describe()}",
         **plan.rows(setup.weights.count, free),
-        "expected time": unknown if seconds is None else f"{seconds:.0f} s ({gpu})",
     }
 
 

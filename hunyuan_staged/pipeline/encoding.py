@@ -25,12 +25,13 @@ from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
 from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import rewriting
-from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes
+from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes, open_for
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import components, encoder_components, loading
-from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.published import PublishedModel
 
 DEMO_USED = (
     "no --model_path: using the demo weights, which know plain shapes, colours, motions and short words only; "
@@ -125,6 +126,8 @@ class EncodeSetup:
         weights = self.weights
         asked = offload_asked(self.options, weights.count)
         remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
+        if free.device is None:
+            remedies = ["a GPU"]
         working = estimates.LANGUAGE_WORKING
         return budget.plan_blocks("the text encoder", weights, working, free, asked=asked, remedies=remedies)
 
@@ -137,7 +140,6 @@ class EncodeSetup:
             **plan.rows(weights.count, free, "layers"),
             **(self.rewriter.rows(free) if self.rewriter else {}),
             "ranks": 1,
-            "expected time": "unknown: not measured",
         }
 
 
@@ -150,17 +152,19 @@ def resolve(
         report.warn(DEMO_USED)
         model_path = str(DEMO_CHECKPOINT)
     parts = ["text"] + ["glyph"] * bool(text.glyph_text(options.prompt)) + ["image", "vae"] * bool(picture)
-    folder = open_model(model_path, [*parts, "transformer"], report.progress)
+    folder = open_for(options, model_path, [*parts, "transformer"], report)
     version = pick_version(options, folder)
     for part in parts:
         folder.require(part)
-    if folder.config_alone(version.name):
+    if not options.dry_run and folder.config_alone(version.name):
         report.warn(
             f"{folder.path} has no weights of {version.name}, its config alone: stage 2 needs --transformer FILE"
         )
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)
-    rewriter = rewriting.resolve(options, folder, version.task, picture, world)
+    rewriter = None
+    if not isinstance(folder, PublishedModel):  # which has no tokenizer
+        rewriter = rewriting.resolve(options, folder, version.task, picture, world)
     return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtypes, world, skeleton, rewriter)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DenoiseOptions
-from hunyuan_staged.pipeline.common import chosen_model
+from hunyuan_staged.pipeline.common import chosen_model, open_for
 from hunyuan_staged.pipeline.settings import pick_version
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import TransformerVersion
-from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.hub import diffusers_repository
 from hunyuan_staged.weights.single_file import guess_version, open_transformer
 
 
@@ -23,9 +24,12 @@ def choose_transformer(
     file = _transformer_file(options)
     if file is None:
         if options.transformer_version:
-            raise InputError("belongs to a file as --transformer", option="transformer_version")
+            if not options.dry_run:
+                raise InputError("belongs to a file as --transformer, or to --dry_run", option="transformer_version")
+            name = versions.parse_version(options.transformer_version).name
+            config = {**config, "transformer_version": name, "model_path": diffusers_repository(name)}
         path = chosen_model(options.model_path, options.input_dir, config)
-        folder = open_model(path, ("transformer", "scheduler"), report.progress)
+        folder = open_for(options, path, ("transformer", "scheduler"), report)
         return folder, path, pick_version(config, folder.versions(), sparse=options.sparse_attn)
     opened = open_transformer(file, partial(_version_of_file, file, options, config, report))
     report.info(opened.describe())

@@ -26,14 +26,15 @@ from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DenoiseOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, input_video, low_resolution
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import chosen_model, free_memory
+from hunyuan_staged.pipeline.common import chosen_model, free_memory, open_for
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling.conditions import LowResolutionCondition
 from hunyuan_staged.versions import SuperResolutionVersion, parse_version, super_resolution_chain
 from hunyuan_staged.weights import components
-from hunyuan_staged.weights.folder import ModelFolder, open_model
+from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import PUBLISHED_SUPER_RESOLUTION
+from hunyuan_staged.weights.published import PublishedModel
 from hunyuan_staged.weights.single_file import open_transformer
 from hunyuan_staged.weights.upsampler import UpsamplerFiles, open_upsampler
 
@@ -50,10 +51,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleSetup(denoising.DenoiseSetup):
-    """A denoising that enlarges. source: None in a plan, and before the run that it comes from."""
+    """A denoising that enlarges. source: None in a plan, and before the run that it comes from. upsampler: None in a plan
+    where it is not on disk."""
 
     version: SuperResolutionVersion
-    upsampler: UpsamplerFiles
+    upsampler: UpsamplerFiles | None
     image_latents: torch.Tensor | None
     source: Source | None = None
 
@@ -68,11 +70,12 @@ class UpscaleSetup(denoising.DenoiseSetup):
         return super().made_from | larger | self.source.about
 
     def fingerprint(self) -> str:
+        assert self.upsampler is not None
         transformer = self.folder.fingerprint(["transformer"], self.version.name)
         return provenance.digest({"transformer": transformer, "upsampler": self.upsampler.fingerprint()})
 
     def inputs(self) -> tuple[torch.Tensor, LowResolutionCondition]:
-        assert self.source is not None
+        assert self.source is not None and self.upsampler is not None
         return low_resolution.prepare(
             self.upsampler,
             self.source.latents,
@@ -108,15 +111,21 @@ def resolve(
 
 def _weights(
     options: DenoiseOptions, job: DenoiseJob, version: SuperResolutionVersion, report: Reporter
-) -> tuple[ModelFolder, str, UpsamplerFiles]:
-    """(what holds the transformer, its path or hub id, the upsampler): the files that are given, else the model's."""
+) -> tuple[ModelFolder, str, UpsamplerFiles | None]:
+    """(what holds the transformer, its path or hub id, the upsampler): the files that are given, else the model's.
+
+    A plan goes by the published model where this one has none; then there is no upsampler.
+    """
     file, upsampler = options.super_resolution_transformer, options.super_resolution_upsampler
     found: ModelFolder
     if file and upsampler:
         path = file
     else:
         path = chosen_model(options.model_path, options.input_dir, job.config)
-        found = open_model(path, ("transformer", "upsampler"), report.progress)
+        parts = ("transformer",) if options.dry_run else ("transformer", "upsampler")
+        found = open_for(options, path, parts, report, version.name)
+        if isinstance(found, PublishedModel) and not upsampler:
+            return found, path, None
     opened = open_upsampler(Path(upsampler) if upsampler else found.super_resolution_folder("upsampler", version.name))
     if version.resolution in PUBLISHED_SUPER_RESOLUTION and opened.kind != version.resolution:
         raise InputError(

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from hunyuan_staged.errors import InputError
+
 
 def quiet(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
     """The progress wrapper that shows nothing; takes tqdm's keywords and ignores them."""
@@ -62,6 +64,13 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """A warning for the log."""
+
+    def warn_or_refuse(self, reason: str | None, *, strict: bool) -> None:
+        """Warn of files that do not belong together; with --strict, InputError."""
+        if reason and strict:
+            raise InputError(f"{reason}; --strict refuses that")
+        if reason:
+            self.warn(reason)
 
     def progress(self, iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
         """Wrap what is iterated over; options: tqdm's keywords."""

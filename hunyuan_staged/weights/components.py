@@ -36,6 +36,7 @@ from hunyuan_staged.weights.loading import (
     tensor_shape,
     weight_files,
 )
+from hunyuan_staged.weights.published import PublishedModel
 from hunyuan_staged.weights.quantization import fp8_rows
 from hunyuan_staged.weights.single_file import TransformerFile
 
@@ -46,6 +47,8 @@ def transformer_config(folder: ModelFolder, version: str) -> dict[str, Any]:
     """diffusers' arguments of a version; InputError where the folder lacks it or this suite does not run it."""
     if isinstance(folder, TransformerFile):
         return folder.config()
+    if isinstance(folder, PublishedModel):
+        return folder.transformer_config(version)
     path = folder.transformer_folder(version) / "config.json"
     config = read_json(path)
     if not folder.official:
@@ -61,6 +64,8 @@ def _glyph_width(folder: ModelFolder, version: str) -> int:
     inside = folder.transformer_folder(version)
     if folder.config_alone(version) and folder.has("glyph"):
         return int(glyph_config(folder.folders("glyph")[0] / "config.json").d_model)
+    if folder.planned and folder.config_alone(version):
+        return TransformerConfig().text_embed_2_dim
     if folder.repo and not has_weights(inside):
         name = sharded_file(inside, GLYPH_IN)
         shape = remote_shape(folder.repo, inside.relative_to(folder.path) / name, folder.path.name, GLYPH_IN)
@@ -171,6 +176,8 @@ def _renamed(tensors: Iterable[Named], rules: Sequence[Rule], folder: ModelFolde
 
 def vae_config(folder: ModelFolder) -> dict[str, Any]:
     """diffusers' arguments of the VAE: scaling_factor, latent_channels, the compression ratios, and the widths."""
+    if isinstance(folder, PublishedModel):
+        return folder.vae_config()
     path = folder.require("vae")[0] / "config.json"
     return (official_vae_config if folder.official else diffusers_vae_config)(read_json(path), path)
 

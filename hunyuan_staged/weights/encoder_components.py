@@ -24,6 +24,7 @@ from hunyuan_staged.weights.loading import (
     read_tensors,
     weight_files,
 )
+from hunyuan_staged.weights.published import PublishedModel, published_language_config
 from hunyuan_staged.weights.schema import GLYPH_TABLE, GLYPH_TOKENIZER, LANGUAGE_TOKENIZER, Schema, check, quoted
 
 VOCABULARY = ("tokenizer.json", "vocab.json")
@@ -125,7 +126,8 @@ def language_skeleton(folder: ModelFolder) -> Any:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
     origin = folder.require("text")[0] / "config.json"
-    config, _ = language_config(origin)
+    published = isinstance(folder, PublishedModel)
+    config = published_language_config() if published else language_config(origin)[0]
     model = on_meta(lambda: Qwen2_5_VLTextModel(config), origin)
     model.norm = nn.Identity()
     return model

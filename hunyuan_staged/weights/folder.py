@@ -70,12 +70,13 @@ class ModelFolder:
     """A model on disk, in the official or the diffusers layout; components and encoder_components load its parts.
 
     repo: the hub id that the folder is a snapshot of. Of its transformers a version's weights are downloaded when they
-    are first read: the official repository holds ten of 33 GB each.
+    are first read: the official repository holds ten of 33 GB each. planned: its configs alone count, nothing is loaded.
     """
 
     path: Path
     layout: str  # "official" or "diffusers"
     repo: str | None = None
+    planned: bool = False
 
     @property
     def official(self) -> bool:
@@ -252,7 +253,7 @@ def open_model(model_path: str | Path, parts: Sequence[str], progress: Progress 
     if not present:
         repo = str(model_path)
         path = download(repo, parts)
-    layout = _layout(path)
+    layout = layout_of(path)
     if layout is None:
         command = model_fetch(f"{DEFAULT_RESOLUTION}_t2v", model_path)
         raise InputError(
@@ -262,7 +263,7 @@ def open_model(model_path: str | Path, parts: Sequence[str], progress: Progress 
     return ModelFolder(path, layout, repo)
 
 
-def _layout(path: Path) -> str | None:
+def layout_of(path: Path) -> str | None:
     """Which layout a folder has, if any. The transformers tell; without them it is judged by what else there is."""
     if (path / "transformer" / "config.json").is_file():
         return "diffusers"

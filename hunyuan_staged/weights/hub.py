@@ -114,9 +114,13 @@ PARTS = {
         ("image_encoder", "feature_extractor"),
     ),
 }
-DIFFUSERS_FETCH = (
-    'hf download hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{version} --include "{folder}/*" --local-dir {path}'
-)
+DIFFUSERS_REPOSITORY = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{version}"
+DIFFUSERS_FETCH = f'hf download {DIFFUSERS_REPOSITORY} --include "{{folder}}/*" --local-dir {{path}}'
+
+
+def diffusers_repository(version: str) -> str:
+    """The hub id of a version in diffusers' layout."""
+    return DIFFUSERS_REPOSITORY.format(version=version)
 
 
 def download(repo: str, parts: Sequence[str]) -> Path:

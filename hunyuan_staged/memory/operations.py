@@ -17,6 +17,30 @@ def linear_flops(video_tokens: int, text_tokens: int, inner: int, mlp_ratio: flo
     return 2.0 * (video_tokens + text_tokens) * (4 + 2 * mlp_ratio) * inner**2
 
 
+def step_flops(
+    video_tokens: int,
+    text_tokens: int,
+    *,
+    layers: int,
+    heads: int,
+    width: int,
+    mlp_ratio: float,
+    shards: int = 1,
+    attended: float = 1.0,
+) -> float:
+    """Of one forward through all blocks, on the process that has most of it.
+
+    Attention is split by heads, what else there is by tokens; the text is on every process.
+
+    Args:
+        width: of a head.
+        shards: that the tokens are split over.
+        attended: the share of all keys that a query attends to.
+    """
+    attention = attended * attention_flops(video_tokens + text_tokens, -(-heads // shards), width)
+    return layers * (attention + linear_flops(-(-video_tokens // shards), text_tokens, heads * width, mlp_ratio))
+
+
 def decoder_flops(config: dict[str, Any], latent_frames: int, height: int, width: int) -> float:
     """Of the VAE decoder's convolutions for latents of t x h x w: 2 * 27 * C * C' for each position of the product."""
     channels = list(config["block_out_channels"])[::-1]

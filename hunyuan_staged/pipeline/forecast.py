@@ -1,0 +1,160 @@
+"""What --dry_run prints: the plan of a stage, or of all three, and how long it takes. Nothing is loaded or written.
+
+What an earlier stage has not written yet is assumed; of a model that is not on disk the published numbers serve. The
+rows of a plan say so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.decoding import planning
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import contract
+from hunyuan_staged.files.config import read_config
+from hunyuan_staged.memory import expected as times
+from hunyuan_staged.memory import operations
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import decoding, encoding, low_resolution
+from hunyuan_staged.pipeline.forecast_denoising import assume_denoising, larger_options, likely_config
+from hunyuan_staged.pipeline.forecast_target import Rows, StagePlan, Target, figures, finished, planned, target_of
+from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO
+from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.weights.hub import diffusers_repository
+
+TEMPLATE_TOKENS = 108  # of the chat round a prompt, which the language model reads, too
+
+
+# -- stage 1 --
+
+
+def plan_encoding(options: EncodeOptions, world: World, report: Reporter = SILENT) -> StagePlan:
+    """The plan of stage 1."""
+    target = target_of(options, world)
+    setup = encoding.resolve(options, encoding.read_image(options), target.world, report)
+    plan = planned(setup, target)
+    tokens = 2 * (TEMPLATE_TOKENS + operations.TEXT_TOKENS)  # of the prompt and of the negative one
+    flops = 2.0 * tokens * setup.weights.total / setup.dtypes.text.itemsize
+    expected = times.estimated(flops, flops, target.card) if target.card else None
+    rows = finished(setup.rows(plan, target.free), expected, target, figures(setup.folder, setup.version.name))
+    config = {
+        "model_path": setup.model_path,
+        "transformer_version": setup.version.name,
+        "prompt": options.prompt,
+        "dtype": options.dtype,
+    }
+    return StagePlan(rows, expected, config)
+
+
+# -- stage 3 --
+
+
+def plan_decoding(options: DecodeOptions, world: World, report: Reporter = SILENT) -> StagePlan:
+    """The plan of stage 3, for the latents that are there, or for those of a run by default settings."""
+    folder = Path(options.input_dir)
+    asked = None if options.latents in (None, contract.BASE) else options.latents
+    there = [*contract.latents_present(folder), *[None] * (folder / contract.LATENTS_FILE).is_file()]
+    if there if options.latents is None else asked in there:
+        job = decoding.read_job(options, report)
+        report.warn_or_refuse(job.mismatch, strict=options.strict)
+        return _plan_decoding(options, job, target_of(options, world), report)
+    config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
+    config = likely_config(config, options)
+    version = versions.parse_version(config["transformer_version"])
+    height, width = geometry.size_for_ratio(version.resolution, DEFAULT_ASPECT_RATIO)
+    shape = geometry.latent_shape(version.video_length, height, width, geometry.LATENT_CHANNELS)
+    for larger in versions.super_resolution_chain(version.resolution, asked) if asked else ():
+        shape = low_resolution.enlarged_shape(larger, shape)
+    return assume_decoding(options, config, shape, world, report)
+
+
+def assume_decoding(
+    options: DecodeOptions, config: Mapping[str, Any], shape: tuple[int, ...], world: World, report: Reporter
+) -> StagePlan:
+    """The plan of stage 3 for latents [1, C, t, h, w] that are not there."""
+    job = decoding.DecodeJob(torch.zeros(1, 1, 1, 1, 1).expand(shape), "", dict(config), None)
+    return _plan_decoding(options, job, target_of(options, world), report, f"latents {list(shape)}")
+
+
+def _plan_decoding(
+    options: DecodeOptions, job: decoding.DecodeJob, target: Target, report: Reporter, assumed: str = ""
+) -> StagePlan:
+    setup = decoding.resolve(options, job, target.world, report)
+    plan = planned(setup, target)
+    about = setup.config, setup.size, plan, options.tile_overlap, setup.world.size
+    expected = None
+    if target.card:
+        found = planning.decoding_seconds(target.card.name, *about)
+        flops = planning.decoding_flops(*about)
+        expected = times.estimated(*flops, target.card) if found is None else times.measured(found)
+    rows = setup.rows(plan, target.free, target.world.size)
+    version = str(job.config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
+    rows = finished(rows, expected, target, ("assumed", assumed), figures(setup.model, version))
+    return StagePlan(rows, expected, job.config, tuple(job.latents.shape))
+
+
+# -- all three --
+
+
+def world_of(processes: int, world: World) -> World:
+    """The first of so many processes that are not there, on the device of this one; InputError for too few GPUs."""
+    if world.device.type == "cuda" and processes > torch.cuda.device_count():
+        raise InputError(f"{processes} processes share {torch.cuda.device_count()} GPUs; start one a GPU")
+    return World(0, processes, world.device)
+
+
+def plan_run(
+    encode: EncodeOptions,
+    denoise: DenoiseOptions,
+    decode: DecodeOptions,
+    world: World,
+    report: Reporter = SILENT,
+    enlarge: DenoiseOptions | None = None,
+) -> dict[str, Rows]:
+    """The plans of a whole run in a folder of its own, by title; the last row is the time of all.
+
+    Args:
+        world: of stages 2 and 3.
+        enlarge: what super resolution is given.
+    """
+    if denoise.transformer_version and not denoise.transformer and not denoise.model_path:
+        encode = _of_version(encode, denoise.transformer_version)
+    first = plan_encoding(encode, World(0, 1, world.device), report)
+    picture, size = encoding.read_image(encode), None
+    if picture is not None:
+        version = versions.parse_version(first.config["transformer_version"])
+        size = geometry.nearest_size(version.resolution, picture.height / picture.width)
+    second = assume_denoising(denoise, first.config, world, report, size)
+    if enlarge:
+        second += assume_denoising(larger_options(enlarge, second[0].shape), first.config, world, report, size)
+    third = assume_decoding(decode, first.config, second[-1].shape, world, report)
+    stages = [first, *second, third]
+    expected = times.total(stage.expected for stage in stages)
+    if expected:
+        told = f"{expected} ({expected.how}); loading the weights and starting up come on top"
+    else:
+        told = str(next(stage.rows for stage in stages[::-1] if not stage.expected)["expected time"])
+    titles = ["stage 1: prompt → embeddings", "stage 2: embeddings → latents"]
+    titles += [f"stage 2: larger latents, {plan.config['transformer_version']}" for plan in second[1:]]
+    titles.append("stage 3: latents → video")
+    return dict(zip(titles, (stage.rows for stage in stages), strict=True)) | {"the whole run": {"time": told}}
+
+
+def _of_version(options: EncodeOptions, name: str) -> EncodeOptions:
+    """Stage 1's options for a version that is named alone, as it is published."""
+    version = versions.parse_version(name)
+    if version.task == "i2v" and not options.image_path:
+        raise InputError(f"{name} makes videos from an image: give --image_path", option="transformer_version")
+    return replace(
+        options,
+        model_path=diffusers_repository(version.name),
+        resolution=version.resolution,
+        cfg_distilled=version.cfg_distilled,
+        step_distilled=version.step_distilled,
+        sparse_attn=version.sparse,
+    )

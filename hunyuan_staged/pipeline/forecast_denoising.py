@@ -1,0 +1,172 @@
+"""The plan of stage 2 that --dry_run prints, super resolution included; forecast.py has the others."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged import geometry, versions
+from hunyuan_staged.attention import ssta
+from hunyuan_staged.attention.modes import SPARSE_ATTN_MODE
+from hunyuan_staged.encoders.text import glyph_text
+from hunyuan_staged.files import contract
+from hunyuan_staged.files.config import read_config
+from hunyuan_staged.memory import expected as times
+from hunyuan_staged.memory import operations, timings
+from hunyuan_staged.memory.budget import BlockPlan
+from hunyuan_staged.memory.cards import Card
+from hunyuan_staged.memory.expected import Expected
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions
+from hunyuan_staged.parallel.layout import plan_layout
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import denoising, denoising_records, jobs, low_resolution, upscaling
+from hunyuan_staged.pipeline.denoising import DenoiseSetup
+from hunyuan_staged.pipeline.forecast_target import StagePlan, Target, figures, finished, planned, target_of
+from hunyuan_staged.pipeline.transformers import choose_transformer
+from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO, DEMO_CHECKPOINT
+from hunyuan_staged.runtime.progress import SILENT, Reporter
+from hunyuan_staged.sampling.cache_settings import CacheSettings
+from hunyuan_staged.weights import components
+from hunyuan_staged.weights.published import model_for_plan
+
+IMAGE_TOKENS = 729  # of SigLIP
+
+
+def plan_denoising(options: DenoiseOptions, world: World, report: Reporter = SILENT) -> list[StagePlan]:
+    """The plans of stage 2, for what stage 1 wrote, or for a prompt that it might be given; several where super resolution
+    takes several runs."""
+    folder = Path(options.input_dir)
+    if (folder / contract.EMBEDDINGS_FILE).exists():
+        job = jobs.read(options)
+        report.warn_or_refuse(job.mismatch, strict=options.strict)
+        return _plans(options, job, target_of(options, world), report)
+    config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
+    return assume_denoising(options, likely_config(config, options), world, report)
+
+
+def likely_config(config: Mapping[str, Any], options: DenoiseOptions | DecodeOptions) -> dict[str, Any]:
+    """The config with what stage 1 would record where nothing else is asked for: the demo's weights, or a version."""
+    path = options.model_path or config.get("model_path") or str(DEMO_CHECKPOINT)
+    if config.get("transformer_version") or Path(path).is_file():
+        return {**config, "model_path": path}
+    offered = model_for_plan(path, ("transformer",)).versions()
+    default = f"{versions.DEFAULT_RESOLUTION}_t2v"
+    plain = [name for name in offered if name.endswith("_t2v")]
+    version = default if default in offered else next(iter(plain or offered), None)
+    return {**config, "model_path": path, "transformer_version": version}
+
+
+def assume_denoising(
+    options: DenoiseOptions,
+    config: Mapping[str, Any],
+    world: World,
+    report: Reporter,
+    image_size: tuple[int, int] | None = None,
+) -> list[StagePlan]:
+    """The plans of stage 2 for embeddings that are not there. image_size: (H, W) in px of the image, if there is one."""
+    job = assumed_job(options, config, image_size)
+    return _plans(options, job, target_of(options, world), report, f"a prompt of {operations.TEXT_TOKENS} tokens")
+
+
+def assumed_job(
+    options: DenoiseOptions, config: Mapping[str, Any], image_size: tuple[int, int] | None
+) -> jobs.DenoiseJob:
+    """What stage 1 might leave: embeddings of the right widths, and nothing in them."""
+    folder, _, version = choose_transformer(options, config, SILENT)
+    widths = components.transformer_config(folder, version.name)
+    embeddings: dict[str, torch.Tensor] = {}
+    glyphs = len(glyph_text(config.get("prompt") or "").encode())
+    for prefix in ("", "negative_"):
+        for part, tokens in (("", operations.TEXT_TOKENS), ("_2", 0 if prefix else glyphs)):
+            width = widths["text_embed_2_dim" if part else "text_embed_dim"]
+            embeddings[f"{prefix}prompt_embeds{part}"] = torch.ones(1, 1, 1).expand(1, tokens, width)
+            embeddings[f"{prefix}prompt_embeds_mask{part}"] = torch.ones(1, tokens, dtype=torch.int64)
+    if version.task == "i2v":
+        size = image_size or geometry.size_for_ratio(version.resolution, options.aspect_ratio or DEFAULT_ASPECT_RATIO)
+        shape = geometry.latent_shape(1, *size, geometry.LATENT_CHANNELS)
+        embeddings["image_embeds"] = torch.ones(1, 1, 1).expand(1, IMAGE_TOKENS, widths["image_embed_dim"])
+        embeddings["image_latents"] = torch.zeros(1, 1, 1, 1, 1).expand(shape)
+        larger = options.super_resolution
+        for further in versions.super_resolution_chain(version.resolution, larger) if larger else ():
+            shape = low_resolution.enlarged_shape(further, shape)
+            embeddings[contract.large_image_latents(further.resolution)] = torch.zeros(1, 1, 1, 1, 1).expand(shape)
+    return jobs.DenoiseJob(embeddings, "", {**config, "transformer_version": version.name}, None)
+
+
+def _plans(
+    options: DenoiseOptions, job: jobs.DenoiseJob, target: Target, report: Reporter, assumed: str = ""
+) -> list[StagePlan]:
+    if not options.super_resolution:
+        return [_plan(denoising.resolve(options, job, target.world, report), target, assumed)]
+    plans: list[StagePlan] = []
+    upscaling.enlarge(options, job, target.world, lambda setup, _: plans.append(_plan(setup, target, assumed)), report)
+    return plans
+
+
+def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
+    plan = planned(setup, target)
+    expected = denoising_time(setup, plan, target.card) if target.card else None
+    version = setup.settings.version.name
+    base, larger = setup.job.config.get("transformer_version"), setup.enlarges_to
+    rows = denoising_records.rows(setup, plan, target.free)
+    rows = finished(
+        rows,
+        expected,
+        target,
+        ("assumed", assumed),
+        figures(setup.folder, base if larger and base else version, larger),
+    )
+    return StagePlan(rows, expected, {**setup.job.config, "transformer_version": version}, setup.shape)
+
+
+def larger_options(options: DenoiseOptions, shape: tuple[int, ...]) -> DenoiseOptions:
+    """Those of super resolution for latents [1, C, t, h, w] that are not there yet, whatever lies in their folder."""
+    return replace(options, video_length=(shape[2] - 1) * geometry.TEMPORAL_RATIO + 1)
+
+
+def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected | None:
+    """Seconds of the denoising loop on a card: as just such a step was measured, else estimated."""
+    settings, size, caching = setup.settings, setup.size, setup.caching
+    side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.options.cfg_parallel)
+    least, most = computed_steps(settings.num_inference_steps, caching)
+    found = timings.expected_seconds(
+        card.name,
+        size,
+        plan.offloaded,
+        layers=setup.weights.count,
+        branches=settings.branches,
+        ranks=setup.world.size,
+        steps=most if least == most else None,
+        float8=bool(setup.options.weights_dtype),
+    )
+    if found is not None:
+        return times.measured(found)
+    config = setup.skeleton.config
+    attended = 1.0
+    if size.kernel == SPARSE_ATTN_MODE:
+        attended = ssta.attended_share(setup.shape[2:])
+    one = (
+        settings.branches
+        / side_by_side
+        * operations.step_flops(
+            size.video_tokens,
+            size.text_tokens,
+            layers=setup.weights.count,
+            heads=config.num_attention_heads,
+            width=config.attention_head_dim,
+            mlp_ratio=config.mlp_ratio,
+            shards=shards,
+            attended=attended,
+        )
+    )
+    return times.estimated(least * one, most * one, card)
+
+
+def computed_steps(steps: int, caching: CacheSettings | None) -> tuple[float, float]:
+    """How many computed steps a run takes as long as, at least and at most: a cache may decide as it goes."""
+    if caching is None:
+        return steps, steps
+    worth = timings.steps_worth(steps, caching.type, caching.reused)
+    return (worth, worth) if worth is not None else (steps - sum(map(caching.may_reuse, range(steps))), steps)
