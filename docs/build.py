@@ -12,6 +12,7 @@ import ast
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -403,6 +404,13 @@ def modules() -> str:
     return "\n".join(["| module | what it is |", "| --- | --- |", *lines])
 
 
+def layers() -> str:
+    """Who may import whom, as import-linter holds it: names in brackets are not there yet."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    lines = [re.sub(r"\(\w+\)( : )?", "", line).replace(" : ", " | ") for line in contract[0]["layers"]]
+    return "\n".join(["```", *lines, "```"])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "decodings": decodings,
@@ -424,6 +432,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "flags": flags,
     "versions": versions_table,
     "modules": modules,
+    "layers": layers,
 }
 
 
