@@ -1,18 +1,18 @@
 """An OpenAI-compatible endpoint, asked for one answer: time-outs, retries, and whatever comes back instead. No torch."""
 
-import http.client
 import json
 import os
 import re
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from urllib.error import HTTPError
 
 LOCAL, API = "local", "api"  # what --rewrite may say besides an address
 KEY_VARIABLE = "REWRITE_API_KEY"
@@ -106,11 +106,15 @@ def check_address(url: str, variable: str | None = None) -> None:
         raise InputError(f"{culprit}{url!r} is not allowed; allowed is {allowed}", option=option)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects are errors: they would turn the question into one without contents, and take the key elsewhere."""
+def _open(request: Any) -> Any:
+    """The response to a urllib Request, without a redirect: that would be a question without contents, and a key's leak."""
+    from urllib.request import HTTPRedirectHandler, build_opener
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+    class NoRedirect(HTTPRedirectHandler):
+        def redirect_request(self, *_: Any, **__: Any) -> None:
+            return None
+
+    return build_opener(NoRedirect).open(request, timeout=TIMEOUT_SECONDS)
 
 
 def ask(endpoint: Endpoint, messages: Messages, say: Callable[[str], object] = lambda _: None) -> str:
@@ -132,26 +136,33 @@ def ask(endpoint: Endpoint, messages: Messages, say: Callable[[str], object] = l
 
 
 def _answer(endpoint: Endpoint, messages: Messages) -> str:
+    # Here, since every stage imports this module for its constants.
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request
+
     # Temperature 0: the same question gets the same answer, as far as the server can.
     asked = {"model": endpoint.model, "messages": list(messages), "temperature": 0, "stream": False}
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "hunyuan-staged"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(endpoint.address, json.dumps(asked).encode(), headers, method="POST")
+    request = Request(endpoint.address, json.dumps(asked).encode(), headers, method="POST")
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_SECONDS) as response:
+        with _open(request) as response:
             body = _read(response, deadline)
-    except urllib.error.HTTPError as error:
+    except HTTPError as error:
         with error:
             raise _refused(endpoint, error, deadline) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, HTTPException) as error:
         raise _TryAgain(getattr(error, "reason", None) or str(error) or type(error).__name__) from None
     return _content(endpoint, body)
 
 
 def _read(response: Any, deadline: float) -> bytes:
     """All of a response, in time and within MAX_BYTES, however slowly it drips."""
+    from http.client import IncompleteRead
+
     body = b""
     while piece := response.read1(2**16):
         body += piece
@@ -160,12 +171,14 @@ def _read(response: Any, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError(f"it took longer than {TIMEOUT_SECONDS:g} s")
     if response.length:  # read1 says nothing of an end that came too early
-        raise http.client.IncompleteRead(body, response.length)
+        raise IncompleteRead(body, response.length)
     return body
 
 
-def _refused(endpoint: Endpoint, error: urllib.error.HTTPError, deadline: float) -> Exception:
+def _refused(endpoint: Endpoint, error: "HTTPError", deadline: float) -> Exception:
     """What an answer with an error's status comes to."""
+    from http.client import HTTPException
+
     if 300 <= error.code < 400:
         target = endpoint.without_key(error.headers.get("Location", "nowhere"))[:QUOTED]
         return RewritingFailed(f"{endpoint.url} redirects to {target} ({error.code}); give that address if it is right")
@@ -174,7 +187,7 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError, deadline: float)
         content = json.loads(_read(error, deadline))
         inner = content.get("error", content)
         said = str(inner.get("message") or said) if isinstance(inner, dict) else str(inner)
-    except (OSError, ValueError, AttributeError, RecursionError, http.client.HTTPException):
+    except (OSError, ValueError, AttributeError, RecursionError, HTTPException):
         pass  # no message of the usual form: the status says enough
     said = endpoint.without_key(said)[:QUOTED]
     if error.code in AGAIN:
