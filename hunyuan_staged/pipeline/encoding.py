@@ -164,7 +164,7 @@ def resolve(
     skeleton = encoder_components.language_skeleton(folder)
     rewriter = None
     if not isinstance(folder, PublishedModel):  # which has no tokenizer
-        rewriter = rewriting.resolve(options, folder, version.task, picture, world)
+        rewriter = rewriting.resolve(options, folder, version, picture, world)
     return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtypes, world, skeleton, rewriter)
 
 

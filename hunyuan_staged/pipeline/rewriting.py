@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hunyuan_staged.encoders import endpoint, language_model, rewriting, text
+from hunyuan_staged import geometry
+from hunyuan_staged.encoders import endpoint, image, language_model, rewriting, text
 from hunyuan_staged.encoders.endpoint import LOCAL, Endpoint, RewritingFailed
 from hunyuan_staged.encoders.rewriting import Instructions, Rewritten
 from hunyuan_staged.errors import InputError
@@ -23,7 +24,7 @@ from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import free_memory, torch_dtype
 from hunyuan_staged.runtime.progress import SILENT, Reporter
-from hunyuan_staged.versions import MAX_TEXT_TOKENS
+from hunyuan_staged.versions import MAX_TEXT_TOKENS, TransformerVersion
 from hunyuan_staged.weights import loading, whole_language_model
 from hunyuan_staged.weights.folder import ModelFolder
 
@@ -163,15 +164,20 @@ class Rewriter:
 
 
 def resolve(
-    options: EncodeOptions, folder: ModelFolder, task: str, picture: Image.Image | None, world: World
+    options: EncodeOptions, folder: ModelFolder, version: TransformerVersion, picture: Image.Image | None, world: World
 ) -> Rewriter | None:
     """Who is to write the prompt out; None where nobody is. Loads no weights and asks nobody.
+
+    Who writes sees a picture as the transformer will, cropped to the version's size for it.
 
     InputError where instructions cannot be read, and for a folder whose language model cannot write.
     """
     if options.rewrite is None:
         return None
-    instructions = rewriting.read_instructions(options.rewrite_instructions, task, options.prompt)
+    if picture is not None:
+        size = geometry.nearest_size(version.resolution, picture.height / picture.width)
+        picture = image.resize_and_center_crop(picture, *size)
+    instructions = rewriting.read_instructions(options.rewrite_instructions, version.task, options.prompt)
     tokenizer = whole_language_model.load_language_tokenizer(folder)
     server = skeleton = None
     question: dict[str, Any] = {"prompt": options.prompt, "instructions": instructions.sha256}
@@ -180,7 +186,7 @@ def resolve(
         skeleton = whole_language_model.whole_skeleton(folder, tokenizer, vision=picture is not None)
         question["model"] = folder.fingerprint(["text"])
     else:
-        server = endpoint.find_endpoint(options.rewrite, options.rewrite_model, task)
+        server = endpoint.find_endpoint(options.rewrite, options.rewrite_model, version.task)
         question["model"] = server.model
     identity = provenance.digest(question)
     earlier = answered(options.output_dir, identity)

@@ -1,5 +1,6 @@
 """The whole language model writes: as transformers' own loading of the same files does, greedily, and to an end."""
 
+import json
 import shutil
 
 import pytest
@@ -108,3 +109,36 @@ def test_a_model_that_cannot_write_is_refused_before_it_is_loaded(tiny_official,
 def test_every_naming_is_understood(name, own):
     assert whole_language_model.whole_key(name, vision=True) == own
     assert whole_language_model.whole_key(name, vision=False) == (None if "visual" in name else own)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("depth", 10**6, "depth is 1000000; allowed is a whole number from 1 to 256"),
+        ("num_heads", 5, "hidden_size 32 modulo 20 is 12; allowed is 0"),
+        ("out_hidden_size", 32, "out_hidden_size is 32; allowed is 64"),
+        ("window_size", 100, "window_size 100 modulo 28 is 16; allowed is 0"),
+        ("hidden_act", "import os", "hidden_act is 'import os'; allowed is 'silu'"),
+        ("patch_size", ..., "lacks: patch_size"),
+        ("", None, "describes no vision tower (vision_config)"),
+    ],
+)
+def test_a_vision_tower_that_cannot_be_is_refused(whole, tmp_path, key, value, said):
+    folder = tmp_path / "model"
+    (folder / qwen_writer.LLM).mkdir(parents=True)
+    (folder / "transformer").symlink_to(whole / "transformer")
+    for path in (whole / qwen_writer.LLM).iterdir():
+        (folder / qwen_writer.LLM / path.name).symlink_to(path)
+    config = json.loads((whole / qwen_writer.LLM / "config.json").read_text())
+    if not key:
+        del config["vision_config"]
+    elif value is ...:
+        del config["vision_config"][key]
+    else:
+        config["vision_config"][key] = value
+    path = folder / qwen_writer.LLM / "config.json"
+    path.unlink()
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        load(folder, vision=True)
+    assert str(path) in str(caught.value) and said in str(caught.value)

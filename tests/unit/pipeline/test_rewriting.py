@@ -1,5 +1,7 @@
 """Stage 1 with --rewrite: who is asked, what is encoded and recorded, what is reused, and what happens on failure."""
 
+import base64
+import io
 import json
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from chat_server import chatting, completion, failure
 from PIL import Image
 
+from hunyuan_staged import geometry
 from hunyuan_staged.encoders import endpoint
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.config import read_config
@@ -109,7 +112,7 @@ def test_the_same_question_is_not_asked_again_and_another_is(tiny_official, tmp_
 
 def test_for_an_image_the_other_variables_count_and_the_image_goes_along(tiny_official, tmp_path, monkeypatch):
     picture = tmp_path / "red.png"
-    Image.new("RGB", (64, 64), "red").save(picture)
+    Image.new("RGB", (90, 3), "red").save(picture)
     with chatting(completion(LONG)) as server:
         monkeypatch.setenv("I2V_REWRITE_BASE_URL", server.address)
         monkeypatch.setenv("I2V_REWRITE_MODEL_NAME", "of i2v")
@@ -117,6 +120,8 @@ def test_for_an_image_the_other_variables_count_and_the_image_goes_along(tiny_of
         content = server.asked[0][2]["messages"][1]["content"]
         assert server.asked[0][2]["model"] == "of i2v"
         assert [part["type"] for part in content] == ["image_url", "text"]
+        sent = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])))
+        assert sent.size == geometry.nearest_size("demo", 3 / 90)[::-1]
         one = setup.rewritten.identity
         Image.new("RGB", (64, 64), "blue").save(picture)
         other = resolve(tiny_official, tmp_path / "out", rewrite="api", image_path=str(picture)).rewriter.identity
