@@ -24,7 +24,10 @@ BENCHMARKS = ROOT / "hunyuan_staged" / "memory" / "benchmarks.json"
 PAGES = (
     "README.md",
     "README.zh.md",
-    *(f"docs/{name}.md" for name in ("architecture", "benchmarks", "demo", "first_video", "flags", "memory", "model")),
+    *(
+        f"docs/{name}.md"
+        for name in ("architecture", "benchmarks", "demo", "first_video", "flags", "memory", "model", "presets")
+    ),
 )
 BLOCK = re.compile(r"(<!-- built: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STEPS = 50  # of the published base versions
@@ -411,6 +414,27 @@ def layers() -> str:
     return "\n".join(["```", *lines, "```"])
 
 
+def presets_table() -> str:
+    """Each preset's flags for the published base versions, and what a video takes on the card of the measurement."""
+    from hunyuan_staged import presets
+    from hunyuan_staged.memory import timings
+
+    step, rows = measured_step("720p", 121), []
+    for name, preset in presets.PRESETS.items():
+        steps = round(preset.steps * STEPS)
+        computed = presets.computed_steps(preset.computed, steps) if preset.computed else range(steps)
+        reused = set(range(steps)) - set(computed)
+        worth = timings.steps_worth([1.0] * steps, presets.cache_type(name), reused)
+        assert worth is not None
+        seconds = worth * step["seconds"] + step["first_step_extra"]
+        flags_there = code(presets.described(name, STEPS)) or "none"
+        rows.append(
+            (code(name), flags_there, f"{len(computed)} of {STEPS}", f"{STEPS / worth:.2f}", f"{seconds:.0f} s")
+        )
+    columns = ("preset", "flags, of 50 steps", "steps computed", "times fewer operations", "720p, 121 frames, H100")
+    return table(columns, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "decodings": decodings,
@@ -430,6 +454,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         {"color": "颜色", "background": "背景", "direction": "方向", "shape": "形状", "all four": "四项全对"},
     ),
     "flags": flags,
+    "presets": presets_table,
     "versions": versions_table,
     "modules": modules,
     "layers": layers,

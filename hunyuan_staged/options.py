@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged import geometry, versions
+from hunyuan_staged import geometry, presets, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.decode_options import DecodeOptions as DecodeOptions
 from hunyuan_staged.errors import InputError
@@ -36,7 +36,7 @@ from hunyuan_staged.run_options import (
     offload_help,
 )
 from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
-from hunyuan_staged.sampling import cache_settings
+from hunyuan_staged.sampling import cache_settings, guidance_plan
 from hunyuan_staged.sampling.given_sigmas import parse_sigmas
 from hunyuan_staged.upscale_options import UpscaleOptions
 
@@ -82,11 +82,26 @@ class DenoiseOptions(UpscaleOptions):
     height: int | None = flag("px, a multiple of 16, with --width (default: by --aspect_ratio)", group=VIDEO)
     video_length: int | None = flag("frames, 4n+1 (default: 121; 33 for the demo weights)", group=VIDEO)
     seed: int = flag("noise seed (default: %(default)s)", group=VIDEO, default=42)
+    preset: str | None = flag(
+        "a set of flags for less work, see docs/presets.md; one that is given stands in its place (default: exact)",
+        group=SAMPLING,
+        choices=tuple(presets.PRESETS),
+    )
     num_inference_steps: int | None = flag(
         "denoising steps (default by version: 50 for the base models)", group=SAMPLING
     )
     guidance_scale: float | None = flag(
         "classifier-free guidance; 1 runs no negative prompt (default by version: 6.0 for the base models)",
+        group=SAMPLING,
+    )
+    guidance_interval: str | None = flag(
+        "which share of the steps runs the negative prompt, e.g. 0,0.5: the first half (default: 0,1)",
+        group=SAMPLING,
+        metavar="START,STOP",
+    )
+    guidance_reuse: int | None = flag(
+        "run it at one in so many of those steps, and go on with the last difference at all later ones; 0: without "
+        "guidance there (default: 0)",
         group=SAMPLING,
     )
     flow_shift: float | None = flag("shift of the sigmas towards noise (default by version: 5 to 9)", group=SAMPLING)
@@ -107,6 +122,12 @@ class DenoiseOptions(UpscaleOptions):
         f"attention kernel; flash takes the fastest exact one here (default: {modes.DEFAULT_ATTN_MODE})",
         group=SPEED,
         choices=modes.ATTN_MODES,
+    )
+    attn_schedule: str | None = flag(
+        "modes by step, as exact:0-9,sparse:10-39, of some blocks as sparse:10-39@2-51; exact is flash, sparse "
+        "flex-block-attn, and the other steps run --attn_mode (default: none)",
+        group=SPEED,
+        metavar="MODE:STEPS,…",
     )
     use_sageattn: bool = flag("short for --attn_mode sageattn", group=SPEED, default=False)
     sage_blocks_range: str | None = flag(
@@ -138,8 +159,9 @@ class DenoiseOptions(UpscaleOptions):
     )
     # None where one is not given, so that an option without its cache can be refused.
     enable_cache: bool = flag(
-        "let some steps take most of the transformer from those before", group=CACHE, default=False
+        "let some steps take most of the transformer from those before", group=CACHE, default=False, either="cache"
     )
+    disable_cache: bool = flag("none, also where --preset has one", group=CACHE, default=False, either="cache")
     cache_type: str | None = flag(
         f"what is taken over (default: {cache_settings.DEFAULT_CACHE_TYPE})",
         group=CACHE,
@@ -153,6 +175,11 @@ class DenoiseOptions(UpscaleOptions):
     cache_end_step: int | None = flag(
         f"up to the step before this one (default: {cache_settings.CACHE_FLAGS['cache_end_step']})", group=CACHE
     )
+    cache_steps: str | None = flag(
+        "which steps are computed, as 0-7,9,11, of the types that follow a plan (default: by the three others)",
+        group=CACHE,
+        metavar="STEPS",
+    )
     cache_step_interval: int | None = flag(
         "one step in so many between is computed; firstblock and magcache: at least "
         f"(default: {cache_settings.CACHE_FLAGS['cache_step_interval']})",
@@ -164,9 +191,8 @@ class DenoiseOptions(UpscaleOptions):
         group=CACHE,
     )
     cache_threshold: float | None = flag(
-        "firstblock and magcache: reuse while the change is below this "
-        f"(default: {cache_settings.CACHE_TYPES['firstblock']['cache_threshold']} and "
-        f"{cache_settings.CACHE_TYPES['magcache']['cache_threshold']})",
+        "firstblock, magcache and, where it is given, teacache: reuse while the change is below this "
+        f"(default: {cache_settings.CACHE_TYPES['firstblock']['cache_threshold']}, and magcache's by its calibration)",
         group=CACHE,
     )
 
@@ -174,6 +200,7 @@ class DenoiseOptions(UpscaleOptions):
         super().check()
         self.attention_mode()
         self.sage_blocks()
+        self.attention_schedule()
         self._check_cache()
         self.adapter_files()
         if self.video_length is not None:
@@ -193,6 +220,7 @@ class DenoiseOptions(UpscaleOptions):
                 raise InputError(f"{given} is neither 0 (never) nor a number of steps", option=name)
         if self.guidance_scale is not None and not 1 <= self.guidance_scale < 100:
             raise InputError(f"{self.guidance_scale} is outside 1 to 100", option="guidance_scale")
+        guidance_plan.check_flags(self.guidance_interval, self.guidance_reuse)
         if self.offload_blocks is not None and self.offload_blocks < 0:
             raise InputError(f"{self.offload_blocks} is not a number of blocks", option="offload_blocks")
         if not 0 <= self.seed < 2**64:
@@ -223,6 +251,10 @@ class DenoiseOptions(UpscaleOptions):
                 raise InputError(f"and --{name} both set the schedule; give one of them", option="sigmas")
         return parse_sigmas(self.sigmas)
 
+    def attention_schedule(self) -> tuple[modes.Stretch, ...]:
+        """The modes of the steps that attn_schedule names."""
+        return modes.parse_schedule(self.attn_schedule) if self.attn_schedule is not None else ()
+
     def sage_blocks(self) -> range:
         """Which blocks sage_blocks_range names; InputError where it is no range."""
         return versions.parse_block_range("--sage_blocks_range", self.sage_blocks_range or DEFAULT_SAGE_BLOCKS)
@@ -230,17 +262,18 @@ class DenoiseOptions(UpscaleOptions):
     def cache_options(self) -> dict[str, Any]:
         """The values of the cache's options but enable_cache and cache_type, None where one is not given."""
         own = (name for names in cache_settings.CACHE_TYPES.values() for name in names)
-        names = dict.fromkeys([*cache_settings.CACHE_FLAGS, *own])
+        names = dict.fromkeys([*cache_settings.CACHE_FLAGS, "cache_steps", *own])
         return {name: getattr(self, name) for name in names}
 
     def _check_cache(self) -> None:
         given = self.cache_options()
-        if not self.enable_cache:
+        of_preset = None if self.disable_cache else presets.cache_type(self.preset)
+        if not self.enable_cache and not of_preset:
             idle = [name for name, value in ({"cache_type": self.cache_type} | given).items() if value is not None]
             if idle:
                 raise InputError("needs --enable_cache", option=idle[0])
             return
-        cache_settings.check_flags(self.cache_type or cache_settings.DEFAULT_CACHE_TYPE, given)
+        cache_settings.check_flags(self.cache_type or of_preset or cache_settings.DEFAULT_CACHE_TYPE, given)
 
     def adapter_files(self) -> list[tuple[Path, float]]:
         """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""

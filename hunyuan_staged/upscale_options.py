@@ -41,7 +41,11 @@ class UpscaleOptions(RunOptions):
         "lora",
         "four_steps",
         "sparse_attn",
+        "preset",
         "enable_cache",
+        "guidance_interval",
+        "guidance_reuse",
+        "attn_schedule",
     )
     # Options that each of the two has a value of its own for: those of a whole run are the base run's.
     of_its_own: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale", "flow_shift")

@@ -13,7 +13,7 @@ from hunyuan_staged.bench.step import Setup, Step, set_up
 from hunyuan_staged.compare import measures
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.operations import PEAK_TFLOPS, TEXT_TOKENS, attention_flops, linear_flops
-from hunyuan_staged.sampling import cache, cache_settings
+from hunyuan_staged.sampling import cache, cache_settings, calibration
 
 
 def cached_seconds(
@@ -27,9 +27,12 @@ def cached_seconds(
     """
     flags = {"cache_start_step": args.cache_start_step, "cache_end_step": args.cache_end_step}
     flags |= {"cache_step_interval": args.cache_step_interval, "no_cache_block_id": args.no_cache_block_id}
-    if "cache_threshold" in cache_settings.CACHE_TYPES[args.cache_type]:
+    steps = cache_settings.CACHE_STEPS
+    if args.cache_type in ("firstblock", "magcache"):
         flags["cache_threshold"] = float("inf")
-    settings = cache_settings.resolve(args.cache_type, flags, cache_settings.CACHE_STEPS, layers)
+    if args.cache_type == "magcache":  # as the others
+        flags |= {name: flags[name] or value for name, value in cache_settings.CACHE_FLAGS.items()}
+    settings = cache_settings.resolve(args.cache_type, flags, steps, layers, calibration.flat(steps), [1.0] * steps)
     cached = cache.Cache(settings, layout, forward.total)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for number in range(settings.first_kept, min(settings.start + 3 * settings.interval, settings.last_reuse)):

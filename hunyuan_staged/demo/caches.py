@@ -24,7 +24,6 @@ from hunyuan_staged.files import atomic
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.runtime.progress import quiet
-from hunyuan_staged.sampling import cache_settings
 
 # From careful to bold: how many steps apart the computed ones are; the thresholds of those that adapt, whose interval is
 # then 6.
@@ -56,10 +55,9 @@ def measure(
     """
     exact = next(iter(pipelines.values()))
     setting = exact.setting()
-    layers = len(exact.transformer.transformer_blocks)
     settings: list[tuple[str, Any]] = [("none", None)]
     for name in types:
-        settings += [(name, cache_settings.resolve(name, given, setting.steps, layers)) for given in STRENGTHS[name]]
+        settings += [(name, exact.caching(name, given)) for given in STRENGTHS[name]]
     plans = [(mode, *plan) for mode in pipelines for plan in settings]
     held_out = evaluate.held_out_prompts("single", prompts)
     found: list[dict[str, list]] = [{"error": [], "computed": [], "verdicts": []} for _ in plans]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_FPS, DenoiseOptions
 from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.runtime.progress import quiet
+from hunyuan_staged.sampling import cache_settings
 from hunyuan_staged.sampling.cache_settings import CacheSettings
+from hunyuan_staged.sampling.calibration import noise_levels
 
 SEED = 4242
 ABLATIONS = ("none", "guidance_1", "no_mask", "no_glyphs", "timesteps_off_by_one")
@@ -177,6 +180,19 @@ class Setting:
     ablation: str = "none"
 
 
+class CountedBlocks:
+    """A transformer's blocks, which count how many have run."""
+
+    def __init__(self, model: Any) -> None:
+        self._blocks, self.run = list(model.transformer_blocks), 0
+        self.total = len(self._blocks)
+
+    def __getitem__(self, part: slice) -> list[Any]:
+        found = self._blocks[part]
+        self.run += len(found)
+        return found
+
+
 class DemoPipeline:
     """The three stages in one process: all parts of the demo checkpoint loaded once.
 
@@ -193,6 +209,7 @@ class DemoPipeline:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         from hunyuan_staged.attention.choose import choose_attention
+        from hunyuan_staged.pipeline import calibrations
         from hunyuan_staged.weights import components, encoder_components
         from hunyuan_staged.weights.folder import open_model
 
@@ -206,12 +223,20 @@ class DemoPipeline:
         self.transformer = model
         self.attention = choose_attention(attn_mode, device, dtype, head_width=head_width)
         self.decoder, self.vae_config = components.load_vae_decoder(folder, **options)
+        self.folder, self.calibration = folder, calibrations.find(folder, version)
 
     def setting(self, ablation: str = "none", steps: int | None = None) -> Setting:
         """The version's own, or of so many steps; with something broken where asked."""
         version = self.version
         chosen = Setting(steps or version.num_inference_steps, version.guidance_scale, version.flow_shift, ablation)
         return replace(chosen, guidance_scale=1.0) if ablation == "guidance_1" else chosen
+
+    def caching(self, cache_type: str, given: Mapping[str, Any]) -> CacheSettings:
+        """A cache for the version's own number of steps, with stage 2's flags."""
+        setting, layers = self.setting(), len(self.transformer.transformer_blocks)
+        return cache_settings.resolve(
+            cache_type, given, setting.steps, layers, self.calibration, noise_levels(setting.steps, setting.flow_shift)
+        )
 
     def embed(self, prompt: str, ablation: str = "none") -> dict[str, torch.Tensor]:
         """Stage 1's eight tensors."""
@@ -249,6 +274,49 @@ class DemoPipeline:
         cache = Cache(caching, layout, forward.total) if caching else None
         latents = denoiser.denoise(forward, inputs, layout, cache)
         return latents.cpu(), cache.counts if cache else (setting.steps, 0)
+
+    def denoise(self, prompt: str, options: DenoiseOptions) -> tuple[torch.Tensor, float]:
+        """(latents [1, 32, t, h, w] on the CPU, evaluations of the whole transformer) with stage 2's options.
+
+        An evaluation of some of the blocks counts by their share. InputError for options that cannot be used together.
+        """
+        from hunyuan_staged.attention.by_step import choose_by_step
+        from hunyuan_staged.attention.choose import choose_attention
+        from hunyuan_staged.parallel.layout import Layout
+        from hunyuan_staged.pipeline import settings as resolving
+        from hunyuan_staged.pipeline.denoiser import Denoiser, Inputs
+        from hunyuan_staged.sampling import conditions, schedule
+        from hunyuan_staged.sampling.cache import Cache
+        from hunyuan_staged.sampling.guidance import Guidance, guidance_branches
+
+        options.check()
+        options = resolving.apply_preset(options, self.version)
+        chosen = resolving.resolve_settings(options, {}, self.version, self.version.flow_shift, None)
+        blocks, scale, steps = CountedBlocks(self.transformer), chosen.guidance_scale, chosen.num_inference_steps
+        caching = resolving.resolve_cache(options, chosen, blocks.total, self.folder, lambda text: None)
+        plan = resolving.resolve_guidance(options, chosen, caching)
+        attention = partial(
+            choose_attention,
+            device=self.device,
+            dtype=self.dtype,
+            head_width=self.transformer.config.attention_head_dim,
+        )
+        by_step = choose_by_step(options.attention_schedule(), steps, attention(options.attention_mode()), attention)
+        shape = geometry.latent_shape(chosen.video_length, chosen.height, chosen.width, geometry.LATENT_CHANNELS)
+        denoiser, layout = Denoiser(self.transformer, blocks=blocks), Layout()
+        forward = denoiser.forward(by_step.modes[0], shape[2:], layout)
+        start = conditions.noise_and_condition(shape, options.seed, device=self.device, dtype=torch.float32)
+        inputs = Inputs(
+            *start,
+            guidance_branches(self.embed(prompt), scale, device=self.device, dtype=self.dtype),
+            schedule.flow_sigmas(steps, chosen.flow_shift),
+            scale,
+            Guidance(plan) if plan else None,
+            lambda step: forward.use(by_step.modes[step]),
+        )
+        cache = Cache(caching, layout, forward.total) if caching else None
+        latents = denoiser.denoise(forward, inputs, layout, cache)
+        return latents.cpu(), blocks.run / blocks.total
 
     def frames(self, prompt: str, seed: int, setting: Setting, path: Path | None = None) -> np.ndarray:
         """uint8 [T, H, W, 3], read back from the mp4 that was written to path (or to a temporary file)."""

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from hunyuan_staged import presets
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files.atomic import check_output_dir, replacing
+from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parsing import Parser, tool_parser
-from hunyuan_staged.sampling import cache_settings
 
 CLIPS_FILE, TABLE_FILE, PLOT_FILE = "clips.jsonl", "quality.json", "quality.png"
 EXACT = "exact"
@@ -32,34 +33,35 @@ Z95 = 1.959964  # of the normal distribution, both sides
 JUDGED = ("all four", "word")  # what makes a clip right, of a shape and of a card
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a clip is sampled. steps None: the version's own. cache: a type and its flags, as stage 2 takes them."""
+def _settings() -> dict[str, dict[str, Any]]:
+    """Stage 2's options of each setting, by its name."""
+    found: dict[str, dict[str, Any]] = {EXACT: {}}
+    found |= {name: {"preset": name} for name in presets.PRESETS if name != EXACT}
+    found |= {f"steps-{steps}": {"num_inference_steps": steps} for steps in (20, 15, 10, 6)}
+    found["guidance-1"] = {"guidance_scale": 1.0}
+    found |= {f"guidance-to-{stop:g}": {"guidance_interval": f"0,{stop:g}"} for stop in (0.5, 0.8)}
+    found |= {
+        f"guidance-to-{stop:g}-reuse": {"guidance_interval": f"0,{stop:g}", "guidance_reuse": 1} for stop in (0.5, 0.8)
+    }
+    found["guidance-reuse-2"] = {"guidance_reuse": 2}
+    for kind in ("deepcache", "teacache", "taylorcache"):
+        found |= {f"{kind}-{n}": _cached(kind, step_interval=n) for n in (2, 3)}
+        # Computed to the 9th step, and then every n-th.
+        found |= {f"{kind}-9-{n}": _cached(kind, start_step=9, end_step=29, step_interval=n) for n in (3, 4)}
+    found |= {f"firstblock-{value:g}": _cached("firstblock", threshold=value) for value in (0.05, 0.1)}
+    found |= {f"magcache-{value:g}": _cached("magcache", threshold=value) for value in (0.03, 0.06, 0.15, 0.24)}
+    found |= {f"teacache-at-{value:g}": _cached("teacache", threshold=value) for value in (0.05, 0.1, 0.2)}
+    found["taylorcache-as-balanced"] = {"preset": "balanced", "cache_type": "taylorcache"}
+    found["ssta"] = {"attn_mode": "flex-block-attn"}
+    found["ssta-middle"] = {"attn_schedule": "exact:0-5,sparse:6-23,exact:24-29"}
+    return found
 
-    name: str
-    steps: int | None = None
-    guidance_scale: float | None = None
-    cache_type: str | None = None
-    cache_flags: tuple[tuple[str, Any], ...] = ()
-    attn_mode: str = "torch"
+
+def _cached(kind: str, **flags: float) -> dict[str, Any]:
+    return {"enable_cache": True, "cache_type": kind} | {f"cache_{name}": value for name, value in flags.items()}
 
 
-def _cached(kind: str, name: str, value: float) -> Setting:
-    return Setting(f"{kind}-{value:g}", cache_type=kind, cache_flags=((name, value),))
-
-
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting(EXACT),
-        *(Setting(f"steps-{steps}", steps=steps) for steps in (20, 15, 10)),
-        Setting("guidance-1", guidance_scale=1.0),
-        *(_cached(kind, "cache_step_interval", n) for kind in ("deepcache", "teacache", "taylorcache") for n in (2, 3)),
-        *(_cached("firstblock", "cache_threshold", value) for value in (0.05, 0.1)),
-        *(_cached("magcache", "cache_threshold", value) for value in (0.06, 0.15)),
-        Setting("ssta", attn_mode="flex-block-attn"),
-    )
-}
+SETTINGS = _settings()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Instrument:
         from hunyuan_staged.demo import evaluate
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._make = cache(lambda mode: evaluate.DemoPipeline(model_path, device, attn_mode=mode))
+        self._pipeline = evaluate.DemoPipeline(model_path, device)
         self._prompts = cache(evaluate.held_out_prompts)
         self._reference: tuple[Any, tuple[Any, np.ndarray]] | None = None
 
@@ -131,24 +133,13 @@ class Instrument:
             self._reference = place, self._generate(Clip(EXACT, *place))[:2]
         return self._reference[1]
 
-    def _generate(self, clip: Clip) -> tuple[Any, np.ndarray, int]:
+    def _generate(self, clip: Clip) -> tuple[Any, np.ndarray, float]:
         """(latents, frames uint8 [T, H, W, 3], transformer evaluations)."""
-        from dataclasses import replace
-
         from hunyuan_staged.demo import evaluate
 
-        setting = SETTINGS[clip.setting]
-        pipeline = self._make(setting.attn_mode)
-        sampling = pipeline.setting(steps=setting.steps)
-        if setting.guidance_scale is not None:
-            sampling = replace(sampling, guidance_scale=setting.guidance_scale)
-        caching = None
-        if setting.cache_type:
-            layers = len(pipeline.transformer.transformer_blocks)
-            caching = cache_settings.resolve(setting.cache_type, dict(setting.cache_flags), sampling.steps, layers)
-        latents, (computed, _) = pipeline.latents(self._scene(clip)[1], evaluate.SEED + clip.number, sampling, caching)
-        branches = 1 if sampling.guidance_scale == 1 else 2
-        return latents, pipeline.decode(latents), computed * branches
+        options = DenoiseOptions(seed=evaluate.SEED + clip.number, **SETTINGS[clip.setting])
+        latents, work = self._pipeline.denoise(self._scene(clip)[1], options)
+        return latents, self._pipeline.decode(latents), work
 
 
 # -- all clips --

@@ -2,6 +2,7 @@
 shows them."""
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,16 +78,18 @@ def reused_shares() -> dict[str, float]:
     return {kind: float(share.split()[0]) / 100 * int(blocks) / LAYERS for kind, blocks, _, share, *_ in rows}
 
 
-def steps_worth(steps: int, cache_type: str | None, reused: int | None) -> float | None:
-    """How many computed steps take as long as a run of so many steps; None where that depends on what is computed.
+def steps_worth(shares: Sequence[float], cache_type: str | None, reused: Collection[int] | None) -> float | None:
+    """How many guided steps take as long as a run; None where that depends on what is computed.
 
-    reused: how many of them a cache of this type reuses, None where it decides as it goes.
+    shares: of a guided step, one for each step, by the guidance branches that it runs. reused: the steps that a cache of
+    this type reuses, None where it decides as it goes.
     """
     if cache_type is None:
-        return steps
-    if reused is None or cache_type not in reused_shares():
+        return sum(shares)
+    kept = reused_shares().get("teacache" if cache_type == "magcache" else cache_type)  # they do the same
+    if reused is None or kept is None:
         return None
-    return steps - reused * (1 - reused_shares()[cache_type])
+    return sum(share * (kept if step in reused else 1) for step, share in enumerate(shares))
 
 
 def expected_seconds(

@@ -9,7 +9,7 @@ H heads, D head width, C = H*D; P = values in a patch.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,18 +17,36 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from hunyuan_staged.attention.choose import AttentionMode
-from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, packed_qkv
+from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, modulate, packed_qkv
 from hunyuan_staged.models.embeddings import Conditioning, embed_text, embed_time, rope_table
 from hunyuan_staged.models.modulations import Modulations, block_modulation
 from hunyuan_staged.parallel.layout import Layout
 
-RunBlocks = Callable[[Callable[..., tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], torch.Tensor]
+RunBlocks = Callable[["BlockRunner", torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Blocks(Protocol):
     """Some neighbouring blocks in order, each with its weights in place while it is current: see memory/offloading.py."""
 
     def __getitem__(self, part: slice) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """The blocks of a forward at its timestep, to be run in parts."""
+
+    transformer: "Transformer"
+    modulation_of: Callable[[int, Any], torch.Tensor]
+
+    def __call__(
+        self, video: torch.Tensor, text: torch.Tensor, first: int, last: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Video [1, s, C] and text [1, L, C] through the blocks [first, last), all from first on with None."""
+        return self.transformer.run_blocks(self.modulation_of, video, text, first, last)
+
+    def modulated(self, video: torch.Tensor) -> torch.Tensor:
+        """Video [1, s, C] as the first block's attention gets it, before its projections."""
+        return self.transformer.modulated(self.modulation_of, video)
 
 
 class Transformer:
@@ -66,11 +84,18 @@ class Transformer:
         self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
         self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
-        self.attention = attention.kernels(self.grid, len(model.transformer_blocks))
+        self._kernels: dict[AttentionMode, list[Any]] = {}
+        self.use(attention)
         weight = model.x_embedder.proj.weight
         self.device, self.dtype = weight.device, weight.dtype
         cos, sin = rope_table(model, *self.grid)
         self.rope = tuple(self.layout.scatter(table, dim=0).to(self.device) for table in (cos, sin))
+
+    def use(self, attention: AttentionMode) -> None:
+        """Run this attention from now on; its kernels are made once."""
+        if attention not in self._kernels:
+            self._kernels[attention] = attention.kernels(self.grid, len(self.model.transformer_blocks))
+        self.attention = self._kernels[attention]
 
     @torch.no_grad()
     def __call__(
@@ -85,7 +110,7 @@ class Transformer:
         the host).
 
         timestep_r [1] is for meanflow models alone. run_blocks(blocks, video, text) gives the video behind the last block,
-        from blocks(video, text, first, last), which runs some of them: what a cache may do otherwise than to run all.
+        from a BlockRunner, which runs some of them: what a cache may do otherwise than to run all.
         Every rank of the layout gets the whole velocity.
         """
         model, layout = self.model, self.layout
@@ -109,9 +134,9 @@ class Transformer:
 
         if run_blocks is None:
             # Not held by a name here: it is as large as any activation, and the first block is done with it.
-            video = self._run(modulation, tokens(), text, 0, None)[0]
+            video = self.run_blocks(modulation, tokens(), text, 0, None)[0]
         else:
-            video = run_blocks(partial(self._run, modulation), tokens(), text)
+            video = run_blocks(BlockRunner(self, modulation), tokens(), text)
         patches = layout.gather(model.proj_out(model.norm_out(video, temb)), self.total)
         frames, rows, columns = self.grid
         return rearrange(
@@ -129,7 +154,7 @@ class Transformer:
             return timestep
         return torch.full_like(timestep, float(timestep), device=self.device)
 
-    def _run(
+    def run_blocks(
         self,
         modulation_of: Callable[[int, Any], torch.Tensor],
         video: torch.Tensor,
@@ -153,6 +178,11 @@ class Transformer:
             self._mark_dynamic(text, 1)
             video, text = self.mlp_residual(block, video, text, modulation)
         return video, text
+
+    def modulated(self, modulation_of: Callable[[int, Any], torch.Tensor], video: torch.Tensor) -> torch.Tensor:
+        """Video [1, s, C] as the first block's attention gets it, before its projections."""
+        block = self.model.transformer_blocks[0]  # of a block that is offloaded, too, this norm has no weights
+        return modulate(video, block.norm1.norm, *modulation_of(0, block)[0, :2])
 
     def _mark_dynamic(self, x: torch.Tensor, dim: int) -> None:
         if self.compiled:  # without it, the compiler need not even be imported

@@ -5,7 +5,7 @@ On one process the methods here return their input, so callers seldom ask how ma
 Letters: S video tokens of the whole video, s of this rank's shard; H heads, h this rank's; L text tokens; D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,25 @@ class Layout:
         """The velocity of every guidance branch, each computed by other ranks: X → [X of branch 0, X of branch 1]."""
         assert self.branches > 1
         return self._all_gather(velocity.contiguous(), self.branches, self.branch_group)
+
+    def all_velocities(
+        self, found: Mapping[int, torch.Tensor], running: Sequence[int], like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The velocities of the branches that run at a step, in their order, on every rank.
+
+        found: those that this rank computed, by branch. like: a tensor of their shape and device.
+        """
+        if self.branches == 1:
+            return [found[branch] for branch in running]
+        if len(running) > 1:
+            return self.gather_branches(found[self.branch])
+        # One branch alone: the other's ranks wait for what it gives.
+        (branch,) = running
+        velocity = (
+            found[branch].float().contiguous() if branch in found else torch.empty_like(like, dtype=torch.float32)
+        )
+        dist.broadcast(velocity, group=self.branch_group, group_src=branch)
+        return [velocity]
 
     def head_shares(self, heads: int) -> tuple[int, ...]:
         """How many heads each shard attends with."""

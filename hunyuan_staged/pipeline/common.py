@@ -80,9 +80,10 @@ def open_for(
     return open_model(path, parts, report.progress)
 
 
-def attention_for(options: DenoiseOptions, device: torch.device, dtype: torch.dtype, head_width: int) -> AttentionMode:
-    """The attention kernel: of this device, or of the card that --assume_gpu names."""
-    mode = options.attention_mode()
+def attention_for(
+    options: DenoiseOptions, mode: str, device: torch.device, dtype: torch.dtype, head_width: int
+) -> AttentionMode:
+    """A mode's kernel: of this device, or of the card that --assume_gpu names."""
     if options.assume_gpu is not None:
         return assumed_attention(mode, assumed_card(options.assume_gpu).capability, dtype, head_width=head_width)
     return choose_attention(mode, device, dtype, options.sage_blocks(), head_width=head_width)

@@ -16,13 +16,15 @@ from hunyuan_staged.memory.offloading import StreamedBlocks
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modulations import Modulations
-from hunyuan_staged.parallel.layout import Layout, make_layout
+from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
+from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import SILENT, Reporter, quiet
 from hunyuan_staged.sampling import cache, loop
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
 from hunyuan_staged.sampling.conditions import Condition
-from hunyuan_staged.sampling.guidance import guidance_branches
+from hunyuan_staged.sampling.guidance import Guidance, guidance_branches
 from hunyuan_staged.sampling.precompute import step_times
+from hunyuan_staged.sampling.recorder import Recorder
 from hunyuan_staged.sampling.state import Start
 
 if TYPE_CHECKING:
@@ -43,24 +45,26 @@ class Denoised:
 @dataclass(frozen=True)
 class Inputs:
     """What the loop starts from: noise [1, 32, T, h, w], the channels behind it (or what gives those of a step), the
-    guidance branches, the schedule [steps + 1]."""
+    guidance branches, the schedule [steps + 1]. guidance, before_step: as of loop.Sampling."""
 
     noise: torch.Tensor
     condition: torch.Tensor | Condition
     branches: Sequence[Conditioning]
     sigmas: torch.Tensor
     guidance_scale: float
+    guidance: Guidance | None = None
+    before_step: Callable[[int], None] | None = None
 
 
 @dataclass
 class Denoiser:
     """A loaded transformer. modulations: of the last schedule, None where the model has kept their linear maps. layouts:
-    by the number of guidance branches; their process groups serve every run."""
+    by branches side by side and shards; their process groups serve every run."""
 
     model: Any
     modulations: Modulations | None = None
-    blocks: StreamedBlocks | None = None
-    layouts: dict[int, Layout] = field(default_factory=dict)
+    blocks: StreamedBlocks | transformer.Blocks | None = None
+    layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     def run(
         self,
@@ -68,38 +72,54 @@ class Denoiser:
         start: Start = BEGINNING,
         callbacks: Sequence[Callback] = (),
         report: Reporter = SILENT,
+        *,
+        recorder: Recorder | None = None,
     ) -> Denoised:
-        """Denoise. Every rank calls it, with as many callbacks of the same kinds; see sampling/callbacks.py."""
+        """Denoise. Every rank calls it, with as many callbacks of the same kinds; see sampling/callbacks.py.
+
+        recorder: stands in the place of a cache, which the setup then has none of.
+        """
         settings, dtype, device = setup.settings, setup.dtype, setup.world.device
-        branches = settings.branches
-        if branches not in self.layouts:
-            self.layouts[branches] = make_layout(setup.world, branches, setup.options.cfg_parallel)
-        layout = self.layouts[branches]
+        layout = self._layout(setup)
         started = time.perf_counter()
         times = step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)
         if self.modulations and not self.modulations.cover(times):
             self.modulations = setup.modulations.read(setup.sigmas)
         forward = self.forward(setup.attention, setup.shape[2:], layout, compile=setup.compiled)
         prompts = guidance_branches(setup.job.embeddings, settings.guidance_scale, device=device, dtype=dtype)
-        inputs = Inputs(*setup.inputs(), prompts, setup.sigmas, settings.guidance_scale)
+        guidance = Guidance(setup.guidance) if setup.guidance else None
+        before_step = (lambda step: forward.use(setup.attention_at(step))) if setup.by_step else None
+        inputs = Inputs(*setup.inputs(), prompts, setup.sigmas, settings.guidance_scale, guidance, before_step)
         cached = cache.Cache(setup.caching, layout, forward.total) if setup.caching else None
         if cached:
-            cached.restore(start.more, start.done, device, branches)
-        more = partial(cached.tensors, setup.world) if cached else dict
+            cached.restore(start.more, start.done, device, settings.branches)
+        if guidance:
+            guidance.restore(start.more, start.done, inputs.noise)
+        if recorder:
+            recorder.layout = layout
         with active(callbacks) as after_step:
 
             def on_step(index: int, latents: torch.Tensor, clean: Callable[[], torch.Tensor]) -> None:
                 if cached:
                     report.set_postfix("{} computed, {} reused".format(*cached.counts))
+                more = partial(_more_state, cached, guidance, setup.world, index + 1)
                 after_step(AfterStep(index, latents, clean, more))
 
             latents = self.denoise(
-                forward, inputs, layout, cached, start, progress=report.progress, on_step=on_step
+                forward, inputs, layout, recorder or cached, start, progress=report.progress, on_step=on_step
             ).cpu()
         if cached:
             report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
         counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
         return Denoised(latents, time.perf_counter() - started, counts)
+
+    def _layout(self, setup: "DenoiseSetup") -> Layout:
+        """The layout of a run; its groups are made once."""
+        world, branches = setup.world, setup.settings.branches
+        kind = plan_layout(world.size, branches, setup.cfg_parallel)
+        if kind not in self.layouts:
+            self.layouts[kind] = make_layout(world, branches, setup.cfg_parallel)
+        return self.layouts[kind]
 
     def forward(
         self, attention: AttentionMode, latent_size: Sequence[int], layout: Layout, *, compile: bool = False
@@ -134,7 +154,23 @@ class Denoiser:
             inputs.condition,
             inputs.branches,
             inputs.sigmas,
-            loop.Sampling(inputs.guidance_scale, self.model.config.use_meanflow, layout, cached, start.done),
+            loop.Sampling(
+                inputs.guidance_scale,
+                self.model.config.use_meanflow,
+                layout,
+                cached,
+                start.done,
+                inputs.guidance,
+                inputs.before_step,
+            ),
             progress=progress,
             on_step=on_step,
         )
+
+
+def _more_state(
+    cached: cache.Cache | None, guidance: Guidance | None, world: World, done: int
+) -> dict[str, torch.Tensor]:
+    """What a run goes on from after so many steps, beside the latents. Every rank must call it."""
+    state = cached.tensors(world) if cached else {}
+    return state | (guidance.tensors(done) if guidance else {})

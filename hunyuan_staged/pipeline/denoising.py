@@ -10,20 +10,21 @@ A Denoiser takes any number of setups of one model, one after the other.
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.attention import modes
+from hunyuan_staged.attention.by_step import AttentionByStep
 from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models.modulations import remove_linears, table_bytes
-from hunyuan_staged.options import DenoiseOptions, offload_asked
+from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
@@ -36,6 +37,7 @@ from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import conditions, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.sampling.guidance import guidance_branches
+from hunyuan_staged.sampling.guidance_plan import GuidancePlan
 from hunyuan_staged.sampling.precompute import ModulationReader
 from hunyuan_staged.weights import components, loading, lora
 from hunyuan_staged.weights.folder import ModelFolder
@@ -48,7 +50,8 @@ class DenoiseSetup:
     """A denoising whose options, embeddings and model have been brought together.
 
     skeleton: the transformer on the meta device. linears: what was taken out of it, for `modulations`. shape: of the
-    latents. text_tokens: of the longer guidance branch.
+    latents. text_tokens: of the longer guidance branch. guidance: where not every step runs both branches. by_step: where
+    the steps run different attention.
     """
 
     options: DenoiseOptions
@@ -64,6 +67,8 @@ class DenoiseSetup:
     shape: tuple[int, int, int, int, int]
     text_tokens: int
     caching: CacheSettings | None
+    guidance: GuidancePlan | None
+    by_step: AttentionByStep | None
     adapters: lora.Adapters
 
     @property
@@ -84,6 +89,27 @@ class DenoiseSetup:
     def fingerprint(self) -> str:
         """The hash of the weights; reads samples of them."""
         return self.folder.fingerprint(["transformer"], self.settings.version.name)
+
+    @property
+    def cfg_parallel(self) -> str:
+        """As asked; "auto" puts no branches side by side where one of them would wait at some steps."""
+        auto = self.options.cfg_parallel == DEFAULT_CFG_PARALLEL
+        return "off" if auto and self.guidance else self.options.cfg_parallel
+
+    def attention_at(self, step: int) -> AttentionMode:
+        """The attention of a step."""
+        return self.by_step.modes[step] if self.by_step else self.attention
+
+    @property
+    def attention_text(self) -> str:
+        """Which attention runs, and why."""
+        return self.by_step.describe() if self.by_step else f"{self.attention.name} ({self.attention.reason})"
+
+    @property
+    def step_shares(self) -> list[float]:
+        """How much of a step with all its guidance branches each step is."""
+        steps, branches = self.settings.num_inference_steps, self.settings.branches
+        return [len(self.guidance.branches(step)) / branches if self.guidance else 1.0 for step in range(steps)]
 
     @property
     def sigmas(self) -> torch.Tensor:
@@ -118,13 +144,13 @@ class DenoiseSetup:
         config, settings = self.skeleton.config, self.settings
         patch = (config.patch_size_t, config.patch_size, config.patch_size)
         width, steps = config.num_attention_heads * config.attention_head_dim, settings.num_inference_steps
-        side_by_side, shards = plan_layout(self.world.size, settings.branches, self.options.cfg_parallel)
+        side_by_side, shards = plan_layout(self.world.size, settings.branches, self.cfg_parallel)
         return estimates.DenoisingSize(
             geometry.video_tokens(settings.video_length, settings.height, settings.width, patch),
             self.text_tokens,
             width,
             self.dtype.itemsize,
-            self.attention.name,
+            self.by_step.hungriest if self.by_step else self.attention.name,
             self.compiled,
             shards,
             widened_bytes(self.skeleton.transformer_blocks[0], self.dtype),
@@ -155,9 +181,9 @@ class DenoiseSetup:
 
     def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> Denoiser:
         """Load the transformer as planned. Every rank calls it."""
-        world, options = self.world, self.options
-        layout = make_layout(world, self.settings.branches, options.cfg_parallel)
-        report.info(f"attention: {self.attention.name} ({self.attention.reason}); layout: {layout.describe()}")
+        world = self.world
+        layout = make_layout(world, self.settings.branches, self.cfg_parallel)
+        report.info(f"attention: {self.attention_text}; layout: {layout.describe()}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
             reader = self.modulations
@@ -184,12 +210,13 @@ class DenoiseSetup:
                 dtype=self.dtype,
                 world=world,
             )
-        return Denoiser(model, modulations, blocks, {self.settings.branches: layout})
+        return Denoiser(model, modulations, blocks, {(layout.branches, layout.shards): layout})
 
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:
     """Bring options, embeddings and model together; InputError where they do not fit. Loads no weights but adapters."""
     folder, path, version = choose_transformer(options, job.config, report)
+    options = resolving.apply_preset(options, version)
     flow_shift = folder.flow_shift(version.name) or version.flow_shift
     image = job.embeddings.get("image_latents")
     settings = resolving.resolve_settings(options, job.config, version, flow_shift, image)
@@ -212,9 +239,15 @@ def assemble(
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
     config = components.transformer_config(folder, version.name)
-    attention = attention_for(options, world.device, dtype, config.get("attention_head_dim", 128))
-    if attention.name == modes.SPARSE_ATTN_MODE and not version.sparse:
-        report.warn(f"{version.name} was not trained for {attention.name}; --sparse_attn takes weights that were")
+    layers, head_width = config.get("num_layers", versions.LAYERS), config.get("attention_head_dim", 128)
+    choose = partial(attention_for, options, device=world.device, dtype=dtype, head_width=head_width)
+    attention = choose(options.attention_mode())
+    by_step = resolving.resolve_schedule(options, settings, layers, attention, choose)
+    names = by_step.names if by_step else (attention.name,)
+    if modes.SPARSE_ATTN_MODE in names and not version.sparse:
+        report.warn(
+            f"{version.name} was not trained for {modes.SPARSE_ATTN_MODE}; --sparse_attn takes weights that were"
+        )
     resolving.check_widths(job.embeddings, config, version)
     channels = config.get("out_channels", geometry.LATENT_CHANNELS)
     shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
@@ -222,7 +255,7 @@ def assemble(
     linears = remove_linears(skeleton)
     scale = settings.guidance_scale
     prompts = guidance_branches(job.embeddings, scale, device=torch.device("cpu"), dtype=dtype)
-    caching = resolving.resolve_cache(options, settings, config.get("num_layers", versions.LAYERS), report.warn)
+    caching = resolving.resolve_cache(options, settings, layers, folder, report.warn)
     files = options.adapter_files()
     adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
     for line in adapters.found:
@@ -241,6 +274,8 @@ def assemble(
         shape=shape,
         text_tokens=max(prompt.length for prompt in prompts),
         caching=caching,
+        by_step=by_step,
+        guidance=resolving.resolve_guidance(options, settings, caching),
         adapters=adapters,
         **more,
     )

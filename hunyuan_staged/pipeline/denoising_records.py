@@ -60,13 +60,15 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
         # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
         | ({"weights_dtype": options.weights_dtype} if options.weights_dtype else {})
         | ({"cache": caching.record()} if caching else {})
+        | ({"attn_schedule": setup.by_step.record()} if setup.by_step else {})
+        | ({"guidance": setup.guidance.record()} if setup.guidance else {})
         | ({"lora": adapters.facts()} if adapters.facts() else {})
         | ({"super_resolution": setup.enlarges_to} if setup.enlarges_to else {})
         | {"weights": weights, **setup.made_from},
         {
             "processes": setup.world.size,
             "cfg_parallel": options.cfg_parallel,
-            "attention": setup.attention.name,
+            "attention": ", ".join(setup.by_step.names) if setup.by_step else setup.attention.name,
             "device": gpu_name(setup.world.device) or setup.world.device.type,
             "compiled": setup.compiled,
             "torch": torch.__version__,
@@ -99,14 +101,15 @@ def options_to_go_on(options: DenoiseOptions) -> dict[str, Any]:
 def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
     """The rows that --dry_run prints."""
     settings, options, world = setup.settings, setup.options, setup.world
-    layout = Layout(*plan_layout(world.size, settings.branches, options.cfg_parallel))
+    layout = Layout(*plan_layout(world.size, settings.branches, setup.cfg_parallel))
     return {
         "version": settings.version.name,
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{setup.size.video_tokens} of the video, {setup.text_tokens} of the text",
-        "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
+        "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}"
+        + (f", {setup.guidance.describe()}" if setup.guidance else ""),
         "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {setup.dtype}",
-        "attention": f"{setup.attention.name} ({setup.attention.reason})",
+        "attention": setup.attention_text,
         "ranks": f"{world.size}: {layout.describe()}",
         **plan.rows(setup.weights.count, free),
     }
@@ -127,27 +130,40 @@ def describe(setup: DenoiseSetup) -> str:
     """One line for the log: all that shapes the video."""
     settings, options = setup.settings, setup.options
     schedule = f"sigmas {options.sigmas}" if settings.sigmas else f"shift {settings.flow_shift:g}"
+    attention = setup.by_step.describe() if setup.by_step else setup.attention.name
     files = [f"{Path(file).name}:{weight:g}" for file, weight in options.adapter_files()]
-    more = [options.weights_dtype and f"weights in {options.weights_dtype}", setup.caching and setup.caching.type]
+    more = [
+        options.preset and f"preset {options.preset}",
+        options.weights_dtype and f"weights in {options.weights_dtype}",
+        setup.caching and setup.caching.type,
+        setup.guidance and setup.guidance.describe(),
+    ]
     extra = "".join(f", {word}" for word in (*more, files and f"lora {' '.join(files)}") if word)
     return (
         f"{settings.version.name}: {settings.width}x{settings.height}, {settings.video_length} frames, "
         f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, "
-        f"{schedule}, seed {options.seed}, {setup.dtype}, attention {setup.attention.name}{extra}; "
+        f"{schedule}, seed {options.seed}, {setup.dtype}, attention {attention}{extra}; "
         f"prompt {setup.job.config.get('prompt')!r}"
     )
 
 
 def optional_settings(setup: DenoiseSetup) -> dict[str, Any]:
-    """What shapes the latents in some runs only: a file as the transformer, float8 weights, a cache, adapters; as text."""
-    found = {}
+    """What shapes the latents in some runs only: a file as the transformer, float8 weights, a cache, guidance at
+    some steps, adapters; as text."""
+    found: dict[str, Any] = {}
     if setup.options.weights_dtype:
         found["weights_dtype"] = setup.options.weights_dtype
     if isinstance(setup.folder, TransformerFile):
         found["transformer_file"] = setup.folder.path.name
         found["transformer_file_version"] = setup.settings.version.name
+    if setup.options.preset:
+        found["preset"] = setup.options.preset
     if setup.caching:
         found["cache"] = json.dumps(setup.caching.record())
+    if setup.by_step:
+        found["attn_schedule"] = setup.options.attn_schedule
+    if setup.guidance:
+        found["guidance"] = json.dumps(setup.guidance.record())
     if setup.adapters.given:
         found["lora"] = json.dumps(setup.adapters.given)
     return found

@@ -1,6 +1,6 @@
 """The plan of stage 2 that --dry_run prints, super resolution included; forecast.py has the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def larger_options(options: DenoiseOptions, shape: tuple[int, ...]) -> DenoiseOp
 def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected | None:
     """Seconds of the denoising loop on a card: as just such a step was measured, else estimated."""
     settings, size, caching = setup.settings, setup.size, setup.caching
-    side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.options.cfg_parallel)
-    least, most = computed_steps(settings.num_inference_steps, caching)
+    side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.cfg_parallel)
+    least, most = computed_steps(setup.step_shares, caching)
     found = timings.expected_seconds(
         card.name,
         size,
@@ -138,15 +138,12 @@ def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected
         layers=setup.weights.count,
         branches=settings.branches,
         ranks=setup.world.size,
-        steps=most if least == most else None,
+        steps=most if least == most and not setup.by_step else None,
         float8=bool(setup.options.weights_dtype),
     )
     if found is not None:
         return times.measured(found)
     config = setup.skeleton.config
-    attended = 1.0
-    if size.kernel == SPARSE_ATTN_MODE:
-        attended = ssta.attended_share(setup.shape[2:])
     one = (
         settings.branches
         / side_by_side
@@ -158,15 +155,31 @@ def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected
             width=config.attention_head_dim,
             mlp_ratio=config.mlp_ratio,
             shards=shards,
-            attended=attended,
+            attended=attended_share(setup),
         )
     )
     return times.estimated(least * one, most * one, card)
 
 
-def computed_steps(steps: int, caching: CacheSettings | None) -> tuple[float, float]:
-    """How many computed steps a run takes as long as, at least and at most: a cache may decide as it goes."""
+def computed_steps(shares: Sequence[float], caching: CacheSettings | None) -> tuple[float, float]:
+    """How many guided steps a run takes as long as, at least and at most: a cache may decide as it goes.
+
+    shares: of a guided step, one for each step.
+    """
     if caching is None:
-        return steps, steps
-    worth = timings.steps_worth(steps, caching.type, caching.reused)
-    return (worth, worth) if worth is not None else (steps - sum(map(caching.may_reuse, range(steps))), steps)
+        return sum(shares), sum(shares)
+    worth = timings.steps_worth(shares, caching.type, None if caching.adapts else caching.planned)
+    if worth is not None:
+        return worth, worth
+    return sum(share for step, share in enumerate(shares) if not caching.may_reuse(step)), sum(shares)
+
+
+def attended_share(setup: DenoiseSetup) -> float:
+    """Which share of all pairs of tokens attention takes, in mean over steps and blocks."""
+    sparse = ssta.attended_share(setup.shape[2:])
+    found, layers = [], setup.weights.count
+    for step in range(setup.settings.num_inference_steps):
+        mode = setup.attention_at(step)
+        blocks = layers if mode.blocks is None else len(mode.blocks)
+        found.append(1 - (1 - sparse) * blocks / layers if mode.name == SPARSE_ATTN_MODE else 1.0)
+    return sum(found) / len(found)

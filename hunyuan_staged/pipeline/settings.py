@@ -1,14 +1,20 @@
 """What a denoising is, after options, config, embeddings and version have been brought together. Loads nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hunyuan_staged import geometry, versions
+from hunyuan_staged import geometry, presets, versions
+from hunyuan_staged.attention import modes
+from hunyuan_staged.attention.by_step import AttentionByStep, choose_by_step
+from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseOptions
-from hunyuan_staged.sampling import cache_settings
+from hunyuan_staged.pipeline import calibrations
+from hunyuan_staged.sampling import cache_settings, guidance_plan
+from hunyuan_staged.sampling.calibration import noise_levels
 from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion, Version
+from hunyuan_staged.weights.folder import ModelFolder
 
 MAX_SHIFT = 100
 # What lightx2v's distilled weights and adapters were made for.
@@ -75,6 +81,19 @@ def resolve_settings(
     return Settings(
         version, height, width, length, steps, guidance_scale, flow_shift, resolve_dtype(options, config), sigmas
     )
+
+
+def apply_preset(options: DenoiseOptions, version: TransformerVersion) -> DenoiseOptions:
+    """The options with the flags of their preset where none are given; InputError for weights that it is not for."""
+    if options.preset in (None, presets.EXACT):
+        return options
+    if version.use_meanflow or options.four_steps:
+        few = "--four_steps takes" if options.four_steps else f"{version.name} takes"
+        raise InputError(f"{options.preset} is for weights of many steps, and {few} few", option="preset")
+    own = version.num_inference_steps
+    steps = options.num_inference_steps or round(presets.PRESETS[options.preset].steps * own)
+    found = presets.fill(options.preset, steps, vars(options))
+    return replace(options, num_inference_steps=options.num_inference_steps if steps == own else steps, **found)
 
 
 def resolve_sampling(options: DenoiseOptions, version: Version, flow_shift: float) -> tuple[int, float, float]:
@@ -163,12 +182,51 @@ def check_widths(
 
 
 def resolve_cache(
-    options: DenoiseOptions, settings: Settings, layers: int, warn: Callable[[str], object]
+    options: DenoiseOptions, settings: Settings, layers: int, folder: ModelFolder, warn: Callable[[str], object]
 ) -> cache_settings.CacheSettings | None:
     """The feature cache of a run of a transformer of so many layers, if it has one."""
     if not options.enable_cache:
         return None
-    if settings.version.use_meanflow:
-        warn(f"{settings.version.name} takes few, long steps, which have little in common: a cache costs it much")
+    version = settings.version
+    if version.use_meanflow:
+        warn(f"{version.name} takes few, long steps, which have little in common: a cache costs it much")
     kind = options.cache_type or cache_settings.DEFAULT_CACHE_TYPE
-    return cache_settings.resolve(kind, options.cache_options(), settings.num_inference_steps, layers)
+    given = options.cache_options()
+    calibrated = cache_settings.needs_calibration(kind, given)
+    return cache_settings.resolve(
+        kind,
+        given,
+        settings.num_inference_steps,
+        layers,
+        calibrations.find(folder, version.name) if calibrated else None,
+        settings.sigmas or noise_levels(settings.num_inference_steps, settings.flow_shift),
+    )
+
+
+def resolve_guidance(
+    options: DenoiseOptions, settings: Settings, caching: cache_settings.CacheSettings | None
+) -> guidance_plan.GuidancePlan | None:
+    """At which steps both guidance branches run; None where they do at every step."""
+    steps = settings.num_inference_steps
+    return guidance_plan.resolve(
+        options.guidance_interval,
+        options.guidance_reuse,
+        steps=steps,
+        guidance_scale=settings.guidance_scale,
+        cached=caching.planned if caching else (),
+    )
+
+
+def resolve_schedule(
+    options: DenoiseOptions,
+    settings: Settings,
+    layers: int,
+    otherwise: AttentionMode,
+    choose: Callable[[str], AttentionMode],
+) -> AttentionByStep | None:
+    """The attention of each step; None where all run `otherwise`. choose: a mode's kernel, or InputError."""
+    schedule = options.attention_schedule()
+    if not schedule:
+        return None
+    modes.check_schedule(schedule, settings.num_inference_steps, layers)
+    return choose_by_step(schedule, settings.num_inference_steps, otherwise, choose)

@@ -3,9 +3,10 @@
 A plan (CacheSettings) says which steps may be reused; a Cache holds, per guidance branch, what they are reused from: this
 rank's shard of it. Off the plan, a step is what it is without a cache, bit for bit.
 
-deepcache, teacache and taylorcache follow a fixed schedule, as in the official code, and never make the host wait for a
-GPU. firstblock and magcache look at what was computed, and wait for one number: firstblock at every step that it may
-reuse, magcache at every computed one. The number is summed over a branch's ranks in one order, so that all decide alike.
+deepcache, taylorcache, magcache and teacache without a threshold follow a plan, and never make the host wait for a GPU.
+firstblock and teacache with a threshold look at what is computed, and wait for one number at every step that they may
+reuse. The number is summed over a branch's ranks in one order, so that all decide alike. A branch that did not run at the
+step that it would take over from computes the step.
 
 Letters: S video tokens, s this rank's; L text tokens; C channels.
 """
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
 
 
-# blocks(video [1, s, C], text [1, L, C], first, last) runs the blocks [first, last), all from first on with None.
+# blocks(video [1, s, C], text [1, L, C], first, last) runs the blocks [first, last), all from first on with None;
+# blocks.modulated(video) is what the first one makes of the video before its attention: see models/transformer.py.
 Blocks = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
 
 
@@ -41,8 +43,9 @@ class BranchState:
 
 
 TEXT, NUMBERS = "text", "numbers"  # of a branch's state; all other tensors are this rank's shard of the video
-# The order of a branch's numbers in a file.
-_NUMBERS = {"taylorcache": ("step",), "teacache": ("step",), "firstblock": ("run",), "magcache": ("step", "allowed")}
+# The order of a branch's numbers in a file: of the types that follow a plan, and of those that adapt.
+PLANNED_NUMBERS = ("step",)
+ADAPTIVE_NUMBERS = {"firstblock": ("run",), "teacache": ("step", "sum")}
 
 
 class Cache:
@@ -59,11 +62,23 @@ class Cache:
 
     def __call__(self, branch: int, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         state = self.branches.setdefault(branch, BranchState())
-        video, reused = STRATEGIES[self.settings.type](self, state, step, blocks, video, text)
+        strategies = ADAPTIVE if self.settings.adapts else PLANNED
+        video, reused = strategies[self.settings.type](self, state, step, blocks, video, text)
         self._reused[step] = self._reused.get(step, True) and reused
         if step >= self.settings.last_reuse:
-            del self.branches[branch]
+            # Branches run in their order, and those before this one need nothing more, either.
+            self.branches = {number: state for number, state in self.branches.items() if number > branch}
         return video
+
+    @property
+    def _number_names(self) -> tuple[str, ...]:
+        return ADAPTIVE_NUMBERS[self.settings.type] if self.settings.adapts else PLANNED_NUMBERS
+
+    def may_reuse(self, branch: BranchState, step: int) -> bool:
+        """Whether a branch may take over a step: by the plan, and from the step before it that the plan computes."""
+        if not branch.kept or not self.settings.may_reuse(step):
+            return False
+        return self.settings.adapts or branch.numbers["step"] == self.settings.source(step)
 
     def keeps(self, step: int) -> bool:
         """Whether a later step may need what this one computes."""
@@ -84,12 +99,12 @@ class Cache:
         """The state of all ranks as it goes into a file, by name: video tensors whole. Every rank must call it."""
         import torch
 
-        names = _NUMBERS.get(self.settings.type, ())
+        names = self._number_names
         found: dict[str, torch.Tensor] = {}
         for number, branch in sorted(self.branches.items()):
             for name, tensor in branch.kept.items():
                 found[f"cache.{number}.{name}"] = tensor if name == TEXT else self.layout.gather(tensor, self.total)
-            if names and branch.kept:
+            if branch.kept:
                 values = [branch.numbers[name] for name in names]
                 found[f"cache.{number}.{NUMBERS}"] = torch.tensor(values, dtype=torch.float64)
         if self.layout.branches > 1:
@@ -102,14 +117,16 @@ class Cache:
     def restore(self, tensors: Mapping[str, torch.Tensor], done: int, device: torch.device, branches: int) -> None:
         """Take over the state that `tensors` gave after `done` steps, on any layout. branches: of guidance, in all.
 
-        InputError for a state that does not fit.
+        InputError for a state that does not fit. The unconditional branch has none where it does not run.
         """
         holds = self.settings.first_kept < done <= self.settings.last_reuse
         for number in self.layout.my_branches(branches) if holds else ():
             prefix = f"cache.{number}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             numbers = own.pop(NUMBERS, None)
-            names = _NUMBERS.get(self.settings.type, ())
+            if not own and number < branches - 1:
+                continue
+            names = self._number_names
             fits = bool(own) and (len(numbers) if numbers is not None else 0) == len(names)
             if not fits or any(name != TEXT and x.shape[1] != self.total for name, x in own.items()):
                 raise InputError(
@@ -121,12 +138,17 @@ class Cache:
             self.branches[number] = BranchState(kept, dict(zip(names, values, strict=True)))
 
     def mean_ratio(self, above: torch.Tensor, below: torch.Tensor) -> float:
-        """Over all ranks of the branch: the sum of `above` [..] over the sum of `below` [..]; waits for the device."""
-        import torch
+        """As the function of that name, over this cache's layout."""
+        return mean_ratio(self.layout, above, below)
 
-        sums = torch.stack([above.sum(dtype=torch.float32), below.sum(dtype=torch.float32)])
-        over, under = self.layout.total(sums).tolist()
-        return over / under if under else math.inf
+
+def mean_ratio(layout: Layout, above: torch.Tensor, below: torch.Tensor) -> float:
+    """Over all ranks of the branch: the sum of `above` [..] over the sum of `below` [..]; waits for the device."""
+    import torch
+
+    sums = torch.stack([above.sum(dtype=torch.float32), below.sum(dtype=torch.float32)])
+    over, under = layout.total(sums).tolist()
+    return over / under if under else math.inf
 
 
 def _deepcache(
@@ -134,11 +156,11 @@ def _deepcache(
 ) -> tuple[torch.Tensor, bool]:
     """Reused steps take what the last computed one had before the last blocks, and compute those."""
     edge = cache.settings.edge
-    if cache.settings.may_reuse(step):
+    if cache.may_reuse(branch, step):
         return blocks(branch.kept["video"], branch.kept[TEXT], edge, None)[0], True
     video, text = blocks(video, text, 0, edge)
     if cache.keeps(step):
-        branch.kept = {"video": video, TEXT: text}
+        branch.kept, branch.numbers = {"video": video, TEXT: text}, {"step": float(step)}
     return blocks(video, text, edge, None)[0], False
 
 
@@ -146,13 +168,13 @@ def _taylor(order: int) -> Callable[..., tuple[torch.Tensor, bool]]:
     """Reused steps add to their own input what all blocks added at the last computed step, or its Taylor expansion.
 
     Derivatives by step are differences between computed steps, as many as `order`. Source: TaylorSeer, arXiv 2503.06923;
-    order 0 is what the official code calls teacache (its schedule is fixed, too).
+    order 0 is what the official code calls teacache (its schedule is fixed, too), and what magcache does at its steps.
     """
 
     def run(
         cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
     ) -> tuple[torch.Tensor, bool]:
-        if cache.settings.may_reuse(step):
+        if cache.may_reuse(branch, step):
             ahead = step - branch.numbers["step"]
             for power in range(len(branch.kept)):
                 video = video.add(branch.kept[f"order{power}"], alpha=ahead**power / math.factorial(power))
@@ -181,7 +203,7 @@ def _firstblock(
     assert settings.threshold is not None
     first, text = blocks(video, text, 0, 1)
     change = first - video
-    if branch.kept and settings.may_reuse(step) and branch.numbers["run"] < settings.interval - 1:
+    if cache.may_reuse(branch, step) and branch.numbers["run"] < settings.interval - 1:
         before = branch.kept["change"]
         if cache.mean_ratio((change - before).abs(), before.abs()) < settings.threshold:
             branch.numbers["run"] += 1
@@ -192,43 +214,34 @@ def _firstblock(
     return out, False
 
 
-def _magcache(
+def _teacache(
     cache: Cache, branch: BranchState, step: int, blocks: Blocks, video: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
-    """As teacache, for as many steps as the error stays below the threshold: it is the sum over them of how far the size
-    of what the blocks add has drifted, if it goes on growing or shrinking as between the last two computed steps.
+    """Reused steps add to their own input what all blocks added at the last computed one, while the sum since then of a
+    polynomial of the relative change of the first block's modulated input from step to step is below the threshold.
 
-    Source: MagCache, arXiv 2506.09045. There the rate of each step was measured beforehand, per model; there are no such
-    numbers for this one, so it is measured in the run itself.
+    Source: TeaCache, arXiv 2411.19108.
     """
-    import torch
-
-    settings = cache.settings
+    settings, modulated = cache.settings, blocks.modulated(video)  # type: ignore[attr-defined]
     assert settings.threshold is not None
-    if branch.kept and settings.may_reuse(step) and step - branch.numbers["step"] <= branch.numbers["allowed"]:
-        return video + branch.kept["order0"], True
+    if cache.may_reuse(branch, step):
+        before = branch.kept["input"]
+        branch.numbers["sum"] += settings.expected_change(cache.mean_ratio((modulated - before).abs(), before.abs()))
+        branch.kept["input"] = modulated
+        if branch.numbers["sum"] < settings.threshold and step - branch.numbers["step"] < settings.interval:
+            return video + branch.kept["order0"], True
     out = blocks(video, text, 0, None)[0]
     if cache.keeps(step):
-        residual, allowed = out - video, 0
-        if branch.kept:
-            pair = residual, branch.kept["order0"]
-            sizes, before = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in pair)
-            ratio = cache.mean_ratio(sizes / before, before.new_ones(before.shape))
-            rate, drift, error = ratio ** (1 / (step - branch.numbers["step"])), 1.0, 0.0
-            while allowed < settings.interval - 1:
-                drift *= rate
-                error += abs(1 - drift)
-                if not error < settings.threshold:
-                    break
-                allowed += 1
-        branch.kept, branch.numbers = {"order0": residual}, {"step": float(step), "allowed": float(allowed)}
+        branch.kept = {"order0": out - video, "input": modulated}
+        branch.numbers = {"step": float(step), "sum": 0.0}
     return out, False
 
 
-STRATEGIES: dict[str, Callable[..., tuple[torch.Tensor, bool]]] = {
+Strategy = Callable[..., "tuple[torch.Tensor, bool]"]
+PLANNED: dict[str, Strategy] = {
     "deepcache": _deepcache,
     "teacache": _taylor(0),
     "taylorcache": _taylor(cache_settings.TAYLOR_ORDER),
-    "firstblock": _firstblock,
-    "magcache": _magcache,
+    "magcache": _taylor(0),
 }
+ADAPTIVE: dict[str, Strategy] = {"firstblock": _firstblock, "teacache": _teacache}

@@ -12,7 +12,7 @@ from hunyuan_staged.models.transformer import RunBlocks
 from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.sampling.conditions import Condition
-from hunyuan_staged.sampling.guidance import guide
+from hunyuan_staged.sampling.guidance import Guidance, guide
 from hunyuan_staged.sampling.schedule import clean_estimate, euler_step, timesteps_of
 
 OnStep = Callable[[int, torch.Tensor, Callable[[], torch.Tensor]], None]
@@ -35,7 +35,8 @@ class VelocityModel(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. start: how many steps have been done; cache: a cache.Cache.
+    """How to sample. start: how many steps have been done; cache: a cache.Cache. guidance: where not every step runs all
+    branches. before_step(i) is called before step i.
 
     With use_meanflow the transformer also gets the timestep it steps to.
     """
@@ -45,6 +46,8 @@ class Sampling:
     layout: Layout | None = None
     cache: Callable[..., torch.Tensor] | None = None
     start: int = 0
+    guidance: Guidance | None = None
+    before_step: Callable[[int], None] | None = None
 
 
 PLAIN = Sampling()
@@ -85,8 +88,11 @@ def denoise(
         channels = (condition(times[i]) if callable(condition) else condition).to(noise.device)
         hidden_states = torch.cat([latents.to(channels.dtype), channels], dim=1)
         timestep_r = timesteps[i + 1 : i + 2] if sampling.use_meanflow else None
-        mine = [
-            velocity(
+        if sampling.before_step:
+            sampling.before_step(i)
+        running = sampling.guidance.branches(i) if sampling.guidance else range(len(branches))
+        found = {
+            branch: velocity(
                 hidden_states,
                 timesteps[i : i + 1],
                 branches[branch],
@@ -94,10 +100,17 @@ def denoise(
                 *([partial(cache, branch, i)] if cache else []),
             )
             for branch in layout.my_branches(len(branches))
-        ]
-        velocities = layout.gather_branches(mine[0]) if layout.branches > 1 else mine
-        guided = guide(velocities, sampling.guidance_scale)
+            if branch in running
+        }
+        guided = _guided(sampling, i, layout.all_velocities(found, running, latents))
         latents = euler_step(latents, guided, levels[i], levels[i + 1])
         if on_step:
             on_step(i, latents, partial(clean_estimate, latents, guided, levels[i + 1]))
     return latents
+
+
+def _guided(sampling: Sampling, step: int, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The velocity of a step, in float32."""
+    if sampling.guidance:
+        return sampling.guidance.velocity(step, velocities, sampling.guidance_scale)
+    return guide(velocities, sampling.guidance_scale)

@@ -38,6 +38,8 @@ from hunyuan_staged.weights.schema import DIFFUSERS_TRANSFORMER, GUIDER, SCHEDUL
 # The task of diffusers' pipelines.
 PIPELINES = {"HunyuanVideo15Pipeline": "t2v", "HunyuanVideo15ImageToVideoPipeline": "i2v"}
 PREVIEW_FACTORS = "preview_factors.json"  # beside a VAE's weights, for previews; no part of the model
+# What was recorded of a transformer for caches, beside its weights; no part of them.
+CALIBRATION_FILE = "cache_calibration.json"
 # Of each file a fingerprint reads so many pieces of so many bytes.
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 
@@ -169,7 +171,7 @@ class ModelFolder:
                 for folder in folders
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
-                and path.name != PREVIEW_FACTORS
+                and path.name not in (PREVIEW_FACTORS, CALIBRATION_FILE)
                 and not any(name.startswith(".") for name in path.relative_to(folder).parts)
             ]
         total = hashlib.sha256()

@@ -9,7 +9,7 @@ import pytest
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.parsing import tool_parser
 
-TOOLS = ("bench", "compare", "download", "fit_preview", "verify")
+TOOLS = ("bench", "calibrate", "compare", "download", "fit_preview", "verify")
 TOOLS += tuple(f"demo.{name}" for name in ("adapter", "caches", "evaluate", "quality", "train"))
 
 

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from hunyuan_staged.demo import CHECKPOINT, quality
+from hunyuan_staged.compare.measures import latent_errors
+from hunyuan_staged.demo import CHECKPOINT, evaluate, quality
+from hunyuan_staged.options import DenoiseOptions
 
 
 def test_prompts_are_spread_over_kinds_and_wordings_and_exact_comes_first():
@@ -91,3 +94,18 @@ def test_a_small_run_and_going_on(tmp_path, capsys):
     assert quality.main([*common, "--settings", "steps-10"]) == 0
     assert (tmp_path / quality.CLIPS_FILE).read_text() == before
     assert (tmp_path / quality.PLOT_FILE).is_file()
+
+
+def test_magcaches_thresholds_order_its_errors():
+    """By the curve that ships with the demo: a larger threshold reuses more steps, and its error is not smaller."""
+    pipeline = evaluate.DemoPipeline(CHECKPOINT, torch.device("cpu"))
+    (_, prompt), *_ = evaluate.held_out_prompts("single", 1)
+    exact, evaluations = pipeline.denoise(prompt, DenoiseOptions())
+    assert evaluations == 60
+    found = []
+    for threshold in (0.01, 0.06, 0.24):
+        options = DenoiseOptions(enable_cache=True, cache_type="magcache", cache_threshold=threshold)
+        latents, evaluations = pipeline.denoise(prompt, options)
+        found.append((evaluations, latent_errors(exact, latents)[0]))
+    assert [evaluations for evaluations, _ in found] == sorted({one for one, _ in found}, reverse=True)
+    assert 0 < found[0][1] < found[1][1] < found[2][1] < 2

@@ -17,6 +17,7 @@ from hunyuan_staged.memory.estimates import DenoisingSize
 from hunyuan_staged.memory.offloading import weights_of
 from hunyuan_staged.models.modulations import remove_linears, table_bytes
 from hunyuan_staged.sampling.cache_settings import resolve
+from hunyuan_staged.sampling.calibration import flat
 from hunyuan_staged.weights.quantization.fp8_rows import quantise_linears
 
 # The published transformer in bf16 with its modulations' linear maps, as most was measured: 54 blocks of 302 MB, and
@@ -92,7 +93,7 @@ def test_a_third_of_the_published_weights_need_not_stay(published):
 # README, "Caches": 49 frames, 12 blocks; the peak with a cache beyond that without.
 @pytest.mark.parametrize(("kind", "measured"), [("taylorcache", 0.9), ("firstblock", 1.2), ("magcache", 0.5)])
 def test_what_a_cache_takes_is_in_the_plan(kind, measured):
-    kept = resolve(kind, {}, 50, 54).kept(2)
+    kept = resolve(kind, {}, 50, 54, flat(50), [1.0] * 50).kept(2)
     more = replace(SHORT, kept=kept).working - SHORT.working
     assert more / GIB == pytest.approx(measured, abs=0.1)
 
@@ -209,14 +210,15 @@ def test_a_cache_is_in_the_expected_time():
     plain = seconds(WHOLE)
     for kind, share in (("deepcache", 0.0196), ("teacache", 0.0063 / 4.5), ("taylorcache", 0.0101 / 4.5)):
         settings = resolve(kind, {}, 50, 54)
-        worth = timings.steps_worth(50, kind, settings.reused)
+        worth = timings.steps_worth([1.0] * 50, kind, settings.planned)
         assert worth == pytest.approx(25 + 25 * share)
         assert plain / seconds(WHOLE, steps=worth) == pytest.approx(50 / worth, rel=0.03)
-    for kind in ("firstblock", "magcache"):
-        settings = resolve(kind, {}, 50, 54)
-        assert settings.reused is None and timings.steps_worth(50, kind, None) is None
+    assert resolve("firstblock", {}, 50, 54).reused is None
+    assert timings.steps_worth([1.0] * 50, "firstblock", None) is None
     assert seconds(WHOLE, steps=None) is None
-    assert timings.steps_worth(50, None, None) == 50
+    assert timings.steps_worth([1.0] * 50, None, None) == 50
+    assert timings.steps_worth([1.0] * 20 + [0.5] * 30, None, None) == 35, "steps of one branch are half as long"
+    assert timings.steps_worth([1.0, 0.5, 1.0], "deepcache", {1}) == pytest.approx(2 + 0.5 * 0.0196)
 
 
 def test_expected_time_is_a_measured_one_or_unknown():

@@ -22,11 +22,14 @@ from hunyuan_staged.memory.offloading import stream_blocks
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.parallel.world import World
+from hunyuan_staged.sampling import calibration
 from hunyuan_staged.sampling.cache import Cache
 from hunyuan_staged.sampling.cache_settings import CACHE_TYPES, CacheSettings, check_flags, resolve
+from hunyuan_staged.sampling.calibration import Calibration, Curve, Polynomial, noise_levels, parse, published
 from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas
+from hunyuan_staged.weights.folder import CALIBRATION_FILE
 
 INF = float("inf")
 ALONE = World(0, 1, CPU)
@@ -38,6 +41,9 @@ PLAN = {"steps": STEPS, "start": 2, "end": 7, "interval": 3}
 def settings(kind: str, **other) -> CacheSettings:
     more = {"edge": 1} if kind == "deepcache" else {}
     more |= {"threshold": INF} if kind in ("firstblock", "magcache") else {}
+    if kind == "magcache":
+        reused_steps = set() if other.get("threshold") == 0 else {3, 4, 6}
+        more["chosen"] = frozenset(reused_steps)
     return CacheSettings(kind, **(PLAN | more | other))
 
 
@@ -86,7 +92,7 @@ def test_other_schedules_keep_their_share(steps, plan, count):
         (
             "deepcache",
             {"cache_threshold": 0.1},
-            "--cache_threshold belongs to --cache_type firstblock and magcache, not to deepcache",
+            "--cache_threshold belongs to --cache_type teacache, firstblock, magcache, not to deepcache",
         ),
         ("magcache", {"cache_threshold": -0.1}, "--cache_threshold -0.1 is not a number from 0 on"),
         ("magcache", {"cache_threshold": float("nan")}, "--cache_threshold nan is not a number from 0 on"),
@@ -194,12 +200,93 @@ def test_firstblock_computes_the_first_block_and_stops_at_the_threshold():
     assert [step for step in range(STEPS) if (step, 1) not in outcomes(settings("firstblock"))[1]] == [3, 4, 6]
 
 
-def test_magcache_reuses_while_the_expected_drift_is_small():
-    """What the blocks add grows from 14.01 to 15.02 over step 2, 7.2 %, then more slowly: 6.7 %, 5.4 % for a step."""
-    assert [s for s in range(STEPS) if (s, 0) not in outcomes(settings("magcache", threshold=0.07))[1]] == [4, 6]
-    assert [s for s in range(STEPS) if (s, 0) not in outcomes(settings("magcache"))[1]] == [3, 4, 6]
-    found, runs, _ = outcomes(settings("magcache", threshold=0.0))
-    assert len(runs) == 2 * STEPS and found == pytest.approx([plain(step) for step in range(STEPS)])
+# What the blocks add, recorded at 8 steps of shift 5: it grows by 10 % a step to step 4, and shrinks by 1 % after it.
+GROWING = Curve(
+    STEPS, 5.0, ((1.0, 1.1, 1.1, 1.1, 1.1, 0.99, 0.99, 0.99),) * 2, "a test", threshold=0.25, retention=0.25
+)
+
+
+def magcache(steps: int = STEPS, shift: float = 5.0, **flags) -> CacheSettings:
+    given = {f"cache_{name}": value for name, value in flags.items()}
+    return resolve("magcache", given, steps, 54, Calibration(curves=(GROWING,)), noise_levels(steps, shift))
+
+
+def test_magcache_reuses_while_the_recorded_size_drifts_little():
+    """From step 2 on: 0.1 is below 0.25, 0.1 + 0.21 is not; from step 3 0.1 + 0.089, and then 0.078 more is not."""
+    assert sorted(magcache().planned) == [2, 4, 5, 7] and not magcache().adapts
+    assert sorted(magcache(threshold=0.1).planned) == [5, 6, 7]
+    assert sorted(magcache(threshold=0.02).planned) == [5, 7]
+    assert magcache(threshold=0.0).planned == frozenset() and magcache(threshold=0.0).last_reuse == -1
+    assert sorted(magcache(threshold=INF, step_interval=3).planned) == [2, 3, 5, 6]
+    assert magcache().record()["reused_steps"] == [2, 4, 5, 7] and magcache().record()["threshold"] == 0.25
+
+
+def test_a_curve_serves_other_schedules_by_the_nearest_sigma():
+    whole = GROWING.sizes_of(noise_levels(STEPS, 5.0))[0]
+    assert whole == pytest.approx([1.1**n for n in range(5)] + [1.1**4 * 0.99**n for n in range(1, 4)])
+    fewer, more = (GROWING.sizes_of(noise_levels(*schedule)) for schedule in ((4, 5.0), (30, 9.0)))
+    assert fewer[1] == [whole[n] for n in (0, 2, 4, 6)], "ratios of what is left out multiply"
+    assert len(more[0]) == 30 and set(more[0]) <= set(whole)
+
+
+def test_a_branch_that_did_not_run_at_the_source_computes_the_step():
+    """Step 3 takes over from step 2; a branch that step 2 left out has an older state, or none."""
+    cache, blocks = Cache(settings("teacache"), Layout(), 3), Adding()
+    for branch, step in ((0, 1), (1, 2), (0, 3), (1, 3), (2, 3)):
+        blocks.step = step
+        cache(branch, step, blocks, torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))
+    assert [run for run in blocks.runs if run[1] == 0] == [(1, 0), (2, 0), (3, 0), (3, 0)], "branch 1 reused step 3"
+
+
+class Modulating(Adding):
+    """Whose first block makes of the video what the step says: 1, 2, 4, 8, ..: twice what it was, a change of 1."""
+
+    def modulated(self, video):
+        return torch.full_like(video, 2.0**self.step)
+
+
+def test_teacache_with_a_threshold_adds_up_the_polynomial():
+    """1 a step by the identity: below 2.5 two steps in a row pass, below 1.5 one; first and last steps are computed."""
+    calibration = Calibration(Polynomial((1.0, 0.0), "a test"))
+    for threshold, computed in ((2.5, [0, 3, 6, 7]), (1.5, [0, 2, 4, 6, 7]), (0.5, list(range(STEPS)))):
+        chosen = resolve("teacache", {"cache_threshold": threshold}, STEPS, 54, calibration)
+        assert chosen.adapts and chosen.record()["coefficients"] == [1.0, 0.0]
+        cache, blocks = Cache(chosen, Layout(), 3), Modulating()
+        for step in range(STEPS):
+            blocks.step = step
+            cache(0, step, blocks, torch.full((1, 3, 2), 1000.0 * step), torch.zeros(1, 4, 2))
+        assert sorted({step for step, _ in blocks.runs}) == computed, threshold
+
+
+@pytest.mark.parametrize(("kind", "given"), [("magcache", {}), ("teacache", {"cache_threshold": 0.1})])
+def test_a_cache_without_its_calibration_is_refused(kind, given):
+    with pytest.raises(InputError, match=r"needs a calibration of these weights.*hunyuan_staged.calibrate records one"):
+        resolve(kind, given, 50, 54)
+
+
+def test_published_calibrations_are_for_the_version_that_they_were_made_for():
+    found = {name: published(name) for name in ("480p_t2v", "720p_t2v", "480p_i2v", "720p_i2v")}
+    assert {name: len(one.polynomial.coefficients) for name, one in found.items()} == {
+        "480p_t2v": 6,
+        "720p_t2v": 6,
+        "480p_i2v": 5,
+        "720p_i2v": 5,
+    }
+    assert {name: [curve.steps for curve in one.curves] for name, one in found.items() if one.curves} == {
+        "720p_t2v": [20, 40],
+        "480p_i2v": [50],
+    }
+    curve = found["480p_i2v"].curve(30)
+    assert (curve.ratios[1][49], curve.ratios[0][47], curve.ratios[1][31]) == (0.88672, 0.93359, 0.99219)
+    assert found["720p_t2v"].curve(50).steps == 40 and published("720p_t2v_distilled") is None
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"magcache": [{}]}, {"teacache": {"coefficients": ["x"], "source": ""}}, {"magcache": 3}]
+)
+def test_a_broken_calibration_is_refused(content):
+    with pytest.raises(InputError, match="a file is no calibration of caches"):
+        parse(content, "a file")
 
 
 def test_bench_counts_a_run_from_its_computed_and_reused_steps():
@@ -234,7 +321,7 @@ def test_the_demo_compares_each_type_at_three_strengths(tmp_path):
 
     generator = SimpleNamespace(
         setting=lambda: SimpleNamespace(steps=30),
-        transformer=SimpleNamespace(transformer_blocks=[0] * 5),
+        caching=lambda kind, given: resolve(kind, given, 30, 5, calibration.flat(30), [1.0] * 30),
         latents=latents,
     )
     tenth_more = SimpleNamespace(latents=lambda *given: (latents(*given)[0] + 0.1, latents(*given)[1]))
@@ -375,6 +462,10 @@ SMALL = ["--video_length", 5, "--num_inference_steps", STEPS, "--cache_start_ste
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_official):
+    found = calibration.flat(STEPS).curves[0]
+    content = {"magcache": [{"steps": STEPS, "flow_shift": 5.0, "ratios": found.ratios, "source": "a test"}]}
+    for folder in (tiny_official / "transformer").iterdir():
+        (folder / CALIBRATION_FILE).write_text(json.dumps(content))
     return embed(tmp_path_factory.mktemp("inputs"), tiny_official)
 
 
@@ -424,4 +515,7 @@ def test_cache_flags_without_a_cache_are_refused(inputs, tmp_path):
     assert status == 2 and "error: --cache_type needs --enable_cache" in said
     args = ["--input_dir", inputs, "--enable_cache", "--cache_threshold", 0.1]
     status, said = run_stage(2, *args, said=tmp_path / "said")
-    assert status == 2 and "--cache_threshold belongs to --cache_type firstblock and magcache, not to deepcache" in said
+    assert (
+        status == 2
+        and "--cache_threshold belongs to --cache_type teacache, firstblock, magcache, not to deepcache" in said
+    )
