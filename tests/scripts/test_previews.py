@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import embed
-from forked import Forked, Moment
+from forked import Forked, Moment, run_ranks
 
 from hunyuan_staged import fit_preview
 from hunyuan_staged.demo import CHECKPOINT
@@ -132,3 +132,24 @@ def test_fitting_refuses_what_is_no_finished_run(tmp_path, tiny_official, capsys
         (tmp_path / name / contract.CONFIG_FILE).write_text(json.dumps({"model_path": str(model)}))
     assert fit_preview.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "give runs of one model, or --model_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signals", [(), (signal.SIGTERM,)])
+def test_the_first_of_two_processes_writes_the_preview_that_one_writes(tmp_path, tiny_official, monkeypatch, signals):
+    """Two have a guidance branch each, and so the same bits; also where both are told to stop."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep_factors(tiny_official)
+    inputs = embed(tmp_path / "in", tiny_official)
+    moment = Moment(STEP, 2, signals) if signals else None
+    run(inputs, tmp_path / "one", "--preview_every", 3, moment=moment)
+    args = ["--input_dir", inputs, "--output_dir", tmp_path / "two", "--video_length", 9, "--num_inference_steps", 4]
+    ranks = run_ranks(
+        *(2, 2, *args, "--preview_every", 3),
+        said=tmp_path / "said",
+        moments=dict.fromkeys(range(2), moment) if moment else None,
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert [rank.status() for rank in ranks] == [143 if signals else 0] * 2, ranks[0].said()
+    assert names(tmp_path / "two") == names(tmp_path / "one") and names(tmp_path / "two") > PREVIEWS
+    for name in PREVIEWS:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -173,6 +173,7 @@ def run_ranks(
     said: Path,
     moments: Mapping[int, Moment] | None = None,
     more: Mapping[int, list[object]] | None = None,
+    **environment: str,
 ) -> list[Forked]:
     """A stage on several processes, as torchrun would start them, but that nobody looks after.
 
@@ -192,6 +193,7 @@ def run_ranks(
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(store.port),
             TORCHELASTIC_USE_AGENT_STORE="True",
+            **environment,
         )
         for rank in range(size)
     ]
