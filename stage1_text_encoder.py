@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import utils
+from hunyuan_staged.jobs.outcomes import ALREADY_DONE
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
@@ -44,8 +46,8 @@ def warn_of_unknown_words(run: utils.Run, prompt: str) -> None:
 
 def stage1(run: utils.Run, options: EncodeOptions) -> None:
     """Choose the version, encode text and image, write the embeddings and the config."""
-    from hunyuan_staged.pipeline import encoding
-    from hunyuan_staged.pipeline.common import free_memory
+    from hunyuan_staged.pipeline import encoding, encoding_records
+    from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 
     run.info(f"prompt {options.prompt!r}")  # first: what follows takes seconds to import
     if Path(options.model_path or DEMO_CHECKPOINT).resolve() == DEMO_CHECKPOINT.resolve():
@@ -59,25 +61,25 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     picture = encoding.read_image(options)
     run.lock_all(encoding.locks(options))
     setup = encoding.resolve(options, picture, run.world, run)
-    free = free_memory(run.world)
-    plan = setup.plan(free)
+    encoders = run.keep(partial(LoadedEncoders, keep=run.many and not options.rewrite))
+    plan, free = encoders.plan(setup)
+    if run.many and encoding_records.is_written(setup):
+        run.outcome = ALREADY_DONE
+        return
     run.record_plan(setup.rows(plan, free))
-    if left := encoding.outdated(options):
+    if left := encoding_records.outdated(options):
         run.warn(left)
     setup = setup.rewrite(run)
-    tensors = encoding.encode(setup, plan, run)
+    tensors = encoding.encode(setup, plan, run, encoders)
     with run.timed("write"):
-        written = encoding.write(setup, tensors)
+        written = encoding_records.write(setup, tensors)
     for path, what in written:
         run.add_output(path, what)
     run.next_stage(2, options.output_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(EncodeOptions, build_parser(), argv)
-    return utils.run_stage(
-        "stage 1", options, check=EncodeOptions.check, body=lambda run, _: stage1(run, options), every_rank=False
-    )
+    return utils.run_jobs(1, parse(EncodeOptions, build_parser(), argv), stage1)
 
 
 if __name__ == "__main__":

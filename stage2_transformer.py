@@ -8,10 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import utils
+from hunyuan_staged.jobs.outcomes import ALREADY_DONE, DONE
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
 
 if TYPE_CHECKING:
+    from hunyuan_staged.pipeline.denoiser import Denoised
     from hunyuan_staged.pipeline.denoising import DenoiseSetup
 
 EXAMPLE = """\
@@ -22,6 +24,7 @@ examples:
 """
 
 OPTIONS = DenoiseOptions
+MODULES = ("hunyuan_staged.pipeline.denoising", "hunyuan_staged.sampling.state")  # imported while stage 1 works
 
 
 def build_parser() -> Parser:
@@ -51,45 +54,58 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
 def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
     """Plan, load the transformer, denoise, write the latents; with `reuse` or --resume not where they are there already."""
     from hunyuan_staged.pipeline import denoising_records, jobs, previews
-    from hunyuan_staged.pipeline.common import free_memory
+    from hunyuan_staged.pipeline.denoisers import Denoisers
     from hunyuan_staged.sampling import callbacks, preview_writer
     from hunyuan_staged.sampling.state import StateSaver
 
     options, steps = setup.options, setup.settings.num_inference_steps
     run.warn_or_refuse(setup.job.mismatch, strict=options.strict)
-    free = free_memory(run.world)
+    denoisers = run.keep(Denoisers)
+    free = denoisers.free(run.world)
     plan = setup.plan(free)
     folder, identity = jobs.output_dir(options), denoising_records.identity(setup)
-    if (reuse or options.resume) and (path := denoising_records.finished(setup, identity.digest())):
+    if (reuse or options.resume or run.many) and (path := denoising_records.finished(setup, identity.digest())):
         run.info(f"{path} is there, made from the same: taken as it is")
+        run.outcome = ALREADY_DONE
         return
     looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
-    start = saver.load(setup.shape, resume=options.resume)
+    start = saver.load(setup.shape, resume=options.resume, lenient=run.many)
+    callbacks.check_stopped(start.done, options.stop_after, steps)
     run.record_plan(denoising_records.rows(setup, plan, free))
-    denoiser = setup.load(plan, run)
+    denoiser = denoisers.load(setup, plan, run)
     run.info(denoising_records.describe(setup))
     if run.world.is_main and not start.done and not setup.enlarges_to:
         preview_writer.remove(folder)
+    watching = callbacks.watching(saver, run.interrupts, looking, options.stop_after)
     with run.timed("compute"):
-        denoised = denoiser.run(setup, start, callbacks.watching(saver, run.interrupts, looking), run)
+        denoised = denoiser.run(setup, start, watching, run)
+    run.outcome = DONE
     if run.world.is_main:
         saver.check(denoised.latents)
-        with run.timed("write"):
-            path = denoising_records.write(setup, denoised, identity.digest())
-            saver.remove()
-        run.add_output(path, f"latents {list(denoised.latents.shape)} {denoised.latents.dtype}")
+        write(run, setup, denoised, identity.digest())
+        saver.remove()
+
+
+def write(run: utils.Run, setup: DenoiseSetup, denoised: Denoised, made_from: str) -> None:
+    """Write the latents and what the config is to say of them."""
+    from hunyuan_staged.pipeline import denoising_records
+
+    with run.timed("write"):
+        path = denoising_records.write(setup, denoised, made_from)
+    run.add_output(path, f"latents {list(denoised.latents.shape)} {denoised.latents.dtype}")
+
+
+def group_size(run: utils.Run, options: DenoiseOptions, jobs: Sequence[DenoiseOptions]) -> int:
+    """How many processes make a video together: as asked for, else what gives the most videos an hour."""
+    from hunyuan_staged.pipeline import groups
+
+    return options.gpus_per_job or groups.denoising_size(run.world, jobs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DenoiseOptions, build_parser(), argv)
-    return utils.run_stage(
-        "stage 2",
-        options,
-        check=DenoiseOptions.check,
-        body=lambda run, _: stage2(run, options),
-        modules=("hunyuan_staged.pipeline.denoising", "hunyuan_staged.sampling.state"),
-    )
+    return utils.run_jobs(2, options, stage2, group_size, MODULES)
 
 
 if __name__ == "__main__":

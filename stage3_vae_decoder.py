@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import utils
+from hunyuan_staged.jobs.outcomes import ALREADY_DONE
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
 
@@ -18,6 +19,7 @@ examples:
 """
 
 OPTIONS = DecodeOptions
+MODULES = ("hunyuan_staged.pipeline.decoding",)  # imported while the stages before work
 
 
 def build_parser() -> Parser:
@@ -27,8 +29,8 @@ def build_parser() -> Parser:
 
 def stage3(run: utils.Run, options: DecodeOptions) -> None:
     """Read the latents, plan, load the decoder, decode, write the video."""
-    from hunyuan_staged.pipeline import decoding
-    from hunyuan_staged.pipeline.common import free_memory
+    from hunyuan_staged.pipeline import decoding, decoding_records
+    from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
 
     if options.dry_run:
         from hunyuan_staged.pipeline import forecast
@@ -39,27 +41,33 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     job = decoding.read_job(options, run)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = decoding.resolve(options, job, run.world, run)
-    free = free_memory(setup.world)
+    made_from = decoding_records.made_from(setup) if run.many else None
+    if made_from and run.agree(decoding_records.is_written(setup, made_from)):
+        run.outcome = ALREADY_DONE
+        return
+    decoders = run.keep(LoadedDecoder)
+    free = decoders.free(setup.world)
     plan = setup.plan(free)
     run.record_plan(setup.rows(plan, free, run.world.size))
     if other := decoding.replaced(options, job):
         run.warn(other)
-    written = decoding.run(setup, plan, run)
+    written = decoding.run(setup, plan, run, decoders, made_from)
     for path, what in written.files:
         run.add_output(path, what)
     if written.files:
         run.add_video(written.files[-1][0], written.frames, job.fps)
 
 
+def group_size(run: utils.Run, options: DecodeOptions, jobs: Sequence[DecodeOptions]) -> int:
+    """How many processes make a video together: as asked for, else what gives the most videos an hour."""
+    from hunyuan_staged.pipeline import groups
+
+    return options.gpus_per_job or groups.decoding_size(run.world, jobs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DecodeOptions, build_parser(), argv)
-    return utils.run_stage(
-        "stage 3",
-        options,
-        check=DecodeOptions.check,
-        body=lambda run, _: stage3(run, options),
-        modules=("hunyuan_staged.pipeline.decoding",),
-    )
+    return utils.run_jobs(3, options, stage3, group_size, MODULES)
 
 
 if __name__ == "__main__":

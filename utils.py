@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from hunyuan_staged.errors import one_line, write_stdout
+from hunyuan_staged.errors import Stopped, one_line, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
+from hunyuan_staged.jobs.outcomes import DONE
+from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
 from hunyuan_staged.runtime.environment import await_turn, check_environment, started_by_launcher
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
 
 MIB_PER_KIB = 1 / 1024
+Kept = TypeVar("Kept")
 
 
 class Run(Reporter):
@@ -42,19 +45,26 @@ class Run(Reporter):
         self.seconds: dict[str, float] = {}
         self.written: list[str] = []
         self.planned = False
+        self.status = 0  # of the script, where nothing ends it before
+        self.many = False  # jobs: those that are done are left out, and their states are gone on from
+        self.outcome = DONE  # what became of the job
+        self._job, self._told = "", set[str]()
+        self._kept: Any = None
         self.started = time.perf_counter()
         self._last: list[str] = []
         self._video: tuple[Path, str] | None = None
         self._bars: list[Any] = []
         self._claims = contextlib.ExitStack()
-        logger.remove()
         # What users gave may be in a message: it stays one line, and does nothing to a terminal.
         logger.configure(patcher=_tidy)
-        if world.is_main:
-            # Through tqdm, so that a line does not tear a bar apart.
-            logger.add(
-                _write_line, format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}", level="INFO", backtrace=False
-            )
+        self._log_to_stderr("")
+
+    def _log_to_stderr(self, prefix: str) -> None:
+        """Have the first process write the log, through tqdm, so that a line does not tear a bar apart."""
+        self.log.remove()
+        if self.world.is_main:
+            form = f"{{time:YYYY-MM-DD HH:mm:ss}} {{level: <7}} {prefix}{{message}}"
+            self.log.add(_write_line, format=form, level="INFO", backtrace=False)
 
     def __enter__(self) -> Run:
         return self
@@ -65,6 +75,46 @@ class Run(Reporter):
             bar.close()
         self._claims.close()
         self.interrupts.cleanups.clear()
+
+    def group(self, world: World, index: int, count: int) -> None:
+        """Be one of `count` groups of processes, whose first processes write the log each."""
+        self.many, self.world = True, world
+        if count > 1:
+            self._log_to_stderr(f"[{index + 1} of {count}] ")
+
+    @contextlib.contextmanager
+    def job(self, name: str, world: World) -> Iterator[None]:
+        """Within it the run is that of one of many jobs: its world, its locks, its bars, the files that it writes."""
+        former, claims, cleanups = self.world, self._claims, len(self.interrupts.cleanups)
+        self.world, self._job, self._claims, self.outcome = world, name, contextlib.ExitStack(), DONE
+        self.info(f"job {name}")
+        try:
+            yield
+        finally:
+            # Nothing is to interrupt the release; what arrives meanwhile is answered behind it.
+            with contextlib.nullcontext() if self.interrupts.received else self.interrupts.deferred():
+                for bar in self._bars:
+                    bar.close()
+                self._claims.close()
+                del self.interrupts.cleanups[cleanups:]
+                self._tell_written()
+                self._bars.clear()
+                self._last.clear()
+                self.world, self._job, self._claims, self._video = former, "", claims, None
+
+    def agree(self, found: bool) -> bool:
+        """What the first process of those that make a job has found, on every one of them."""
+        return bool(self.world.from_main("agreed", "yes" if found else ""))
+
+    def keep(self, make: Callable[[], Kept]) -> Kept:
+        """What the stage keeps loaded from one job to the next; made where there is none."""
+        if self._kept is None:
+            self._kept = make()
+        return self._kept
+
+    def drop(self) -> None:
+        """Let go of what is kept."""
+        self._kept = None
 
     def lock(self, path: str | Path, files: Sequence[str]) -> None:
         """Be the only run that writes these files beside the lock at `path`, until this run ends; see atomic.locked."""
@@ -84,6 +134,9 @@ class Run(Reporter):
         self.events.write("info", text=one_line(text))
 
     def warn(self, text: str) -> None:
+        if self.many and text in self._told:
+            return  # each of the jobs would say it
+        self._told.add(text)
         self.log.warning(text)
         self.events.write("warning", text=one_line(text))
 
@@ -118,6 +171,7 @@ class Run(Reporter):
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
         self.record_plan(rows, title)
         if self.world.is_main:
+            rows = ({"job": self._job} if self._job else {}) | dict(rows)
             width = max(map(len, rows))
             lines = [f"{name:{width}}  {one_line(value)}\n" for name, value in rows.items()]
             heading = f"{'' if not self.planned else chr(10)}{title}\n" if title else ""
@@ -144,6 +198,13 @@ class Run(Reporter):
     def add_video(self, path: Path, frames: int, fps: float) -> None:
         """Have the last line name the video; run by itself, the stage also prints its path on standard output."""
         self._video = path, f"{frames / fps:.2f} s, {frames} frames"
+        if self.many and self.world.is_main and started_by_launcher() is None:
+            write_stdout(f"{path.absolute()}\n")
+
+    def _tell_written(self) -> None:
+        for line in self.written:
+            self.log.info(f"wrote {one_line(line)}")
+        self.written.clear()
 
     def _age(self) -> float:
         """Seconds since the stage began."""
@@ -153,8 +214,7 @@ class Run(Reporter):
         """The closing lines: files with their shapes, seconds by part, peak memory of device and host."""
         if self.planned:
             return
-        for line in self.written:
-            self.log.info(f"wrote {one_line(line)}")
+        self._tell_written()
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         # ru_maxrss is in KiB on Linux.
         peaks = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MIB_PER_KIB)}
@@ -163,7 +223,7 @@ class Run(Reporter):
 
             peaks = {"device": round(torch.cuda.max_memory_allocated(self.device) / 2**20), **peaks}
         memory = ", ".join(f"{where} {peak} MiB" for where, peak in peaks.items())
-        self.log.info(f"{self.name} done: {parts}; peak memory: {memory}")
+        self.log.info(f"{self.name} done{f': {parts}' if parts else ''}; peak memory: {memory}")
         seconds = {name: round(seconds, 3) for name, seconds in self.seconds.items()}
         self.events.write("done", seconds=seconds | {"all": self._age()}, peak_mib=peaks)
         for line in self._last:
@@ -197,15 +257,16 @@ def run_stage(
     body: Callable[[Run, Any], None],
     every_rank: bool = True,
     modules: Sequence[str] = (),
+    joined: bool = True,
 ) -> int:
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
     check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
     process, in which any others that torchrun started have nothing to do. modules: what body imports, for a stage that the
-    launcher starts before its turn. InputError becomes one line and status 2, with
-    --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our fault and
-    keeps its traceback. On several processes the first that fails says so, and all of them end. The events of
-    --log_json are the first process's.
+    launcher starts before its turn. joined=False: body makes the process groups. InputError becomes one line and status
+    2, with --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our
+    fault and keeps its traceback. On several processes the first that fails says so, and all of them end. The events
+    of --log_json are the first process's.
     """
     if not await_turn(modules):
         return 0
@@ -219,22 +280,67 @@ def run_stage(
             checked = check(options) if check else None
             if is_first():
                 events = EventLog(options.log_json, name)
-            from hunyuan_staged.parallel.world import PATIENCE_SECONDS, lone_world, start_world, stop_world
+            from hunyuan_staged.parallel.world import PATIENCE_SECONDS, lone_world, open_world, start_world, stop_world
 
-            world = start_world() if every_rank else lone_world()
+            world = (start_world() if joined else open_world()) if every_rank else lone_world()
             interrupts.patience = PATIENCE_SECONDS if world.size > 1 else None
             events.write("start", options=vars(options), processes=world.size, device=str(world.device))
             with Run(name, world, interrupts, events) as run:
                 body(run, checked)
                 world.barrier("end")
                 run.report()
+                status = run.status
             stop_world(world)
         except BaseException as error:
             events.write("error", kind=type(error).__name__, text=one_line(error))
             if world is not None and world.size > 1:
                 leave(name, error, options.debug, world, interrupts)
             return status_of_error(name, interrupts.cause_of(error), options.debug)
-    return 0
+    return status
+
+
+def run_jobs(
+    stage: int,
+    options: Any,
+    body: Callable[[Run, Any], None],
+    size: Callable[[Run, Any, Any], int] | None = None,
+    modules: Sequence[str] = (),
+) -> int:
+    """Run a stage: body(run, options) for one video, or, where the options ask for many, for each of those.
+
+    size: how many processes make a video together, as many.Stage has it; None: a stage for one process. modules: as
+    run_stage.
+    """
+    many = asks_for_many(options)
+
+    def check(options: Any) -> Jobs | None:
+        options.check()
+        return jobs_of(options, [options]) if many and options.watch is None else None
+
+    def loop(run: Run, jobs: Jobs | None) -> None:
+        if not many:
+            try:
+                body(run, options)
+            except Stopped as stopped:
+                run.info(f"{stopped}; with --resume and without --stop_after the same command goes on")
+            return
+        from hunyuan_staged.pipeline.many import Stage, run_all, watch
+
+        one = Stage(stage, body, size or (lambda *_: 1))
+        if jobs is None:
+            watch(run, one, options)
+        else:
+            run_all(run, one, options, jobs)
+
+    return run_stage(
+        f"stage {stage}",
+        options,
+        check=check,
+        body=loop,
+        every_rank=size is not None,
+        modules=modules,
+        joined=not many,
+    )
 
 
 def plan_script(argv: Sequence[str]) -> int:

@@ -18,13 +18,13 @@ from hunyuan_staged.run_options import (
     STRICT,
     TILES,
     VIDEO,
-    RunOptions,
+    GroupOptions,
 )
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeOptions(RunOptions):
+class DecodeOptions(GroupOptions):
     """Stage 3: video latents → mp4, by the VAE's decoder."""
 
     input_dir: str = flag("folder that stage 2 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)

@@ -12,9 +12,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 BAD_INPUT = 2  # the exit status of an InputError
+JOBS_FAILED = 3  # of many jobs some failed, and the others are done
 FAULT = 1  # what Python itself ends with after a traceback
 SIGNALLED = 128  # plus the signal's number: the shell's status of a process that a signal ended
 MAX_LINE = 1900  # characters of a message, whatever it quotes: what stands before it may have another hundred
+
+
+class Stopped(Exception):
+    """A run was stopped after a step, as asked for, and its state is saved; the text says after which."""
 
 
 class InputError(ValueError):

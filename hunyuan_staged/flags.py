@@ -12,13 +12,15 @@ FLAG = "flag"  # the key of a field's metadata
 
 @dataclass(frozen=True)
 class Flag:
-    """What the command line says of an option. either: the name of a set of which only one may be given."""
+    """What the command line says of an option. either: the name of a set of which only one may be given. each: the field
+    that gets all values of an option that may be given several times, each time for a job of its own."""
 
     help: str
     group: str
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     either: str | None = None
+    each: str | None = None
 
 
 def flag(
@@ -29,9 +31,10 @@ def flag(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     either: str | None = None,
+    each: str | None = None,
 ) -> Any:
     """A field of an options class. In `help` %(default)s stands for the default."""
-    return field(default=default, metadata={FLAG: Flag(help, group, choices, metavar, either)})
+    return field(default=default, metadata={FLAG: Flag(help, group, choices, metavar, either, each)})
 
 
 @dataclass(frozen=True)

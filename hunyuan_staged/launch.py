@@ -10,23 +10,25 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged.errors import SIGNALLED, InputError, write_stdout
+from hunyuan_staged.errors import JOBS_FAILED, SIGNALLED, InputError, write_stdout
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.event_log import EventLog
 from hunyuan_staged.flags import options_of
+from hunyuan_staged.launch_jobs import JOBS, Request, jobs_of_run, run_many, take_request
 from hunyuan_staged.options import DEFAULT_OUTPUT_DIR, DenoiseOptions
 from hunyuan_staged.parsing import parse, refuse
 from hunyuan_staged.run_options import CACHE, LARGER
 from hunyuan_staged.runtime.environment import check_working_folder
+from hunyuan_staged.runtime.gpus import visible_gpus
 from hunyuan_staged.runtime.processes import Supervisor
 from hunyuan_staged.runtime.signals import Interrupted
 from hunyuan_staged.upscale_options import UpscaleOptions
@@ -53,7 +55,8 @@ With --super_resolution the second stage runs once more, and enlarges what it ma
 
   --gpus N   processes, one a GPU (default: $GPUS, else all visible GPUs up to 8, else one process on the CPU)
 
-The video's path, alone, goes to standard output; all else to standard error.
+Many videos: --jobs FILE, --seeds 1-16, or --prompt several times; each has a folder of its own in --output_dir.
+The path of each video, alone, goes to standard output; all else to standard error.
 
 example:
   bash run_staged.sh --prompt 'a red circle moves left' --seed 7 --fps 24
@@ -118,18 +121,6 @@ def process_count(given: str) -> int:
     return int(given)
 
 
-def visible_gpus() -> int:
-    """How many GPUs CUDA_VISIBLE_DEVICES, else nvidia-smi, shows."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        return 0 if shown == "-1" else len([word for word in shown.split(",") if word])
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return 0
-    return sum(line.startswith("GPU") for line in listed.splitlines())
-
-
 def split_flags(argv: Sequence[str]) -> list[list[str]]:
     """The argument lists of a whole run, see stage_numbers; InputError names a flag that no stage has.
 
@@ -166,9 +157,14 @@ def split_flags(argv: Sequence[str]) -> list[list[str]]:
         lists[2].insert(0, f"--latents={target or contract.BASE}")
     if target:
         lists[1:2] = base_and_larger(lists[1])
-    for number, words in zip(stage_numbers(lists), lists, strict=True):
-        check_flags(STAGES[number - 1], words)
+    check_lists(*take_request(lists))
     return lists
+
+
+def check_lists(lists: Sequence[Sequence[str]], request: Request | None) -> list[Any]:
+    """The options of each of a whole run's lists; of many videos what they have in common."""
+    more = [f"{JOBS}=-"] if request else []
+    return [check_flags(STAGES[n - 1], [*words, *more]) for n, words in zip(stage_numbers(lists), lists, strict=True)]
 
 
 def base_and_larger(words: list[str]) -> list[list[str]]:
@@ -186,7 +182,7 @@ def _name(word: str) -> str:
     return word.partition("=")[0].removeprefix("--")
 
 
-def stage_numbers(lists: Sequence[list[str]]) -> Sequence[int]:
+def stage_numbers(lists: Sequence[Sequence[str]]) -> Sequence[int]:
     """Which stage each of a whole run's lists is for."""
     return (1, 2, 3) if len(lists) == len(STAGES) else (1, 2, 2, 3)
 
@@ -214,11 +210,16 @@ def run(python: str, command: Command) -> int:
 
     Stages that failed have said why. InputError before anything has started.
     """
-    lists = [command.flags] if command.only else split_flags(command.flags)
-    numbers = [command.only] if command.only else stage_numbers(lists)
-    options = [check_flags(STAGES[number - 1], argv) for number, argv in zip(numbers, lists, strict=True)]
     if command.only:
-        return run_stages(python, command, numbers, lists)
+        check_flags(STAGES[command.only - 1], command.flags)
+        return run_stages(python, command, [command.only], [command.flags])
+    lists, request = take_request(split_flags(command.flags))
+    options = check_lists(lists, request)
+    numbers = [1, 2] if options[1].stop_after is not None else stage_numbers(lists)  # a draft is no video yet
+    if request:
+        jobs, began = jobs_of_run(request, options, command.gpus), time.monotonic()
+        run = partial(run_stages, python, command, numbers, began=None if options[0].dry_run else began)
+        return run_many(jobs, options, lists, run)
     if options[-1].dry_run:
         with Supervisor() as supervisor:
             words = [python, str(ROOT / "utils.py"), str(command.gpus), *map(json.dumps, lists)]
@@ -231,6 +232,9 @@ def run(python: str, command: Command) -> int:
     if status:
         events.write("error", status=status, seconds=seconds)
         return status
+    if 3 not in numbers:
+        events.write("done", seconds={"all": seconds})
+        return 0
     decoded = None if options[-1].latents == contract.BASE else options[-1].latents
     name = contract.at_resolution(contract.VIDEO_FILE, decoded)
     video = Path(options[-1].output_video or Path(options[-1].input_dir) / name).absolute()
@@ -243,11 +247,12 @@ def run_stages(
     python: str, command: Command, numbers: Sequence[int], lists: Sequence[list[str]], began: float | None = None
 ) -> int:
     """Run stages by number, each with its list of flags; the status is the first failure's. began: of a whole run."""
+    worst = 0  # or JOBS_FAILED: the next stage goes on with the others
     # Whatever a stage or a library prints: a whole run's standard output is the video's path.
     stdout = None if began is None else sys.stderr.fileno()
     with Supervisor() as supervisor:
         groups = []
-        for place, (number, argv) in enumerate(zip(numbers, lists, strict=True)):
+        for place, (number, argv) in enumerate(zip(numbers, lists, strict=False)):
             stage = STAGES[number - 1]
             count = 1 if stage in ALONE else command.gpus
             words = [python, str(ROOT / f"{stage}.py"), *argv]
@@ -259,9 +264,10 @@ def run_stages(
             if supervisor.received:
                 print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
                 return SIGNALLED + supervisor.received
-            if status := supervisor.finish(group):
+            if (status := supervisor.finish(group)) not in (0, JOBS_FAILED):
                 return status
-    return 0
+            worst = status or worst
+    return worst
 
 
 def main(argv: Sequence[str]) -> int:
@@ -284,7 +290,9 @@ def main(argv: Sequence[str]) -> int:
         if command.only:
             check_flags(STAGES[command.only - 1], command.flags)
         else:
-            split_flags(command.flags)
+            lists, request = take_request(split_flags(command.flags))
+            if request:
+                jobs_of_run(request, check_lists(lists, request), command.gpus)
     except InputError as error:
         refuse(str(error))
     return 0

@@ -33,6 +33,7 @@ from hunyuan_staged.run_options import (
     VIDEO,
     WEIGHTS_DTYPES,
     EncodeOptions,
+    GroupOptions,
     offload_help,
 )
 from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
@@ -49,7 +50,7 @@ def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiseOptions(UpscaleOptions):
+class DenoiseOptions(UpscaleOptions, GroupOptions):
     """Stage 2: text embeddings → video latents, by the denoising transformer."""
 
     input_dir: str = flag("folder that stage 1 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
@@ -74,6 +75,10 @@ class DenoiseOptions(UpscaleOptions):
         "write preview.mp4 and preview.png every so many steps; 0: never (default: %(default)s)",
         group=STOPPING,
         default=0,
+    )
+    stop_after: int | None = flag(
+        "stop after so many steps, with the state saved: a draft, which --resume goes on from (default: never)",
+        group=STOPPING,
     )
     aspect_ratio: str | None = flag(
         f"width:height (default: {DEFAULT_ASPECT_RATIO}, or the image's own for image to video)", group=VIDEO
@@ -218,6 +223,8 @@ class DenoiseOptions(UpscaleOptions):
             given = getattr(self, name)
             if given < 0:
                 raise InputError(f"{given} is neither 0 (never) nor a number of steps", option=name)
+        if self.stop_after is not None and self.stop_after < 1:
+            raise InputError(f"{self.stop_after} is not a positive number", option="stop_after")
         if self.guidance_scale is not None and not 1 <= self.guidance_scale < 100:
             raise InputError(f"{self.guidance_scale} is outside 1 to 100", option="guidance_scale")
         guidance_plan.check_flags(self.guidance_interval, self.guidance_reuse)

@@ -13,7 +13,7 @@ from hunyuan_staged.runtime.failure import is_first, say_error
 
 Options = TypeVar("Options")
 
-LAST_GROUP = "other"
+LAST_GROUPS = ("many videos", "other")
 
 
 def refuse(message: str) -> NoReturn:
@@ -58,6 +58,14 @@ def add_debug(parser: argparse.ArgumentParser, default: object = False) -> None:
     parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
 
 
+class _StoreEach(argparse.Action):
+    """Stores the last value, as argparse does, and beside it all of them; const: where."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, str(self.const), (*getattr(namespace, str(self.const), ()), values))
+
+
 def make_parser(cls: type, prog: str, description: str, examples: str) -> Parser:
     """The parser of an options class: the description, its flags by group, then the examples as they stand."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -65,7 +73,9 @@ def make_parser(cls: type, prog: str, description: str, examples: str) -> Parser
     found = options_of(cls)
     groups: dict[str, Any] = {}
     exclusive: dict[str, Any] = {}
-    for option in sorted(found, key=lambda option: option.flag.group == LAST_GROUP):
+    for option in sorted(
+        found, key=lambda option: ("", *LAST_GROUPS).index(option.flag.group) if option.flag.group in LAST_GROUPS else 0
+    ):
         title, _, about = option.flag.group.partition(": ")
         if title not in groups:
             groups[title] = parser.add_argument_group(title, about or None)
@@ -87,6 +97,8 @@ def _add(place: Any, option: Option) -> None:
         words |= {"type": option.kind, "choices": flag.choices, "metavar": flag.metavar}
         if option.several:
             words |= {"action": "append", "default": None}
+        if flag.each:
+            words |= {"action": _StoreEach, "const": flag.each}
     place.add_argument(f"--{option.name}", **words)
 
 

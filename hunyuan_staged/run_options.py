@@ -1,5 +1,6 @@
 """What the options of all stages have in common, and those of stage 1. options.py has the others. No torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +31,8 @@ DEFAULT_AMPLIFY = 8.0
 MAX_LORA_WEIGHT = 1000  # either way; the largest in use are some 10
 MAX_STEPS = 1000
 MAX_FPS = 240
+MAX_JOBS = 10_000
+MAX_SEED = 2**64 - 1
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
 
 FILES, WHAT, REWRITING, WEIGHTS, MEMORY = "files", "what to show", "rewriting", "weights", "memory"
@@ -37,6 +40,7 @@ STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling",
 LARGER = "super resolution"
 CACHE = f"feature cache: steps are those of {cache_settings.CACHE_STEPS}, others in scale"
 TILES = "tiles"
+JOBS = "many videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,16 @@ class RunOptions:
 
     # Options that name a file or a folder.
     paths: ClassVar[tuple[str, ...]] = (
-        *("model_path", "input_dir", "output_dir", "image_path", "output_video", "rewrite_instructions"),
+        *(
+            "model_path",
+            "input_dir",
+            "output_dir",
+            "image_path",
+            "output_video",
+            "rewrite_instructions",
+            "jobs",
+            "watch",
+        ),
         OPTION,
     )
 
@@ -83,6 +96,74 @@ class RunOptions:
             check_log(self.log_json)
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(RunOptions):
+    """What every stage has for many videos."""
+
+    jobs: str | None = flag(
+        "a video for each line, each in a folder of its own: a .jsonl of options, a .csv, or a .txt of prompts "
+        "(default: one video)",
+        group=JOBS,
+        metavar="FILE",
+    )
+    watch: str | None = flag(
+        "keep the model loaded, and take each job in FOLDER whose input is there and whose output is not, until a signal",
+        group=JOBS,
+        metavar="FOLDER",
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.watch is not None and self.jobs is not None:
+            raise InputError("excludes --jobs: a watched folder says itself what there is to do", option="watch")
+        if self.watch is not None and not Path(self.watch).is_dir():
+            raise InputError(f"{self.watch} is not a folder", option="watch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(JobOptions):
+    """What stages 2 and 3 have for many videos beside."""
+
+    seeds: str | None = flag(
+        "a video for each seed, as 1-16 or 1,5,9, each in a folder of its own (default: one video)", group=JOBS
+    )
+    gpus_per_job: int | None = flag(
+        "processes that make one video together, while others make others (default: what gives most videos an hour)",
+        group=JOBS,
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("watch", "jobs"):
+            if self.seeds is not None and getattr(self, name) is not None:
+                raise InputError(f"excludes --{name}; run_staged.sh takes --seeds with --jobs", option="seeds")
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
+        if self.gpus_per_job is not None and self.gpus_per_job < 1:
+            raise InputError(f"{self.gpus_per_job} is not a positive number", option="gpus_per_job")
+        if self.gpus_per_job is not None and not (self.jobs or self.seeds or self.watch):
+            raise InputError("belongs to --jobs, --seeds or --watch", option="gpus_per_job")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of 1-16, of 1,5,9, or of both together; InputError where it is neither."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,20})\s*(?:-\s*([0-9]{1,20})\s*)?", part)
+        if not match:
+            raise InputError(f"{text[:60]} is no list of seeds; allowed are 1-16, and 1,5,9", option="seeds")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last > MAX_SEED:
+            raise InputError(f"{part.strip()} is no range within 0 to 2^64 - 1", option="seeds")
+        if last - first >= MAX_JOBS:
+            raise InputError(f"{part.strip()} is more than {MAX_JOBS} seeds", option="seeds")
+        found += range(first, last + 1)
+    double = next((seed for seed in found if found.count(seed) > 1), None) if len(found) <= MAX_JOBS else None
+    if double is not None:
+        raise InputError(f"{text[:60]} has {double} twice", option="seeds")
+    return found
+
+
 def offload_help(blocks: str) -> str:
     """What --enable_offloading does; blocks: what the model's are called."""
     return f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)"
@@ -93,7 +174,7 @@ STRICT = "refuse files that do not belong together, rather than warn of them"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeOptions(RunOptions):
+class EncodeOptions(JobOptions):
     """Stage 1: a prompt, and maybe an image, → embeddings for the transformer."""
 
     model_path: str | None = flag(
@@ -101,10 +182,13 @@ class EncodeOptions(RunOptions):
     )
     output_dir: str = flag("folder of the run (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     prompt: str = flag(
-        "the video in words; texts in quotation marks are spelt out (default: %(default)r)",
+        "the video in words; texts in quotation marks are spelt out; given several times: as many videos "
+        "(default: %(default)r)",
         group=WHAT,
         default="a red circle moves left over a dark blue background",
+        each="prompts",
     )
+    prompts: tuple[str, ...] = ()  # all that were given
     negative_prompt: str = flag("what guidance leads away from (default: empty)", group=WHAT, default="")
     image_path: str | None = flag("first frame: image to video (default: none, text to video)", group=WHAT)
     rewrite: str | None = flag(

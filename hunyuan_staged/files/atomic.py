@@ -13,6 +13,10 @@ from pathlib import Path
 from hunyuan_staged.errors import InputError
 
 
+class Locked(InputError):
+    """Another run has the lock."""
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, with its ending, that takes its place when the block ends well.
@@ -117,7 +121,7 @@ def _lock(path: Path) -> int:
         except BlockingIOError:
             owner = os.read(handle, 300).decode(errors="replace").strip()
             os.close(handle)
-            raise InputError(
+            raise Locked(
                 f"{path.parent} is being written by another run ({owner or 'which is just starting'}); "
                 "wait for it, or give another folder"
             ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import replacing
-from hunyuan_staged.files.contract import CONFIG_FILE, EMBEDDINGS_HASH, LATENTS_HASH, require_file
+from hunyuan_staged.files.contract import CONFIG_FILE, EMBEDDINGS_HASH, LATENTS_HASH, VIDEO_MADE_FROM, require_file
 
 # Which stage decides which key of generation_config.json, and what its value is; any may be null. A stage that runs
 # again replaces its own keys, no others.
@@ -50,7 +50,7 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "width": int,
         "stage2_elapsed_time": NUMBER,
     },
-    3: {"stage3_decode_time": NUMBER, "output_video": str, LATENTS_HASH: str},
+    3: {"stage3_decode_time": NUMBER, "output_video": str, LATENTS_HASH: str, VIDEO_MADE_FROM: str},
 }
 MAX_CONFIG_BYTES = 2**20
 # How the TPU suite calls what we call otherwise.

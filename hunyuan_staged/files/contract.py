@@ -23,6 +23,9 @@ INPUT = "input"  # what they are called that a video of the user's was encoded t
 # Where a stopped stage 2 goes on from; removed when the latents are there.
 STATE_FILE = "stage2_state.safetensors"
 LOCK_FILE = ".lock"
+# Of many jobs: what one asks for, and why it failed; both JSON.
+JOB_FILE = "job.json"
+FAILURE_FILE = "failure.json"
 
 
 def at_resolution(name: str, resolution: str | None) -> str:
@@ -36,15 +39,18 @@ def at_resolution(name: str, resolution: str | None) -> str:
 
 # What each stage writes into its folder.
 STAGE_FILES = {
-    1: (EMBEDDINGS_FILE, CONFIG_FILE),
-    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE, PREVIEW_VIDEO, PREVIEW_PICTURE),
-    3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE),
+    1: (EMBEDDINGS_FILE, CONFIG_FILE, JOB_FILE, FAILURE_FILE),
+    2: (STATE_FILE, LATENTS_FILE, CONFIG_FILE, PREVIEW_VIDEO, PREVIEW_PICTURE, FAILURE_FILE),
+    3: (FRAMES_FILE, VIDEO_FILE, CONFIG_FILE, FAILURE_FILE),
 }
+# What each needs, and what it is done with: how a folder shows which stage is next.
+STAGE_INPUTS = {1: (JOB_FILE,), 2: (EMBEDDINGS_FILE, CONFIG_FILE), 3: (LATENTS_FILE, CONFIG_FILE)}
+STAGE_OUTPUT = {1: EMBEDDINGS_FILE, 2: LATENTS_FILE, 3: VIDEO_FILE}
 
 
 def larger_files(stage: int) -> tuple[str, ...]:
     """What a stage writes besides where there is super resolution."""
-    names = [name for name in STAGE_FILES[stage] if name != CONFIG_FILE]
+    names = [name for name in STAGE_FILES[stage] if name not in (CONFIG_FILE, JOB_FILE, FAILURE_FILE)]
     return tuple(at_resolution(name, larger) for larger in SUPER_RESOLUTION for name in names)
 
 
@@ -61,6 +67,7 @@ MADE_FROM = "made_from_sha256"
 EMBEDDINGS_HASH = "embeddings_sha256"
 LATENTS_HASH = "latents_sha256"
 ENLARGED_FROM = "enlarged_from"
+VIDEO_MADE_FROM = "video_made_from_sha256"  # in the config, of one of many jobs: a video has no metadata of ours
 
 
 @dataclass(frozen=True)

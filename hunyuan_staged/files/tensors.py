@@ -20,6 +20,7 @@ from hunyuan_staged.files.contract import (
     FRAMES_RULES,
     LATENTS_FILE,
     LATENTS_RULES,
+    MADE_FROM,
     MAX_BYTES,
     STATE_FILE,
     TensorRule,
@@ -103,6 +104,15 @@ def load_tensors(
         if name in tensors:
             tensors[name] = tensors[name].to(dtype)
     return tensors, metadata
+
+
+def read_made_from(path: str | Path) -> str | None:
+    """The hash of what a stage's file was made from; None where it does not say, is broken, or not there."""
+    try:
+        with opened(Path(path)) as file:
+            return (file.metadata() or {}).get(MADE_FROM)
+    except InputError:
+        return None
 
 
 def _dtypes(path: Path, metadata: Mapping[str, str]) -> dict[str, torch.dtype]:

@@ -16,6 +16,9 @@ ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sen
 
 # Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. H100: 0.2 GiB.
 LANGUAGE_WORKING = GIB // 2
+# The other encoders, where many jobs have all of them loaded: the glyph encoder 0.9 GiB in float32, SigLIP 0.8 and the
+# VAE's encoder 0.4 in float16, and their working memory. Not measured.
+KEPT_ENCODERS = 3 * GIB
 
 
 # -- stage 2 --

@@ -31,18 +31,31 @@ class PeerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run, and the device that it owns. store: what the processes tell each other."""
+    """This process among those of the run, and the device that it owns. store: what the processes tell each other.
+
+    within: the world that this one is a part of, whose errors end it, too.
+    """
 
     rank: int
     size: int
     device: torch.device
     store: dist.Store | None = None
+    within: "World | None" = None
     # How often each name has been used: a second job of the same processes waits for its own words, not for the first's.
     _uses: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def part(self, name: str) -> "World":
+        """The same processes for a part of their work: an error that is reported there ends that part alone."""
+        store = None if self.store is None else dist.PrefixStore(name, self.store)
+        return World(self.rank, self.size, self.device, store, self)
+
+    def from_main(self, name: str, word: str) -> str:
+        """What rank 0 says, on every rank; waits and fails as `barrier` does."""
+        return self.all_gather_text(name, word)[0]
 
     def barrier(self, name: str) -> None:
         """Wait for every process of the run, however long it takes.
@@ -129,6 +142,8 @@ class World:
 
     def error_reported(self) -> bool:
         """Whether another process has printed its error."""
+        if self.within is not None and self.within.error_reported():
+            return True
         try:
             return self.store is not None and self.store.check(["said"])
         except dist.DistError:
@@ -182,26 +197,52 @@ def start_world() -> World:
 
     InputError: the environment contradicts itself, or there are more processes than GPUs.
     """
+    world = open_world()
+    _join_group(world)
+    return world
+
+
+def open_world() -> World:
+    """As start_world, but the processes do not join yet: they only talk through the store."""
     info = rank_info()
     device = lone_world().device
     if info.size == 1:
         return World(0, 1, device)
-    cuda = device.type == "cuda"
-    store = _join_store(info.rank, info.size)
-    world = World(info.rank, info.size, device, dist.PrefixStore("run", store))
-    if cuda:
+    world = World(info.rank, info.size, device, dist.PrefixStore("run", _join_store(info.rank, info.size)))
+    if device.type == "cuda":
         # Else NCCL ends every process in a traceback about a duplicate GPU.
         own = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
         check_devices(world.all_gather_text("device", own))
+    return world
+
+
+def split_world(world: World, size: int) -> World:
+    """The group of `size` processes that this one of an open world joins; `size` divides the world's.
+
+    Each group is a process group of its own, whose ranks count from 0: what runs in it knows of no other.
+    """
+    assert world.size % size == 0
+    if world.store is None:
+        return world
+    group, rank = divmod(world.rank, size)
+    part = World(rank, size, world.device, dist.PrefixStore(f"group {group}", world.store), world)
+    _join_group(part)
+    return part
+
+
+def _join_group(world: World) -> None:
+    """Make the world's processes torch's process group."""
+    if world.store is None or world.size == 1:
+        return
+    cuda = world.device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=info.rank,
-        world_size=info.size,
+        store=dist.PrefixStore("process group", world.store),
+        rank=world.rank,
+        world_size=world.size,
         timeout=TIMEOUT,
-        device_id=device if cuda else None,
+        device_id=world.device if cuda else None,
     )
-    return world
 
 
 def _join_store(rank: int, size: int) -> dist.Store:

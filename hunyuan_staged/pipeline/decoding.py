@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model, open_for
+from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
 from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
 from hunyuan_staged.runtime.processes import cores
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -210,15 +212,25 @@ class Written:
     frames: int = 0
 
 
-def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) -> Written:
-    """Load the decoder, decode, write the video. Every rank calls it; the first alone writes."""
+def run(
+    setup: DecodeSetup,
+    plan: planning.Decoding,
+    report: Reporter = SILENT,
+    decoders: LoadedDecoder | None = None,
+    made_from: str | None = None,
+) -> Written:
+    """Load the decoder, decode, write the video. Every rank calls it; the first alone writes.
+
+    made_from: the hash of all that determines the video, for the config.
+    """
     options, world, latents = setup.options, setup.world, setup.job.latents
     owners = setup.owners(plan)
     if world.rank not in owners:
         return Written()
     with report.timed("load"):
-        decoder, config = components.load_vae_decoder(
-            setup.model, device=world.device, dtype=setup.dtype, progress=report.progress
+        load = partial(components.load_vae_decoder, setup.model, device=world.device, dtype=setup.dtype)
+        decoder, config = (decoders or LoadedDecoder()).get(
+            (setup.model.path, setup.dtype), partial(load, progress=report.progress)
         )
     count = "" if plan.tile_size is None else f"{len(owners)} "
     report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")
@@ -233,7 +245,8 @@ def run(setup: DecodeSetup, plan: planning.Decoding, report: Reporter = SILENT) 
             return Written()
         written = write(setup, batches)
     path = written.files[-1][0]
-    about = {"stage3_decode_time": round(written.seconds, 3), "output_video": str(path)}
+    about: dict[str, Any] = {"stage3_decode_time": round(written.seconds, 3), "output_video": str(path)}
+    about |= {contract.VIDEO_MADE_FROM: made_from} if made_from else {}
     update_config(options.input_dir, {**about, contract.LATENTS_HASH: setup.job.latents_hash})
     return written
 

@@ -9,7 +9,7 @@ import torch
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
-from hunyuan_staged.files.config import update_config
+from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.flags import options_of
 from hunyuan_staged.memory import budget
 from hunyuan_staged.memory.budget import FreeMemory, gib
@@ -123,7 +123,16 @@ def finished(setup: DenoiseSetup, made_from: str) -> Path | None:
         found = tensors.load_latents(folder, larger)[1].get(contract.MADE_FROM)
     except InputError:  # absent or broken
         return None
-    return path if found == made_from else None
+    if found != made_from or (larger is None and not _described(setup, folder)):
+        return None
+    return path
+
+
+def _described(setup: DenoiseSetup, folder: Path) -> bool:
+    """Whether the config tells of the latents; of a run that was killed in its last moment it does not."""
+    config = read_config(folder) if (folder / contract.CONFIG_FILE).is_file() else {}
+    steps = setup.settings.num_inference_steps
+    return (config.get("seed"), config.get("num_inference_steps")) == (setup.options.seed, steps)
 
 
 def describe(setup: DenoiseSetup) -> str:

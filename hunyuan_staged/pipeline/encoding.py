@@ -2,11 +2,11 @@
 
 setup = encoding.resolve(options, encoding.read_image(options), world)
 setup = setup.rewrite()
-encoding.write(setup, encoding.encode(setup, plan))
+encoding_records.write(setup, encoding.encode(setup, plan))
 """
 
-import gc
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.encoders import image, text
 from hunyuan_staged.encoders.rewriting import Rewritten
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.files import contract, provenance
-from hunyuan_staged.files.config import read_config, update_config
-from hunyuan_staged.files.tensors import save_embeddings
+from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates, offloading
 from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
 from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import rewriting
 from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes, open_for
+from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
@@ -42,18 +41,6 @@ DEMO_USED = (
 def locks(options: EncodeOptions) -> list[Lock]:
     """What a run must lock before it writes."""
     return [(Path(options.output_dir) / contract.LOCK_FILE, contract.STAGE_FILES[1])]
-
-
-def outdated(options: EncodeOptions) -> str | None:
-    """What of an earlier run in the folder belongs to another prompt once this one has written; None: nothing."""
-    folder = Path(options.output_dir)
-    left = [name for name in (contract.LATENTS_FILE, contract.VIDEO_FILE) if (folder / name).is_file()]
-    if not left or not (folder / contract.CONFIG_FILE).is_file():
-        return None
-    former = read_config(folder).get("prompt")
-    if former is None or former == options.prompt:
-        return None
-    return f"{' and '.join(str(folder / name) for name in left)}: of the former prompt {former[:60]!a}, until made anew"
 
 
 def read_image(options: EncodeOptions) -> Image.Image | None:
@@ -121,14 +108,14 @@ class EncodeSetup:
         """Of the language model, in bytes."""
         return offloading.weights_of(self.skeleton, self.skeleton.layers, self.dtypes.text)
 
-    def plan(self, free: FreeMemory) -> BlockPlan:
-        """How the language model is laid out in memory; InputError where it does not fit."""
+    def plan(self, free: FreeMemory, *, beside: int = 0) -> BlockPlan:
+        """How the language model is laid out in memory; InputError where it does not fit. beside: bytes of other parts."""
         weights = self.weights
         asked = offload_asked(self.options, weights.count)
         remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
         if free.device is None:
             remedies = ["a GPU"]
-        working = estimates.LANGUAGE_WORKING
+        working = estimates.LANGUAGE_WORKING + beside
         return budget.plan_blocks("the text encoder", weights, working, free, asked=asked, remedies=remedies)
 
     def rows(self, plan: BlockPlan, free: FreeMemory) -> dict[str, object]:
@@ -168,10 +155,15 @@ def resolve(
     return EncodeSetup(options, picture, model_path, folder, tuple(parts), version, dtypes, world, skeleton, rewriter)
 
 
-def encode(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
-    """All tensors of the embeddings. One part of the model is loaded at a time."""
+def encode(
+    setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT, encoders: LoadedEncoders | None = None
+) -> dict[str, torch.Tensor]:
+    """All tensors of the embeddings. One part of the model is loaded at a time, unless `encoders` keeps them."""
     report.info(f"transformer version {setup.version.name}; encoding in {setup.dtypes} on {setup.world.device}")
-    return encode_text(setup, plan, report) | encode_image(setup, report)
+    found, options = encoders or LoadedEncoders(), setup.options
+    key = setup.folder.path, setup.version.name, setup.dtypes, setup.prompt, options.negative_prompt
+    text_tensors = found.text(key, partial(encode_text, setup, plan, found, report))
+    return text_tensors | encode_image(setup, found, report)
 
 
 def load_language_model(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> tuple[Any, Any]:
@@ -197,11 +189,15 @@ def load_language_model(setup: EncodeSetup, plan: BlockPlan, report: Reporter = 
     return tokenizer, model
 
 
-def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
+def encode_text(
+    setup: EncodeSetup, plan: BlockPlan, encoders: LoadedEncoders, report: Reporter = SILENT
+) -> dict[str, torch.Tensor]:
     """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
     options, folder, dtype = setup.options, setup.folder, setup.dtypes.glyph
+    model_of = folder.path, setup.dtypes
     with report.timed("load"):
-        tokenizer, model = load_language_model(setup, plan, report)
+        load = partial(load_language_model, setup, plan, report)
+        tokenizer, model = encoders.get("text", (*model_of, plan.offloaded), load)
     for name, prompt in (("--prompt", setup.prompt), ("--negative_prompt", options.negative_prompt)):
         dropped = text.tokenise(tokenizer, prompt).dropped
         if dropped:
@@ -209,19 +205,21 @@ def encode_text(setup: EncodeSetup, plan: BlockPlan, report: Reporter = SILENT) 
     with report.timed("compute"):
         tensors = text.language_embeddings(tokenizer, model, setup.prompt, options.negative_prompt)
     del tokenizer, model
-    gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
+    encoders.release("text")
     glyph_tokenizer = glyph_model = None
     if text.glyph_text(setup.prompt):
         with report.timed("load"):
-            glyph_tokenizer, glyph_model = encoder_components.load_glyph_encoder(
-                folder, device=setup.world.device, dtype=dtype
-            )
+            load = partial(encoder_components.load_glyph_encoder, folder, device=setup.world.device, dtype=dtype)
+            glyph_tokenizer, glyph_model = encoders.get("glyph", model_of, load)
     width = components.transformer_config(folder, setup.version.name)["text_embed_2_dim"]
     with report.timed("compute"):
-        return tensors | text.glyph_embeddings(glyph_tokenizer, glyph_model, setup.prompt, width=width, dtype=dtype)
+        tensors |= text.glyph_embeddings(glyph_tokenizer, glyph_model, setup.prompt, width=width, dtype=dtype)
+    del glyph_tokenizer, glyph_model
+    encoders.release("glyph")
+    return tensors
 
 
-def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
+def encode_image(setup: EncodeSetup, encoders: LoadedEncoders, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
     """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image.
 
     Where super resolution is to follow, also the image's latents at each of its sizes.
@@ -235,12 +233,15 @@ def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, tor
     report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
     sizes = larger_sizes(setup.version.resolution, setup.options.super_resolution, height, width)
     with report.timed("load"):
-        processor, model = encoder_components.load_image_encoder(folder, device=device, dtype=dtype)
+        load = partial(encoder_components.load_image_encoder, folder, device=device, dtype=dtype)
+        processor, model = encoders.get("image", (folder.path, dtype), load)
     with report.timed("compute"):
         embeds = image.encode_image(processor, model, fitted)
     del processor, model
+    encoders.release("image")
     with report.timed("load"):
-        encoder, config = components.load_vae_encoder(folder, device=device, dtype=dtype, progress=report.progress)
+        load_vae = partial(components.load_vae_encoder, folder, device=device, dtype=dtype, progress=report.progress)
+        encoder, config = encoders.get("vae", (folder.path, dtype), load_vae)
     with report.timed("compute"):
         latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
         larger = {}
@@ -248,6 +249,8 @@ def encode_image(setup: EncodeSetup, report: Reporter = SILENT) -> dict[str, tor
             enlarged = image.resize_and_center_crop(picture, *size)
             name = contract.large_image_latents(resolution)
             larger[name] = image.encode_first_frame(encoder, enlarged, config["scaling_factor"])
+    del encoder
+    encoders.release("vae")
     return {"image_embeds": embeds, "image_latents": latents, **larger}
 
 
@@ -259,31 +262,3 @@ def larger_sizes(base: str, target: str | None, height: int, width: int) -> dict
             version.base, version.resolution, height, width
         )
     return sizes
-
-
-def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:
-    """Write the embeddings and the config; each file with a few words."""
-    options, version, model_path = setup.options, setup.version, setup.model_path
-    recorded = str(Path(model_path).resolve()) if Path(model_path).exists() else model_path
-    about = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": version.task}
-    about |= setup.rewritten.record if setup.rewritten else {}
-    source = {
-        "version": version.name,
-        "dtype": str(setup.dtypes),
-        "weights": setup.folder.fingerprint(setup.parts),
-        "image": provenance.sha256(options.image_path) if options.image_path else None,
-    }
-    made_from = {contract.MADE_FROM: provenance.digest({**about, **source})}
-    metadata = about | {"model": recorded, "version": version.name} | made_from
-    path = save_embeddings(options.output_dir, tensors, metadata)
-    additions = {
-        "model_path": recorded,
-        "resolution": version.resolution,
-        "transformer_version": version.name,
-        "image_path": options.image_path,
-        "dtype": options.dtype,
-        contract.EMBEDDINGS_HASH: provenance.sha256(path),
-    }
-    config = update_config(options.output_dir, about | additions)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
-    return [(path, shapes), (config, "the settings of the run")]

@@ -141,7 +141,7 @@ def enlarge(
     options: DenoiseOptions,
     job: DenoiseJob,
     world: World,
-    denoise: Callable[[UpscaleSetup, bool], None],
+    denoise: Callable[[UpscaleSetup, bool], object],
     report: Reporter = SILENT,
 ) -> None:
     """Enlarge the latents of a folder to what the options ask for, by as many runs as that takes.

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
-from hunyuan_staged.errors import BAD_INPUT, SIGNALLED, InputError
+from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET
 from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN
 from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
@@ -174,7 +174,9 @@ class Supervisor:
         self._running = []
         if code < 0 and -code == self.received:
             print(f"error: {name} {Interrupted(-code)}", file=sys.stderr)
-        elif code < 0 or (count > 1 and code not in (0, BAD_INPUT, *(SIGNALLED + number for number in SIGNALS))):
+        elif code < 0 or (
+            count > 1 and code not in (0, BAD_INPUT, JOBS_FAILED, *(SIGNALLED + number for number in SIGNALS))
+        ):
             which = f"{name}: process {rank} of {count}" if count > 1 else name
             print(f"error: {which} ended with status {code}", file=sys.stderr)
         return code if code >= 0 else SIGNALLED - code

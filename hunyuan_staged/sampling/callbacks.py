@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hunyuan_staged.errors import InputError
+from hunyuan_staged.errors import InputError, Stopped
 from hunyuan_staged.parallel.world import MaxAcrossRanks, World
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
 from hunyuan_staged.sampling.state import StateSaver
@@ -98,6 +98,27 @@ class StopOnSignal(contextlib.AbstractContextManager["StopOnSignal"]):
         raise Interrupted(signum, f" {done}; the same command with --resume goes on from there")
 
 
+class StopAfter:
+    """After so many steps saves the state and raises Stopped, on every rank. InputError: it cannot be saved."""
+
+    def __init__(self, saver: StateSaver, steps: int) -> None:
+        self.saver, self.steps = saver, steps
+
+    def __call__(self, step: AfterStep) -> None:
+        if step.index + 1 != self.steps or self.steps >= self.saver.steps:
+            return
+        failure = self.saver.save_now(self.steps, {"latents": step.latents} | step.more())
+        if failure:
+            raise InputError(failure)
+        check_stopped(self.steps, self.steps, self.saver.steps)
+
+
+def check_stopped(done: int, stop_after: int | None, steps: int) -> None:
+    """Raise Stopped where as many steps are done as were asked for."""
+    if stop_after and done >= stop_after:
+        raise Stopped(f"stopped after step {done} of {steps}")
+
+
 class SaveState(contextlib.AbstractContextManager["SaveState"]):
     """Saves the state every few steps, as `saver` says."""
 
@@ -117,10 +138,13 @@ class SaveState(contextlib.AbstractContextManager["SaveState"]):
             self.saver.save(step.index + 1, {"latents": step.latents} | step.more())
 
 
-def watching(saver: StateSaver, interrupts: Interrupts, looking: Sequence[Callback] = ()) -> list[Callback]:
+def watching(
+    saver: StateSaver, interrupts: Interrupts, looking: Sequence[Callback] = (), stop_after: int | None = None
+) -> list[Callback]:
     """What watches a run whose state is kept: broken latents, signals, saving; signals only where states are saved.
 
-    looking: what sees every step that is sound, also one after which a signal ends the run.
+    looking: what sees every step that is sound, also one after which the run ends. stop_after: so many steps, for Stopped.
     """
     stop: list[Callback] = [StopOnSignal(interrupts, saver)] if saver.every else []
+    stop += [StopAfter(saver, stop_after)] if stop_after else []
     return [FiniteGuard(saver.world, saver.not_finite), *looking, *stop, SaveState(saver)]

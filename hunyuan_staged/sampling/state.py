@@ -99,22 +99,31 @@ class StateSaver:
         self._host: dict[str, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
-    def load(self, shape: Sequence[int], *, resume: bool) -> Start:
+    def load(self, shape: Sequence[int], *, resume: bool, lenient: bool = False) -> Start:
         """Where the run starts; its latents have this shape.
 
         Without `resume` it begins anew, and a state that is there is only mentioned. Every rank waits here for the
         others, so that one's bad input ends all before weights are loaded or anything is exchanged. Raises InputError on
-        rank 0 for a state that is broken, and for one of other settings, with the difference.
+        rank 0 for a state that is broken, and for one of other settings, with the difference. lenient: without `resume`,
+        too, it goes on from a state; of one that is broken or of other settings it warns, and begins anew.
         """
-        step, tensors = self._read(shape) if resume and self.world.is_main else (0, {})
+        step, tensors = 0, dict[str, torch.Tensor]()
+        if (resume or lenient) and self.world.is_main:
+            try:
+                step, tensors = self._read(shape)
+            except InputError as error:
+                if resume:
+                    raise
+                self.report.warn(f"starting from the beginning: {error}")
         self.world.barrier("inputs read")
-        if not resume:
+        if not resume and not lenient:
             if self.world.is_main and self.path.is_file():
                 self.report.warn(f"{self.path} holds the state of a run that was stopped; --resume would go on from it")
             return Start()
         step = int(self.world.broadcast(torch.tensor([step]))[0])
         if not step:
-            self.report.info(f"no state of a stopped run in {self.path.parent}: starting from the beginning")
+            if resume:
+                self.report.info(f"no state of a stopped run in {self.path.parent}: starting from the beginning")
             return Start()
         tensors = {name: tensor.cpu() for name, tensor in self.world.broadcast_tensors(tensors, 0).items()}
         return Start(step, tensors.pop("latents"), tensors)

@@ -25,6 +25,7 @@ TORCH_FREE = [
     "errors",
     "flags",
     "options",
+    "jobs.reading",
     "parsing",
     "versions",
     "geometry",

@@ -18,7 +18,7 @@ from hunyuan_staged.files.tensors import load_embeddings
 from hunyuan_staged.memory.budget import FreeMemory
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.parallel.world import lone_world
-from hunyuan_staged.pipeline import encoding
+from hunyuan_staged.pipeline import encoding, encoding_records
 from hunyuan_staged.pipeline.common import free_memory
 from hunyuan_staged.runtime.progress import Reporter
 
@@ -56,7 +56,7 @@ def run(model, folder, **options) -> list[str]:
     """Stage 1, as the script does it; what was said."""
     heard = Listener()
     setup = resolve(model, folder, **options).rewrite(heard)
-    encoding.write(setup, encoding.encode(setup, setup.plan(free_memory(setup.world)), heard))
+    encoding_records.write(setup, encoding.encode(setup, setup.plan(free_memory(setup.world)), heard))
     return heard.lines
 
 

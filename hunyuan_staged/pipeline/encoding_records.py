@@ -1,0 +1,85 @@
+"""What embeddings are known by, and what their file and the config say of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged.files import contract, provenance
+from hunyuan_staged.files.config import read_config, update_config
+from hunyuan_staged.files.tensors import read_made_from, save_embeddings
+from hunyuan_staged.options import EncodeOptions
+from hunyuan_staged.pipeline.encoding import EncodeSetup
+
+
+def outdated(options: EncodeOptions) -> str | None:
+    """What of an earlier run in the folder belongs to another prompt once this one has written; None: nothing."""
+    folder = Path(options.output_dir)
+    left = [name for name in (contract.LATENTS_FILE, contract.VIDEO_FILE) if (folder / name).is_file()]
+    if not left or not (folder / contract.CONFIG_FILE).is_file():
+        return None
+    former = read_config(folder).get("prompt")
+    if former is None or former == options.prompt:
+        return None
+    return f"{' and '.join(str(folder / name) for name in left)}: of the former prompt {former[:60]!a}, until made anew"
+
+
+def about(setup: EncodeSetup) -> dict[str, str]:
+    """What embeddings and config both say of the prompt."""
+    options = setup.options
+    said = {"prompt": options.prompt, "negative_prompt": options.negative_prompt, "task_type": setup.version.task}
+    return said | (setup.rewritten.record if setup.rewritten else {})
+
+
+def recorded_model(setup: EncodeSetup) -> str:
+    """The model's folder, absolute, or its hub id."""
+    path = Path(setup.model_path)
+    return str(path.resolve()) if path.exists() else setup.model_path
+
+
+def made_from(setup: EncodeSetup) -> str:
+    """The hash of all that determines the embeddings. Reads samples of the weights."""
+    options = setup.options
+    source = {
+        "version": setup.version.name,
+        "dtype": str(setup.dtypes),
+        "weights": setup.folder.fingerprint(setup.parts),
+        "image": provenance.sha256(options.image_path) if options.image_path else None,
+    }
+    return provenance.digest({**about(setup), **source})
+
+
+def config_entries(setup: EncodeSetup) -> dict[str, Any]:
+    """What the config is to say, but for the hash of the embeddings."""
+    options, version = setup.options, setup.version
+    return about(setup) | {
+        "model_path": recorded_model(setup),
+        "resolution": version.resolution,
+        "transformer_version": version.name,
+        "image_path": options.image_path,
+        "dtype": options.dtype,
+    }
+
+
+def is_written(setup: EncodeSetup) -> bool:
+    """Whether the embeddings are there, made from all that determines them, and the config says so."""
+    folder = Path(setup.options.output_dir)
+    path = folder / contract.EMBEDDINGS_FILE
+    found = read_made_from(path)
+    # What a server writes is another text each time: an embedding of the same prompt will do.
+    if found is None or not (setup.rewriter or found == made_from(setup)):
+        return False
+    if not (folder / contract.CONFIG_FILE).is_file():
+        return False
+    config, wanted = read_config(folder), config_entries(setup) | {contract.EMBEDDINGS_HASH: provenance.sha256(path)}
+    return {name: config.get(name) for name in wanted} == wanted
+
+
+def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:
+    """Write the embeddings and the config; each file with a few words."""
+    folder, entries = setup.options.output_dir, config_entries(setup)
+    metadata = about(setup) | {"model": entries["model_path"], "version": setup.version.name}
+    path = save_embeddings(folder, tensors, metadata | {contract.MADE_FROM: made_from(setup)})
+    config = update_config(folder, entries | {contract.EMBEDDINGS_HASH: provenance.sha256(path)})
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if "negative" not in name)
+    return [(path, shapes), (config, "the settings of the run")]
