@@ -102,12 +102,17 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
     """The rows that --dry_run prints."""
     settings, options, world = setup.settings, setup.options, setup.world
     layout = Layout(*plan_layout(world.size, settings.branches, setup.cfg_parallel))
+    caching = setup.caching
+    steps = (
+        f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
+        setup.guidance and setup.guidance.describe(),
+        caching and f"{caching.type} {'as it finds' if caching.reused is None else f'reuses {caching.reused}'}",
+    )
     return {
         "version": settings.version.name,
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{setup.size.video_tokens} of the video, {setup.text_tokens} of the text",
-        "steps": f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}"
-        + (f", {setup.guidance.describe()}" if setup.guidance else ""),
+        "steps": ", ".join(word for word in steps if word),
         "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {setup.dtype}",
         "attention": setup.attention_text,
         "ranks": f"{world.size}: {layout.describe()}",
