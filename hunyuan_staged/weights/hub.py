@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.versions import DEFAULT_RESOLUTION
@@ -158,6 +159,7 @@ def remote_shape(repo: str, file: PurePath, revision: str, tensor: str) -> list[
 def _asking(repo: str) -> Iterator[None]:
     """Whatever a hub that is absent, slow, or something else altogether makes its client raise becomes an InputError."""
     try:
+        _limit_patience()
         yield
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
@@ -165,3 +167,20 @@ def _asking(repo: str) -> Iterator[None]:
             f"{repo} is no folder here, and the hub did not give it ({reason}); to have it in a folder: "
             f"{model_fetch(f'{DEFAULT_RESOLUTION}_t2v', 'DIR')}"
         ) from error
+
+
+def _limit_patience() -> None:
+    """Have the hub's client give up on what does not answer: most of its requests it would wait for for ever."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks
+    if _limit not in hooks["request"]:
+        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+
+
+def _limit(request: Any) -> None:
+    """ANSWER_SECONDS for whatever a request of the client, an httpx.Request, may wait for without end."""
+    given = request.extensions.get("timeout", {})
+    waits = ("connect", "read", "write", "pool")
+    limits = {wait: ANSWER_SECONDS if given.get(wait) is None else given[wait] for wait in waits}
+    request.extensions = {**request.extensions, "timeout": limits}
