@@ -1,15 +1,21 @@
-"""The commands that finish a job. What a file says gets into them as the value of a known flag alone, quoted."""
+"""The commands that finish jobs. What a file says gets into them as the value of a known flag alone, quoted."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hunyuan_staged.errors import InputError, printable
+from hunyuan_staged.files import contract
 from hunyuan_staged.flags import options_of
-from hunyuan_staged.options import DenoiseOptions
+from hunyuan_staged.jobs.names import NAME, check_name
+from hunyuan_staged.jobs.values import check_values
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 
 ROOT = Path(__file__).absolute().parents[2]
+OF_THE_COMMAND = ("input_dir", "output_dir", "output_video", "resume")
+JOBS_FILE = "finish.jsonl"  # that a command for several jobs writes beside their folders
 
 
 def denoise_command(folder: Path, given: Mapping[str, Any], *, resume: bool) -> str:
@@ -18,22 +24,27 @@ def denoise_command(folder: Path, given: Mapping[str, Any], *, resume: bool) -> 
     if given.get("input_dir"):
         words.append(f"--output_dir={folder}")
     words += ["--resume"] if resume else []
-    for option in options_of(DenoiseOptions):
+    return _command(2, [*words, *_flags(DenoiseOptions, given)])
+
+
+def decode_command(folder: Path, given: Mapping[str, Any]) -> str:
+    """Stage 3 on a folder. given: as of denoise_command."""
+    return _command(3, [f"--input_dir={folder}", *_flags(DecodeOptions, given)])
+
+
+def _flags(cls: type, given: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for option in options_of(cls):
         value = given.get(option.name)
-        if option.name in ("input_dir", "output_dir", "resume") or value is None:
+        if option.name in OF_THE_COMMAND or value is None:
             continue
         if option.kind is bool:
             words += [f"--{option.name}"] if value is True else []
         elif option.several:
-            words += [f"--{option.name}={one}" for one in value] if isinstance(value, list) else []
+            words += [f"--{option.name}={one}" for one in value] if isinstance(value, list | tuple) else []
         elif isinstance(value, str | int | float):
             words.append(f"--{option.name}={value}")
-    return _command(2, words)
-
-
-def decode_command(folder: Path) -> str:
-    """Stage 3 on a folder."""
-    return _command(3, [f"--input_dir={folder}"])
+    return words
 
 
 def _command(stage: int, words: list[str]) -> str:
@@ -43,3 +54,27 @@ def _command(stage: int, words: list[str]) -> str:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise InputError(f"{word[:200]!a} is not UTF-8 text: no command is given")
     return shlex.join(["bash", str(ROOT / f"run_stage{stage}.sh"), *words])
+
+
+def job_line(folder: Path, given: Mapping[str, Any]) -> str | None:
+    """The job as a line of a job file for the folder above it; None where it must have a command of its own."""
+    shared = given.get("input_dir")
+    own = folder if shared is None else folder.parent
+    # Where embeddings lie in the folder above, a job file's jobs take those.
+    if (folder.parent / contract.EMBEDDINGS_FILE).is_file() != (shared is not None) or str(shared or own) != str(own):
+        return None
+    try:
+        values = check_values({name: value for name, value in given.items() if name != "input_dir"})
+        return json.dumps({NAME: check_name(folder.name), **values})
+    except InputError:
+        return None
+
+
+def batch(parent: Path) -> tuple[str, str]:
+    """What comes before and after the lines of several jobs of a folder, for one command that loads each model once."""
+    file = parent / JOBS_FILE
+    words = [f"--jobs={file}", f"--input_dir={parent}"]
+    return (
+        f"cat > {shlex.quote(str(file))} <<'END'",
+        "\n".join(["END", _command(2, [*words, "--resume"]), _command(3, words)]),
+    )

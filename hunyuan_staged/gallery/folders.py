@@ -15,16 +15,17 @@ from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.encoding import SUFFIXES
 from hunyuan_staged.files.provenance import sha256
 from hunyuan_staged.files.tensors import opened
-from hunyuan_staged.gallery.finishing import decode_command, denoise_command
+from hunyuan_staged.gallery.finishing import decode_command, denoise_command, job_line
 from hunyuan_staged.geometry import BUCKET_BASE
+from hunyuan_staged.pipeline.job_folders import failure_of, read_job
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
 # How far a job is, in the order of the page's filter.
-FINISHED, DECODE, STOPPED, ENCODED, RUNNING, BROKEN = (
+FINISHED, DECODE, STOPPED, ENCODED, RUNNING, FAILED, BROKEN = (
     *("finished", "to decode", "stopped", "to denoise"),
-    *("running", "broken"),
+    *("running", "failed", "broken"),
 )
-STATUSES = (FINISHED, DECODE, STOPPED, ENCODED, RUNNING, BROKEN)
+STATUSES = (FINISHED, DECODE, STOPPED, ENCODED, RUNNING, FAILED, BROKEN)
 # The files of super resolution, the largest first, and those of the base run.
 SIZES = (*sorted(SUPER_RESOLUTION, key=BUCKET_BASE.__getitem__, reverse=True), None)
 VIDEO_FILES = tuple(contract.at_resolution(contract.VIDEO_FILE, size) for size in SIZES)
@@ -49,7 +50,7 @@ SECONDS = ("stage2_elapsed_time", "stage3_decode_time")
 @dataclass
 class Job:
     """One folder. video, preview, picture: files inside the gallery's folder; commands: what finishes it, one after the
-    other; note: what is wrong with it."""
+    other; line: the job in a job file; note: what is wrong with it."""
 
     folder: Path
     name: str
@@ -63,6 +64,7 @@ class Job:
     preview: Path | None = None
     picture: Path | None = None
     commands: list[str] = field(default_factory=list)
+    line: str | None = None
     note: str = ""
 
 
@@ -73,7 +75,7 @@ def find(root: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if {contract.CONFIG_FILE, *STATE_FILES} & set(names):
+        if {contract.CONFIG_FILE, contract.FAILURE_FILE, *STATE_FILES} & set(names):
             found.append(Path(place))
     if not found:
         raise InputError(f"{root} holds no job: no folder in it has {contract.CONFIG_FILE}")
@@ -94,7 +96,7 @@ def read(folder: Path, root: Path) -> Job:
         job.changed = max(path.lstat().st_mtime for path in folder.iterdir())
         _judge(job, config)
     except (InputError, OSError) as error:
-        job.status, job.note, job.commands = BROKEN, printable(str(error)), []
+        job.status, job.note, job.commands, job.line = BROKEN, printable(str(error)), [], None
     return job
 
 
@@ -133,9 +135,13 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
     folder = job.folder
     latents = folder / contract.LATENTS_FILE
     state = next(filter(Path.is_file, (folder / name for name in STATE_FILES)), None)
-    given: Mapping[str, Any] = {}
+    failure = failure_of(folder)
+    asked = read_job(folder).values
+    given: Mapping[str, Any] = {name: value for name, value in asked.items() if name != "prompt"}
+    job.prompt = job.prompt or str(asked.get("prompt", ""))
+    job.seed = asked.get("seed") if job.seed is None else job.seed
     if state:
-        given = _read_state(job, state)
+        given = {**given, **_read_state(job, state)}
         job.status = STOPPED
         if state.name == contract.STATE_FILE:
             job.video = None  # of an earlier run: a state goes once its latents are there
@@ -147,16 +153,21 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
             job.video, job.note = None, f"{contract.VIDEO_FILE} is of other latents: it will be replaced"
     elif (folder / contract.EMBEDDINGS_FILE).is_file():
         job.status = ENCODED
-        job.note = "stage 2 has left nothing here: its flags are not known"
+        job.note = "stage 2 has left nothing here: flags of its command line are not known"
+    elif failure:
+        job.status = FAILED
     else:
         raise InputError(f"{contract.CONFIG_FILE} is alone: neither embeddings nor latents nor a video are with it")
     if owner := _owner(folder):
         job.status, job.note = RUNNING, f"{owner} is at it"
     elif job.status in (STOPPED, ENCODED):
         resume = job.status == STOPPED
-        job.commands = [denoise_command(folder, given, resume=resume), decode_command(folder)]
+        job.commands = [denoise_command(folder, given, resume=resume), decode_command(folder, given)]
+        job.line = job_line(folder, given)
     elif job.status == DECODE:
-        job.commands = [decode_command(folder)]
+        job.commands = [decode_command(folder, given)]
+    if failure and job.status != RUNNING:
+        job.status, job.note = FAILED, printable(f"stage {failure[0]} failed: {failure[1]}")
 
 
 def _replaced(latents: Path, video: Path, config: Mapping[str, Any]) -> bool:

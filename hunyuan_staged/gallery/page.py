@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hunyuan_staged.files.atomic import replacing
+from hunyuan_staged.gallery.finishing import batch
 from hunyuan_staged.gallery.folders import STATUSES, Job
 
 # A video is in the page itself up to this size, and while all of them together stay below the other; the page links what
@@ -63,6 +64,8 @@ def as_data(job: Job, output: Path, embedder: Embedder) -> dict[str, Any]:
         "poster": embedder.uri(job.picture),
         "link": link,
         "commands": job.commands,
+        "line": job.line,
+        "parent": str(job.folder.parent),
     }
 
 
@@ -75,7 +78,13 @@ def as_json(value: Any) -> str:
 def render(jobs: Iterable[Job], title: str, output: Path) -> str:
     """The page's text."""
     embedder = Embedder()
-    data = {"title": title, "statuses": STATUSES, "jobs": [as_data(job, output, embedder) for job in jobs]}
+    shown = list(jobs)
+    data = {
+        "title": title,
+        "statuses": STATUSES,
+        "jobs": [as_data(job, output, embedder) for job in shown],
+        "batches": {str(parent): batch(parent) for parent in {job.folder.parent for job in shown if job.line}},
+    }
     template = resources.files("hunyuan_staged.gallery").joinpath(TEMPLATE).read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

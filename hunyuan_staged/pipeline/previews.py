@@ -28,15 +28,23 @@ def cached_factors(vae: str) -> Path:
 def make(setup: DenoiseSetup, folder: Path, report: Reporter) -> list[Callback]:
     """What writes the previews that the options ask for: on the first process, else nothing.
 
-    Says which factors give the colours. InputError where no ffmpeg is there, and for a VAE that none are known for.
+    A run that is to stop early leaves one, too. Says which factors give the colours. InputError where no ffmpeg is there,
+    and for a VAE that none are known for; where preview_every did not ask, that is a warning.
     """
-    every = setup.options.preview_every
-    if not every or not setup.world.is_main:
+    every, stops = setup.options.preview_every, setup.options.stop_after is not None
+    if not (every or stops) or not setup.world.is_main:
         return []
-    ffmpeg_path()
-    factors, origin = choose_factors(vae_folder(setup))
-    weights = preview.as_weights(factors, setup.shape[1], setup.world.device)
-    report.info(f"previews every {every} steps into {folder}; colours by {origin}")
+    try:
+        ffmpeg_path()
+        factors, origin = choose_factors(vae_folder(setup))
+        weights = preview.as_weights(factors, setup.shape[1], setup.world.device)
+    except InputError as error:
+        if every:
+            raise
+        report.warn(f"no preview: {error.text}")
+        return []
+    when = f"previews every {every} steps" if every else "a preview at the end"
+    report.info(f"{when} into {folder}; colours by {origin}")
     return [PreviewWriter(folder, weights, fps=DEFAULT_FPS / TEMPORAL_RATIO, every=every, report=report)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hunyuan_staged.errors import InputError
+from hunyuan_staged.errors import InputError, Stopped
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import replacing
 from hunyuan_staged.files.encoding import Encoding
@@ -55,7 +55,7 @@ class PreviewWriter(contextlib.AbstractContextManager["PreviewWriter"]):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._thread:
-            if error is None or isinstance(error, Interrupted):
+            if error is None or isinstance(error, Interrupted | Stopped):
                 self._end()
                 if self._latest is not None:
                     self._begin(self._latest)

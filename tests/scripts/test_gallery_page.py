@@ -112,6 +112,30 @@ def test_it_plays_ticks_and_shows_the_command_that_finishes(browser, runs, tmp_p
     assert torch.equal(load_latents(copied)[0], load_latents(whole)[0])
 
 
+def test_one_command_finishes_several_jobs_of_a_folder(browser, runs, tmp_path):
+    """A job file and two stages, which load once; the bits of a job that is finished by itself."""
+    folder = tmp_path / "many jobs"
+    for name in ("one", "two", "it's stopped"):
+        shutil.copytree(runs / "it's stopped", folder / name)
+    assert command.main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 0
+    browser.open(tmp_path / "page.html")
+    browser.run("document.getElementById('tick_shown').click()")
+    shown = browser.run("document.getElementById('command').textContent").splitlines()
+    write, first, second, end, denoise, decode, alone, last = shown
+    file = folder / "finish.jsonl"
+    assert (write, end) == (f"cat > '{file}' <<'END'", "END")
+    assert {json.loads(line)["name"] for line in (first, second)} == {"one", "two"}
+    assert shlex.split(denoise)[2:] == [f"--jobs={file}", f"--input_dir={folder}", "--resume"]
+    assert shlex.split(decode)[2:] == [f"--jobs={file}", f"--input_dir={folder}"]
+    assert shlex.split(alone)[2] == f"--input_dir={folder}/it's stopped" and "run_stage3.sh" in last
+    file.write_text(f"{first}\n{second}\n")
+    for words in (shlex.split(denoise)[2:], shlex.split(alone)[2:-1]):
+        status, said = run_stage(2, *words, said=tmp_path / "said")
+        assert status == 0 and "going on after step 2 of 4" in said, said
+    one, two, other = (load_latents(folder / name)[0] for name in ("one", "two", "it's stopped"))
+    assert torch.equal(one, two) and torch.equal(one, other)
+
+
 def test_a_page_without_its_videos_shows_the_previews(browser, runs, tmp_path):
     output = write(runs, runs / "moved.html")
     browser.open(output.rename(tmp_path / "moved.html"))

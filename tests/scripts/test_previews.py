@@ -153,3 +153,16 @@ def test_the_first_of_two_processes_writes_the_preview_that_one_writes(tmp_path,
     assert names(tmp_path / "two") == names(tmp_path / "one") and names(tmp_path / "two") > PREVIEWS
     for name in PREVIEWS:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_draft_leaves_its_preview(tmp_path, tiny_official, monkeypatch):
+    """Without --preview_every, too; where no colours are known it is made all the same."""
+    inputs, folder = embed(tmp_path / "in", tiny_official), tmp_path / "out"
+    status, said = run(inputs, folder, "--stop_after", 2)
+    assert status == 0 and names(folder) == {contract.STATE_FILE}, said
+    assert f"no preview: no colours are known for the VAE of {tiny_official}" in said
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep_factors(tiny_official)
+    status, said = run(inputs, folder, "--stop_after", 2)
+    assert status == 0 and names(folder) == {contract.STATE_FILE, *PREVIEWS}, said
+    assert f"a preview at the end into {folder}; colours by factors fitted for this VAE" in said

@@ -73,7 +73,7 @@ def test_how_far_each_job_is_and_what_finishes_it(tmp_path):
         [f"--input_dir={tmp_path}/set/latents"]
     ]
     assert [flags(line) for line in encoded.commands] == [[f"--input_dir={tmp_path}/set/encoded"]] * 2
-    assert "its flags are not known" in encoded.note
+    assert "flags of its command line are not known" in encoded.note
     assert (stopped.note, stopped.seed) == ("stopped after step 10 of 30", 7)
     assert list(stopped.settings.items()) == [("size", "160x96"), ("steps", "30"), ("frames", "33"), ("guidance", "6")]
     assert flags(stopped.commands[0]) == [f"--input_dir={tmp_path}/stopped", "--resume", "--seed=7", "--four_steps"]
@@ -118,6 +118,44 @@ def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
     same = {name: value for name, value in vars(given).items() if name not in ("resume", "debug", "lora")}
     assert {name: getattr(found, name) for name in same} == same
     assert found.resume and not found.debug and found.lora == (f"{adapter}:0.5",)
+
+
+def test_a_job_of_a_file_keeps_what_was_asked_and_why_it_failed(tmp_path):
+    folder = job(tmp_path, "a", (contract.EMBEDDINGS_FILE,), prompt="a")
+    (folder / contract.JOB_FILE).write_text('{"name": "a", "prompt": "a", "seed": 3, "fps": 12}')
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.seed) == (folders.ENCODED, 3)
+    assert [flags(line)[1:] for line in found.commands] == [["--seed=3"], ["--fps=12.0"]]
+    assert json.loads(found.line) == {"name": "a", "seed": 3, "fps": 12}
+    (folder / contract.FAILURE_FILE).write_text('{"stage": 2, "error": "NaN"}')
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.note, len(found.commands)) == (folders.FAILED, "stage 2 failed: NaN", 2)
+    for name in (contract.CONFIG_FILE, contract.EMBEDDINGS_FILE):
+        (folder / name).unlink()
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.prompt, found.commands, found.line) == (folders.FAILED, "a", [], None)
+    (folder / contract.JOB_FILE).write_text('{"evil": 1}')
+    (found,) = read(tmp_path).values()
+    assert found.status == folders.BROKEN and "'evil' is unknown" in found.note
+
+
+def test_what_a_job_file_cannot_say_has_a_command_of_its_own(tmp_path):
+    """A name that no job may have, flags of a whole run, broken values, embeddings in another folder."""
+    stop(tmp_path / "a", options={"seed": 1, "lora": ["x:1"], "guidance_scale": 2})
+    for name, options in {
+        "a b": {},
+        "larger": {"super_resolution": "720p"},
+        "text": {"seed": "7"},
+        "elsewhere": {"input_dir": "/x"},
+        "shared": {"input_dir": str(tmp_path)},
+    }.items():
+        stop(tmp_path / name, options=options)
+    found = read(tmp_path)
+    assert json.loads(found["a"].line) == {"name": "a", "seed": 1, "lora": ["x:1"], "guidance_scale": 2.0}
+    assert {name for name, one in found.items() if one.line} == {"a"}
+    # With embeddings in the folder above, its jobs take those: as one did, and another did not.
+    (tmp_path / contract.EMBEDDINGS_FILE).touch()
+    assert {name for name, one in read(tmp_path).items() if one.line} == {"shared"}
 
 
 def test_a_file_gives_values_of_known_flags_alone(tmp_path):
