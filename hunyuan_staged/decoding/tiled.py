@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hunyuan_staged.decoding.blending import Blender, Canvas, piece_order
 from hunyuan_staged.decoding.frames import DecodeContext, FiniteChecks, FrameBatch, check_latents
 from hunyuan_staged.decoding.tiling import Tile, TilePlan, Tiling, assign_by_cost, tile_plan, whole_plan
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.parallel.exchange import begin_exchange, exchange
 
 # Pieces that a rank keeps while rank 0 has not taken them yet: of a tile of 256 px and 32 frames 12.6 MB each.
 SENDS_AHEAD = 8
@@ -100,12 +100,18 @@ def _cut(latents: torch.Tensor, tile: Tile) -> torch.Tensor:
 
 def _send(pieces: Iterator[torch.Tensor]) -> None:
     """A rank other than 0: hand each piece to rank 0 while the next ones are decoded."""
-    pending: deque[tuple[Any, torch.Tensor]] = deque()  # a tensor must outlive its transfer
+    pending: deque[tuple[list[Any], torch.Tensor]] = deque()  # a tensor must outlive its transfer
     for piece in pieces:
         if len(pending) == SENDS_AHEAD:
-            pending.popleft()[0].wait()
-        pending.append((dist.isend(piece.contiguous(), dst=0), piece))
-    for transfer, _ in pending:
+            _wait(pending.popleft()[0])
+        piece = piece.contiguous()
+        pending.append((begin_exchange([(piece, 0)], []), piece))
+    for transfers, _ in pending:
+        _wait(transfers)
+
+
+def _wait(transfers: list[Any]) -> None:
+    for transfer in transfers:
         transfer.wait()
 
 
@@ -193,5 +199,5 @@ def _receive(ratio: int, spans: Sequence[slice], forward: Decoder, tile: Tile, c
     sides = (side * ratio for side in (tile.y.size, tile.x.size))
     frames = spans[chunk].stop - spans[chunk].start
     incoming = torch.empty(frames, *sides, 3, dtype=forward.dtype, device=forward.device)
-    dist.recv(incoming, src=source)
+    exchange([], [(incoming, source)])
     return incoming

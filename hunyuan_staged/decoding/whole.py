@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hunyuan_staged.decoding.frames import (
     DecodeContext,
@@ -32,17 +31,8 @@ from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks, ro
 from hunyuan_staged.decoding.tiling import SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.models.vae_decoder import ALL_ROWS, Decoder, FrameLayout
+from hunyuan_staged.parallel.exchange import Transfers, exchange
 from hunyuan_staged.parallel.layout import split_evenly
-
-Transfers = Sequence[tuple[torch.Tensor, int]]  # (contiguous tensor, the other rank)
-
-
-def exchange(outgoing: Transfers, incoming: Transfers) -> None:
-    """Send and receive all of these in one batch. On a GPU only its stream waits for them."""
-    operations = [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in outgoing]
-    operations += [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in incoming]
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
 
 
 class RowShard(FrameLayout):

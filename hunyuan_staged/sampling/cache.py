@@ -96,22 +96,32 @@ class Cache:
         return sum(tensor.nbytes for branch in self.branches.values() for tensor in branch.kept.values())
 
     def tensors(self, world: World) -> dict[str, torch.Tensor]:
-        """The state of all ranks as it goes into a file, by name: video tensors whole. Every rank must call it."""
+        """The state of all ranks as it goes into a file, by name, video tensors whole; of several ranks on the first alone,
+        in host memory. Every rank must call it."""
+        import torch
+
+        own = self._own_tensors()
+        if world.size == 1:
+            return own
+        found: dict[str, torch.Tensor] = {}
+        for source in range(world.size):  # shard after shard of each branch
+            for name, part in world.gather_tensors(own, source).items():
+                video = name in found and not name.endswith((f".{TEXT}", f".{NUMBERS}"))
+                found[name] = torch.cat([found[name], part], dim=1) if video else part
+        return found
+
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the state, by name."""
         import torch
 
         names = self._number_names
         found: dict[str, torch.Tensor] = {}
         for number, branch in sorted(self.branches.items()):
             for name, tensor in branch.kept.items():
-                found[f"cache.{number}.{name}"] = tensor if name == TEXT else self.layout.gather(tensor, self.total)
+                found[f"cache.{number}.{name}"] = tensor
             if branch.kept:
                 values = [branch.numbers[name] for name in names]
                 found[f"cache.{number}.{NUMBERS}"] = torch.tensor(values, dtype=torch.float64)
-        if self.layout.branches > 1:
-            for number in range(self.layout.branches):
-                found |= world.broadcast_tensors(
-                    found if self.layout.branch == number else {}, number * self.layout.shards
-                )
         return found
 
     def restore(self, tensors: Mapping[str, torch.Tensor], done: int, device: torch.device, branches: int) -> None:

@@ -120,10 +120,15 @@ def check_stopped(done: int, stop_after: int | None, steps: int) -> None:
 
 
 class SaveState(contextlib.AbstractContextManager["SaveState"]):
-    """Saves the state every few steps, as `saver` says."""
+    """Saves the state every few steps, as `saver` says; where the one before is still being written, a step later.
+
+    On a slow disk no step waits for it, on no rank.
+    """
 
     def __init__(self, saver: StateSaver) -> None:
         self.saver = saver
+        self._agree = MaxAcrossRanks(saver.world)
+        self._due = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "SaveState":
@@ -134,7 +139,16 @@ class SaveState(contextlib.AbstractContextManager["SaveState"]):
         return self._stack.__exit__(*error)
 
     def __call__(self, step: AfterStep) -> None:
-        if self.saver.due(step.index + 1):
+        if not self.saver.every:
+            return
+        # On several GPUs the answer is that of the step before: what was free then is free now.
+        (writing,) = self._agree(int(self.saver.is_writing)) or (0,)
+        if self.saver.world.size == 1:
+            writing = self.saver.is_writing
+        done = step.index + 1
+        self._due = (self._due or self.saver.due(done)) and done < self.saver.steps
+        if self._due and not writing:
+            self._due = False
             self.saver.save(step.index + 1, {"latents": step.latents} | step.more())
 
 

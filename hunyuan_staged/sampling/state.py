@@ -176,6 +176,11 @@ class StateSaver:
         """Whether the state after so many steps is to be saved."""
         return bool(self.every) and step % self.every == 0 and step < self.steps
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a state is still being written, which only rank 0 knows."""
+        return self._writing is not None and not self._writing.done()
+
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Begin to save the state after so many steps; the loop goes on meanwhile."""
         if self.world.is_main:

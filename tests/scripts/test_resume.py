@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -350,6 +352,28 @@ def test_a_signal_whose_state_cannot_be_saved_says_so(tmp_path):
         with pytest.raises(Interrupted, match="after step 1 of 4, whose state could not be saved: cannot write"):
             loop()
     assert any("cannot write" in line for line in told)
+
+
+def test_no_step_waits_for_a_state_that_is_being_written(tmp_path, monkeypatch):
+    """On a slow disk it did: the next one to be saved waited for it, and all other processes for that one."""
+    release, written = threading.Event(), []
+
+    def slow(step: int, *_: object) -> None:
+        release.wait(60)
+        written.append(step)
+
+    with Interrupts() as interrupts:
+        kept, _ = keeper(tmp_path, steps=9)
+        monkeypatch.setattr(kept, "_write", slow)
+        with watched(kept, interrupts) as on_step:
+            for index in range(6):
+                on_step(index, torch.ones(1, 32, 1, 2, 2))
+            assert written == [] and kept.is_writing
+            release.set()
+            while kept.is_writing:
+                time.sleep(0.01)
+            on_step(6, torch.ones(1, 32, 1, 2, 2))
+    assert written == [2, 7], "the one that was due at step 4 and 6 is of step 7"
 
 
 def test_the_state_on_disk_is_always_of_a_good_step(tmp_path):
