@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET, rank_info
-from hunyuan_staged.parallel.exchange import exchange
+from hunyuan_staged.parallel.exchange import description
 
 # How long a collective may wait. It is the last resort, for a process that hangs: a death is noticed by torchrun, and by
 # gloo from the closed connection, within a second. Ranks wait for each other where one loads its weights or decodes a
@@ -104,7 +104,7 @@ class World:
         """One rank's named tensors, on every rank, on its device; the other ranks' are not looked at."""
         if self.size == 1:
             return dict(tensors)
-        text = self._as_bytes(json.dumps(_head(tensors)))
+        text = description(tensors, self.device)
         length = torch.tensor([len(text)], device=self.device)
         dist.broadcast(length, src=source)
         text = text if self.rank == source else text.new_empty(int(length))
@@ -119,35 +119,6 @@ class World:
             dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
             shared[name] = tensor
         return shared
-
-    def gather_tensors(self, tensors: Mapping[str, torch.Tensor], source: int) -> dict[str, torch.Tensor]:
-        """One rank's named tensors on rank 0, in host memory; nothing on the others, whose tensors are not looked at.
-
-        Every rank calls it. They come one after the other, so that no device holds more than one of them besides its own.
-        """
-        if source == 0:
-            return {name: tensor.cpu() for name, tensor in tensors.items()} if self.rank == 0 else {}
-        if self.rank == source:
-            text = self._as_bytes(json.dumps(_head(tensors)))
-            exchange([(torch.tensor([len(text)], device=self.device), 0)], [])
-            exchange([(text, 0)], [])
-            for tensor in tensors.values():
-                exchange([(tensor.to(self.device).contiguous().view(-1).view(torch.uint8), 0)], [])
-        if self.rank != 0:
-            return {}
-        length = torch.zeros(1, dtype=torch.int64, device=self.device)
-        exchange([], [(length, source)])
-        text = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        exchange([], [(text, source)])
-        found = {}
-        for name, shape, dtype in json.loads(bytes(text.tolist())):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            exchange([], [(tensor.view(-1).view(torch.uint8), source)])
-            found[name] = tensor.cpu()
-        return found
-
-    def _as_bytes(self, text: str) -> torch.Tensor:
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
 
     def claims_report(self) -> bool | None:
         """Whether this process is the first of the run that ends with an error, and so the one to speak.
@@ -177,11 +148,6 @@ class World:
             return self.store is not None and self.store.check(["said"])
         except dist.DistError:
             return False
-
-
-def _head(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, list[int], str]]:
-    """(name, shape, dtype) of each."""
-    return [(name, list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()]
 
 
 class MaxAcrossRanks:

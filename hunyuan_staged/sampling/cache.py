@@ -100,12 +100,14 @@ class Cache:
         in host memory. Every rank must call it."""
         import torch
 
+        from hunyuan_staged.parallel.exchange import gather_tensors
+
         own = self._own_tensors()
         if world.size == 1:
             return own
         found: dict[str, torch.Tensor] = {}
         for source in range(world.size):  # shard after shard of each branch
-            for name, part in world.gather_tensors(own, source).items():
+            for name, part in gather_tensors(world, own, source).items():
                 video = name in found and not name.endswith((f".{TEXT}", f".{NUMBERS}"))
                 found[name] = torch.cat([found[name], part], dim=1) if video else part
         return found
