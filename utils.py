@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from hunyuan_staged.errors import Stopped, one_line, write_stdout
+from hunyuan_staged.errors import Stopped, one_line, refusal_of, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
@@ -291,7 +291,8 @@ def run_stage(
                 run.report()
                 status = run.status
             stop_world(world)
-        except BaseException as error:
+        except BaseException as raised:
+            error = refusal_of(raised)
             events.write("error", kind=type(error).__name__, text=one_line(error))
             if world is not None and world.size > 1:
                 leave(name, error, options.debug, world, interrupts)

@@ -1,6 +1,7 @@
 """Errors of the user, in one line; exit statuses."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -34,6 +35,22 @@ class InputError(ValueError):
         self.text, self.option = text, option
 
 
+# The machine's or the user's, not a fault of ours: no space, over the quota or the limit, read-only, no right, broken.
+DENIED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+)
+
+
+def refusal_of(error: BaseException) -> BaseException:
+    """The InputError that names a file which the machine denies, wherever it was met; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno not in DENIED or error.filename is None:
+        return error
+    refusal = InputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    refusal.__cause__ = error
+    return refusal
+
+
 def one_line(text: object) -> str:
     """A message as one line of printable text: line breaks become spaces, other control characters their escapes.
 
@@ -65,7 +82,10 @@ def run_tool(
         return int(end.code or 0)
     try:
         return run(args) or 0
-    except InputError as error:
+    except Exception as raised:
+        error = refusal_of(raised)
+        if not isinstance(error, InputError):
+            raise
         if args.debug:
             traceback.print_exception(error)
         print(f"error: {one_line(error)}", file=sys.stderr)

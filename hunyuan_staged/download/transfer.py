@@ -12,8 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged.errors import InputError
-from hunyuan_staged.files.atomic import UNWRITABLE
+from hunyuan_staged.errors import DENIED, InputError
 
 TIMEOUT_SECONDS = 10.0  # without a byte
 TRIES = 3  # in a row that bring less than PROGRESS_BYTES
@@ -62,7 +61,7 @@ def transfer(url: str, headers: Mapping[str, str], target: Path, size: int, name
             if start < size or not part.exists():
                 _append(url, headers, part, start, size, name)
         except (OSError, HTTPException) as caught:
-            if isinstance(caught, OSError) and caught.errno in UNWRITABLE:
+            if isinstance(caught, OSError) and caught.errno in DENIED:
                 raise InputError(f"{target} cannot be written: {caught.strerror}") from caught
             if isinstance(caught, urllib.error.HTTPError) and caught.code not in AGAIN:
                 raise

@@ -6,11 +6,12 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hunyuan_staged.errors import InputError
+from hunyuan_staged.errors import DENIED, InputError
 
 
 class Locked(InputError):
@@ -42,18 +43,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in DENIED:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# The machine's or the user's, not a fault of ours: no space, over the quota or the limit, read-only, no right, broken.
-UNWRITABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG),
-)
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -61,7 +55,7 @@ def remove_leftovers(path: str | Path) -> None:
     path = Path(path)
     pattern = re.compile(rf"\.{re.escape(path.stem)}\.[a-z0-9_]{{8}}{re.escape(path.suffix)}")
     for beside in path.parent.iterdir():
-        if pattern.fullmatch(beside.name):
+        if pattern.fullmatch(beside.name) and (beside.is_symlink() or not beside.is_dir()):
             beside.unlink(missing_ok=True)
 
 
@@ -82,21 +76,39 @@ def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
             made.append(folder)
             folder = folder.parent
         lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {lock.parent}: {error.strerror}") from error
-    try:
+        for name in files:
+            if (lock.parent / name).is_dir():
+                raise InputError(f"{lock.parent / name} is a folder, in the place of a file to be written")
         handle = _lock(lock)
         try:
             for name in files:
                 remove_leftovers(lock.parent / name)
-            yield
-        finally:
-            unlock(lock, files)  # before it is let go: see _lock
-            os.close(handle)
+        except BaseException:
+            _release(handle, lock, ())
+            raise
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"cannot write to {lock.parent}: {error.strerror}") from error
+    except BaseException:
+        _remove_empty(made)
+        raise
+    try:
+        yield
     finally:
-        with contextlib.suppress(OSError):  # not empty: the run wrote its files
-            for folder in made:
-                folder.rmdir()
+        _release(handle, lock, files)
+        _remove_empty(made)
+
+
+def _release(handle: int, lock: Path, files: Sequence[str]) -> None:
+    unlock(lock, files)  # before it is let go: see _lock
+    os.close(handle)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, up to one that is not empty: the run wrote its files."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def unlock(lock: str | Path, files: Sequence[str]) -> None:
@@ -109,32 +121,53 @@ def unlock(lock: str | Path, files: Sequence[str]) -> None:
 
 
 def _lock(path: Path) -> int:
-    """An open file that is locked, with this process's id in it; InputError where another process has it."""
+    """An open file that is locked, with this process's id in it; InputError where another process has it, OSError where
+    it cannot be written."""
     while True:
+        # O_NOFOLLOW: the folder may be someone else's, and a link in it could lead anywhere. A FIFO must not be waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            # O_NOFOLLOW: the folder may be someone else's, and a link in it could lead anywhere.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            handle = os.open(path, flags, 0o666)
         except OSError as error:
             raise InputError(f"cannot write to {path.parent}: {error.strerror} ({path.name})") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 300).decode(errors="replace").strip()
+            _take(handle, path)
+            # Its last owner may have removed it between the two calls: then it is no lock any more.
+            if path.exists() and os.path.samestat(os.fstat(handle), os.lstat(path)):
+                _sign(handle, path)
+                return handle
+        except BaseException:
             os.close(handle)
-            raise Locked(
-                f"{path.parent} is being written by another run ({owner or 'which is just starting'}); "
-                "wait for it, or give another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                os.close(handle)
-                raise
-        # Its last owner may have removed it between the two calls: then it is no lock any more.
-        if path.exists() and os.path.samestat(os.fstat(handle), os.lstat(path)):
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return handle
+            raise
         os.close(handle)
+
+
+def _take(handle: int, path: Path) -> None:
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        # What is written here would be in the other file, too.
+        raise InputError(f"{path} is no lock of a run but something else, or a link to it; remove it")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 300).decode(errors="replace").strip()
+        raise Locked(
+            f"{path.parent} is being written by another run ({owner or 'which is just starting'}); "
+            "wait for it, or give another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _sign(handle: int, path: Path) -> None:
+    """Write into a lock whose it is. A disk that is full to the last byte has no room for it, and for nothing else."""
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def check_output_dir(flag: str, folder: str | Path) -> None:

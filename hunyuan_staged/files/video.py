@@ -20,6 +20,8 @@ from hunyuan_staged.files.encoding import DEFAULT_ENCODING, ENCODERS, Encoding
 # How ffmpeg may read a video of the user's: from this file alone, which some formats would have it leave.
 READ_FORMATS = ("mov", "matroska", "avi", "mpegts", "flv", "ogg", "gif")
 READ_OPTIONS = ["-protocol_whitelist", "file", "-format_whitelist", ",".join(READ_FORMATS)]
+GIF = "gif"  # the encoder of that name
+TRIAL_SECONDS = 60  # for a frame; a GPU's first takes a few
 FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
 
 
@@ -38,11 +40,19 @@ def ffmpeg_path() -> str:
 def require_encoder(encoder: str) -> None:
     """InputError with ffmpeg's reason where it cannot encode so on this machine: tried on one frame."""
     source = ["-f", "lavfi", "-i", "color=size=256x256:rate=24", "-frames:v", "1"]
-    command = [ffmpeg_path(), "-v", "error", *source, "-c:v", encoder, "-f", "null", "-"]
-    tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if tried.returncode:
+    kind = "gif" if encoder == GIF else "h264"
+    command = [ffmpeg_path(), "-v", "error", *source, "-c:v", encoder, "-f", kind, "-"]
+    try:
+        tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TRIAL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or f"no answer in {TRIAL_SECONDS} s"
+        raise InputError(f"{command[0]} is no ffmpeg that works: {reason}; see IMAGEIO_FFMPEG_EXE") from error
+    if tried.returncode or not tried.stdout:
         # The first line is the cause, those after it are what followed from it.
-        reason = next((line.strip() for line in tried.stderr.splitlines() if line.strip()), "it gave no reason")
+        said = tried.stderr.decode(errors="replace").splitlines()
+        reason = next((line.strip() for line in said if line.strip()), "it gave no reason")
+        if encoder in (GIF, ENCODERS[0]):
+            raise InputError(f"{command[0]} cannot encode with {encoder}: {reason}; see IMAGEIO_FFMPEG_EXE")
         raise InputError(f"{encoder} does not work here: {reason}; allowed here: {ENCODERS[0]}", option="encoder")
 
 
@@ -133,12 +143,15 @@ def write_video(
     count = 0
     # stderr goes to a file: a pipe that nobody reads would fill up and stop ffmpeg.
     with atomic.replacing(path) as target, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            _command(fps, height, width, Path(target), encoding),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
+        try:
+            process = subprocess.Popen(
+                _command(fps, height, width, Path(target), encoding),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        except OSError as error:
+            raise InputError(f"{ffmpeg_path()} cannot be run: {error.strerror}; see IMAGEIO_FFMPEG_EXE") from error
         assert process.stdin is not None
         pump = _Pump(process.stdin)
         try:
@@ -157,6 +170,8 @@ def write_video(
             status = process.wait()
         if pump.broken or status:
             raise InputError(f"ffmpeg could not write {path} (status {status}): {_last_line(log)}")
+        if not target.stat().st_size:
+            raise InputError(f"ffmpeg wrote nothing into {path}, with status 0: {_last_line(log)}")
     return count
 
 

@@ -24,7 +24,7 @@ from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.encoding import ENCODERS, Encoding, default_preset
-from hunyuan_staged.files.video import ffmpeg_path, require_encoder, write_video
+from hunyuan_staged.files.video import GIF, require_encoder, write_video
 from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
@@ -51,7 +51,12 @@ def locks(options: DecodeOptions) -> list[Lock]:
     found: list[Lock] = [(folder / contract.LOCK_FILE, (*contract.STAGE_FILES[3], *contract.larger_files(3)))]
     if options.output_video:
         video = Path(options.output_video)
-        found.append((video.with_name(f".{video.name}{contract.LOCK_FILE}"), (video.name,)))
+        own = found[0][1]
+        if video.name not in own:
+            found.append((video.with_name(f".{video.name}{contract.LOCK_FILE}"), (video.name,)))
+        elif video.parent.resolve() != folder.resolve():
+            # Another run may be at it, for which it is the video of its own folder.
+            found.append((video.with_name(contract.LOCK_FILE), own))
     return found
 
 
@@ -190,9 +195,8 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     """Bring options, latents and model together; InputError where they do not fit. Loads no weights."""
     path = chosen_model(options.model_path, options.input_dir, job.config)
     # Now, rather than after the decoding.
-    ffmpeg_path()
-    if options.encoder != ENCODERS[0] and options.assume_gpu is None:
-        require_encoder(options.encoder)
+    if options.assume_gpu is None:
+        require_encoder(GIF if video_path(options, job.resolution).suffix == f".{GIF}" else options.encoder)
     model = open_for(options, path, ("vae",), report)
     config = components.vae_config(model)
     check_latents(job.latents, config)

@@ -13,13 +13,16 @@ from hunyuan_staged.pipeline.encoding import EncodeSetup
 
 
 def outdated(options: EncodeOptions) -> str | None:
-    """What of an earlier run in the folder belongs to another prompt once this one has written; None: nothing."""
+    """What of an earlier run in the folder belongs to another prompt once this one has written; None: nothing.
+
+    InputError where the folder's config is broken, to which `write` adds.
+    """
     folder = Path(options.output_dir)
-    left = [name for name in (contract.LATENTS_FILE, contract.VIDEO_FILE) if (folder / name).is_file()]
-    if not left or not (folder / contract.CONFIG_FILE).is_file():
+    if not (folder / contract.CONFIG_FILE).is_file():
         return None
     former = read_config(folder).get("prompt")
-    if former is None or former == options.prompt:
+    left = [name for name in (contract.LATENTS_FILE, contract.VIDEO_FILE) if (folder / name).is_file()]
+    if not left or former is None or former == options.prompt:
         return None
     return f"{' and '.join(str(folder / name) for name in left)}: of the former prompt {former[:60]!a}, until made anew"
 

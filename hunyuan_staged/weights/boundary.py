@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def require_regular(path: Path, largest: int | None = None) -> Path:
         raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not stat.S_ISREG(about.st_mode):
         raise InputError(f"{path} is not a file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read (Permission denied)")
     if largest is not None and about.st_size > largest:
         raise InputError(f"{path} has {about.st_size} bytes; at most {largest} are allowed")
     return path

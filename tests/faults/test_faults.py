@@ -299,6 +299,135 @@ def test_a_disk_that_cannot_be_written(whole, tmp_path, tiny_official, stage):
     assert names(source) == names(after[stage - 1])
 
 
+def refused(stage: int, argv: list[object], folder: Path, message: str, said: Path, **how: object) -> None:
+    """One line that says this, status 2, before any weights are read, and the folder is as it was."""
+    before = {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()}
+    status, told = run_stage(stage, *argv, said=said, **how)
+    assert status == 2, told
+    assert len(errors(told)) == 1 and message in errors(told)[0], told
+    assert "Traceback" not in told and "loading" not in told
+    assert {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()} == before
+
+
+def test_a_disk_that_is_full_to_the_last_byte(whole, tmp_path, tiny_official):
+    """There is room for the lock, and none for what it says."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    after, _ = whole
+    folder = shutil.copytree(after[1], tmp_path / "run")
+    target = tmp_path / "small"
+    target.mkdir()
+    disk = SmallDisk(target, 4096, filled=True)
+    argv = [*calls(tiny_official, folder)[2], "--output_dir", target]
+    refused(2, argv, folder, f"cannot write to {target}: ", tmp_path / "said", disk=disk)
+
+
+@pytest.mark.parametrize(
+    ("stage", "path", "mode"),
+    [
+        (1, "model", 0),
+        (1, "model/text_encoder", 0),
+        (1, "model/text_encoder/llm/tokenizer.json", 0),
+        (1, "model/text_encoder/llm/model-00001-of-00002.safetensors", 0),
+        (1, "run/generation_config.json", 0),
+        (1, "run", 0o500),
+        (1, "run", 0o300),
+        (2, "run", 0),
+        (2, "run/stage1_embeddings.safetensors", 0),
+        (2, "model/transformer", 0o600),
+        (2, "model/transformer/demo_t2v/diffusion_pytorch_model.safetensors", 0),
+        (3, "run/stage2_latents.safetensors", 0),
+        (3, "run/generation_config.json", 0),
+        (3, "model/vae", 0),
+        (3, "model/vae/config.json", 0),
+        (3, "out", 0o500),
+        (3, "out", 0o600),
+    ],
+)
+def test_permission_denied_anywhere(whole, tmp_path, tiny_official, stage, path, mode):
+    """Of thirteen places each was a traceback."""
+    after, _ = whole
+    folder = shutil.copytree(after[stage - 1], tmp_path / "run")
+    model = Path(shutil.copytree(tiny_official, tmp_path / "model", copy_function=os.link)) if "model" in path else None
+    (tmp_path / "out").mkdir()
+    argv = [*calls(model or tiny_official, folder)[stage], *(["--output_video", tmp_path / "out/a.mp4"] * (stage == 3))]
+    if stage == 1:
+        (folder / contract.CONFIG_FILE).write_text("{}")
+    elif model:
+        argv += ["--model_path", model]
+    place = tmp_path / path
+    former = place.stat().st_mode
+    if place.is_file() and model:  # else the shared one's rights would change
+        raw = place.read_bytes()
+        place.unlink()
+        place.write_bytes(raw)
+    place.chmod(mode)
+    try:
+        status, told = run_stage(stage, *argv, said=tmp_path / "said", denied=True)
+    finally:
+        place.chmod(former)
+    assert status == 2, told
+    assert len(errors(told)) == 1 and str(place) in errors(told)[0], told
+    assert "Traceback" not in told
+    assert contract.LOCK_FILE not in names(folder)
+
+
+def test_a_folder_in_the_videos_place_is_found_before_the_decoding(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    (folder / contract.VIDEO_FILE).mkdir()
+    refused(3, calls(tiny_official, folder)[3], folder, f"{contract.VIDEO_FILE} is a folder", tmp_path / "said")
+
+
+@pytest.mark.parametrize("script", ["exit 0", "exit 1"])
+def test_an_ffmpeg_that_does_not_work_is_found_before_the_decoding(whole, tmp_path, tiny_official, script):
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    forked = Forked(3, *calls(tiny_official, folder)[3], said=tmp_path / "said", IMAGEIO_FFMPEG_EXE=str(program))
+    assert forked.status() == 2, forked.said()
+    assert errors(forked.said()) == [
+        f"error: {program} cannot encode with libx264: it gave no reason; see IMAGEIO_FFMPEG_EXE"
+    ]
+    assert "loading" not in forked.said()
+    assert names(folder) == names(after[2])
+
+
+def test_a_broken_config_is_found_before_the_embeddings_are_replaced(whole, tmp_path, tiny_official):
+    after, _ = whole
+    folder = shutil.copytree(after[1], tmp_path / "run")
+    (folder / contract.CONFIG_FILE).write_text("{")
+    argv = [*calls(tiny_official, folder)[1], "--prompt", "another"]
+    refused(1, argv, folder, f"{contract.CONFIG_FILE} is not JSON", tmp_path / "said")
+
+
+def test_a_video_that_another_run_decodes_is_not_taken_from_it(whole, tmp_path, tiny_official):
+    """--output_video in the folder of a run that decodes removed that run's file under way."""
+    after, _ = whole
+    folder, other = (shutil.copytree(after[2], tmp_path / name) for name in ("run", "other"))
+    moment = Moment("hunyuan_staged.decoding.tiled.check_latents", 1, (), pause=600)
+    first = Forked(3, *calls(tiny_official, folder)[3], said=tmp_path / "first", moment=moment)
+    under_way = folder / ".output_video.abcd1234.mp4"
+    while "INFO    latents [" not in first.said():  # it has the lock, and has cleaned up
+        assert first.process.is_alive(), first.said()
+        time.sleep(0.02)
+    under_way.touch()
+    argv = calls(tiny_official, other)[3]
+    there = ["--output_video", folder / contract.VIDEO_FILE]
+    refused(3, [*argv, *there], other, f"(process {first.pid} on", tmp_path / "said")
+    assert under_way.exists()
+    status, told = run_stage(3, *argv, "--output_video", folder / "b.mp4", said=tmp_path / "said")
+    assert status == 0, told
+    assert under_way.exists() and (folder / "b.mp4").exists()
+    first.process.kill()
+    assert first.status() == 137
+    status, told = run_stage(3, *argv, *there, said=tmp_path / "said")
+    assert status == 0, told
+    assert not under_way.exists()
+
+
 # What belongs together
 
 

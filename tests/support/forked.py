@@ -80,10 +80,12 @@ class SmallDisk:
     """A folder that holds `size` bytes at most, for one process.
 
     A tmpfs that only this process sees. Where the machine allows no mounting: the kernel's limit on the size of a file.
+    filled: it is full already.
     """
 
     folder: Path
     size: int
+    filled: bool = False
 
     def mount(self) -> None:
         """Put it in its place, for this process and what it starts."""
@@ -94,8 +96,19 @@ class SmallDisk:
             Path("/proc/self/uid_map").write_text(f"0 {user} 1")
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
             if libc.mount(b"tmpfs", bytes(self.folder), b"tmpfs", 0, f"size={self.size}".encode()) == 0:
+                if self.filled:
+                    (self.folder / "filler").write_bytes(bytes(self.size))
                 return
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+CAPABILITIES_VERSION = 0x20080522  # of linux/capability.h, the third
+
+
+def _obey_permissions() -> None:
+    """Have even root's process be denied what the rights of files deny: without any capability."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0)
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
 def _child(
@@ -105,6 +118,7 @@ def _child(
     environment: dict[str, str],
     moment: Moment | None,
     disk: SmallDisk | None,
+    denied: bool,
 ) -> None:
     assert "warm" in sys.modules, "nothing was imported beforehand"
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -115,6 +129,8 @@ def _child(
         moment.arrange()
     if disk:
         disk.mount()
+    if denied:
+        _obey_permissions()
     status = import_module(SCRIPTS[stage]).main(argv)
     if disk:
         print("left:", sorted(path.name for path in disk.folder.iterdir()), flush=True)
@@ -131,13 +147,14 @@ class Forked:
         said: Path,
         moment: Moment | None = None,
         disk: SmallDisk | None = None,
+        denied: bool = False,
         **environment: str,
     ) -> None:
         self.file, self.store = said, None
         _warm()
         self.file.unlink(missing_ok=True)
         self.process: BaseProcess = _context.Process(
-            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment, disk)
+            target=_child, args=(stage, [str(arg) for arg in args], str(said), environment, moment, disk, denied)
         )
         self.process.daemon = True  # ended with the tests, should one of them fail
         self.process.start()
@@ -159,10 +176,15 @@ class Forked:
 
 
 def run_stage(
-    stage: int, *args: object, said: Path, moment: Moment | None = None, disk: SmallDisk | None = None
+    stage: int,
+    *args: object,
+    said: Path,
+    moment: Moment | None = None,
+    disk: SmallDisk | None = None,
+    denied: bool = False,
 ) -> tuple[int, str]:
-    """(status, what it printed) of a stage."""
-    forked = Forked(stage, *args, said=said, moment=moment, disk=disk)
+    """(status, what it printed) of a stage. denied: root's, too, may only do what the rights of files allow."""
+    forked = Forked(stage, *args, said=said, moment=moment, disk=disk, denied=denied)
     return forked.status(), forked.said()
 
 

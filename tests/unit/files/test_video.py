@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,7 @@ def test_encodings_that_no_encoder_takes(given, message):
 
 def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
     video.require_encoder("libx264")
+    video.require_encoder(video.GIF)
     script = "case \"$*\" in *h264_nvenc*) echo 'Cannot load libcuda.so.1' >&2; echo 'more' >&2; exit 1;; esac"
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake_ffmpeg(tmp_path, script))
     with pytest.raises(
@@ -189,3 +191,51 @@ def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
         match=r"^--encoder h264_nvenc does not work here: Cannot load libcuda\.so\.1; allowed here: libx264$",
     ):
         video.require_encoder("h264_nvenc")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 0", "cannot encode with libx264: it gave no reason; see IMAGEIO_FFMPEG_EXE"),
+        ("echo 'Unknown encoder' >&2; exit 8", "cannot encode with libx264: Unknown encoder; see IMAGEIO_FFMPEG_EXE"),
+        (None, "is no ffmpeg that works: Permission denied; see IMAGEIO_FFMPEG_EXE"),
+    ],
+)
+def test_a_broken_ffmpeg_is_found_before_anything_is_decoded(tmp_path, monkeypatch, script, message):
+    program = Path(fake_ffmpeg(tmp_path, script or ""))
+    if script is None:
+        program.chmod(0o644)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(InputError, match=re.escape(f"{program} {message}")):
+        video.require_encoder("libx264")
+
+
+def test_an_ffmpeg_that_writes_nothing_leaves_the_old_video(tmp_path, monkeypatch):
+    """With status 0 an empty file took its place."""
+    path = tmp_path / "out" / "clip.mp4"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake_ffmpeg(tmp_path, "cat >/dev/null"))
+    with pytest.raises(InputError, match=r"ffmpeg wrote nothing into .*clip\.mp4, with status 0: it gave no reason$"):
+        video.write_video(path, moving_square(), 24, 96, 160)
+    assert [(x.name, x.read_bytes()) for x in path.parent.iterdir()] == [("clip.mp4", b"old")]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_a_playlist_in_the_videos_place_leads_nowhere(tmp_path, name):
+    """ffmpeg followed it to other files, and would have to addresses."""
+    video.write_video(tmp_path / "secret.mp4", moving_square(), 24, 96, 160)
+    for text in (
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile secret.mp4\n",
+        "<MPD/>",
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=f"{name} is no video that ffmpeg can read"):
+            video.read_video(tmp_path / name)
+
+
+def test_a_videos_name_is_no_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video.write_video(tmp_path / "concat:a.mp4", moving_square(), 24, 96, 160)
+    assert len(video.read_video("concat:a.mp4")[0]) == len(list(moving_square()))
