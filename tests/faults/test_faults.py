@@ -403,6 +403,31 @@ def test_a_broken_config_is_found_before_the_embeddings_are_replaced(whole, tmp_
     refused(1, argv, folder, f"{contract.CONFIG_FILE} is not JSON", tmp_path / "said")
 
 
+def test_a_video_that_another_run_decodes_is_not_taken_from_it(whole, tmp_path, tiny_official):
+    """--output_video in the folder of a run that decodes removed that run's file under way."""
+    after, _ = whole
+    folder, other = (shutil.copytree(after[2], tmp_path / name) for name in ("run", "other"))
+    moment = Moment("hunyuan_staged.decoding.tiled.check_latents", 1, (), pause=600)
+    first = Forked(3, *calls(tiny_official, folder)[3], said=tmp_path / "first", moment=moment)
+    under_way = folder / ".output_video.abcd1234.mp4"
+    while "INFO    latents [" not in first.said():  # it has the lock, and has cleaned up
+        assert first.process.is_alive(), first.said()
+        time.sleep(0.02)
+    under_way.touch()
+    argv = calls(tiny_official, other)[3]
+    there = ["--output_video", folder / contract.VIDEO_FILE]
+    refused(3, [*argv, *there], other, f"(process {first.pid} on", tmp_path / "said")
+    assert under_way.exists()
+    status, told = run_stage(3, *argv, "--output_video", folder / "b.mp4", said=tmp_path / "said")
+    assert status == 0, told
+    assert under_way.exists() and (folder / "b.mp4").exists()
+    first.process.kill()
+    assert first.status() == 137
+    status, told = run_stage(3, *argv, *there, said=tmp_path / "said")
+    assert status == 0, told
+    assert not under_way.exists()
+
+
 # What belongs together
 
 
