@@ -399,7 +399,7 @@ def test_a_broken_config_is_found_before_the_embeddings_are_replaced(whole, tmp_
     after, _ = whole
     folder = shutil.copytree(after[1], tmp_path / "run")
     (folder / contract.CONFIG_FILE).write_text("{")
-    argv = [*calls(tiny_official, folder)[1], "--prompt", "another"]
+    argv = ["--model_path", tiny_official, "--output_dir", folder, "--prompt", "another"]
     refused(1, argv, folder, f"{contract.CONFIG_FILE} is not JSON", tmp_path / "said")
 
 
@@ -470,7 +470,8 @@ def test_latents_whose_embeddings_were_replaced(whole, tmp_path, tiny_official):
     folder = shutil.copytree(after[2], tmp_path / "run")
     argv = calls(tiny_official, folder)
     old = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
-    status, said = run_stage(1, *argv[1], "--prompt", "another", said=tmp_path / "said")
+    first = ["--model_path", tiny_official, "--output_dir", folder]
+    status, said = run_stage(1, *first, "--prompt", "another", said=tmp_path / "said")
     assert status == 0, said
     new = provenance.sha256(folder / contract.EMBEDDINGS_FILE)
     reason = (
