@@ -46,6 +46,9 @@ class UpscaleOptions(RunOptions):
         "guidance_interval",
         "guidance_reuse",
         "attn_schedule",
+        "sigmas",
+        "width",
+        "height",
     )
     # Options that each of the two has a value of its own for: those of a whole run are the base run's.
     of_its_own: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale", "flow_shift")

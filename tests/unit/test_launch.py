@@ -55,6 +55,13 @@ def test_super_resolution_is_stage_2_once_more(tmp_path):
     assert launch.split_flags(["--super_resolution=720p", "--latents", "base"])[-1][-2:] == ["--latents=base", *FOLDER]
 
 
+def test_what_shapes_the_base_run_alone_does_not_reach_super_resolution():
+    given = ["--super_resolution=720p", "--sigmas=1,0.5", "--width=848", "--height=480"]
+    _, base, larger, _ = launch.split_flags(given)
+    assert base == ["--sigmas=1,0.5", "--width=848", "--height=480", *FOLDER]
+    assert larger == ["--super_resolution=720p", *FOLDER]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
