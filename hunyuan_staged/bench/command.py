@@ -16,7 +16,7 @@ from hunyuan_staged.bench import memory
 from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_stage3
 from hunyuan_staged.decoding import tiling
-from hunyuan_staged.errors import run_tool
+from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.parsing import Parser, add_debug, tool_parser
 from hunyuan_staged.sampling import cache_settings
 
@@ -94,6 +94,17 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_device(args: argparse.Namespace) -> None:
+    """InputError where the full-size model would be measured without a GPU."""
+    import torch
+
+    fewer = {"stage2": "layers", "stage3": "channels"}.get(args.stage)
+    if fewer and not getattr(args, fewer) and not torch.cuda.is_available():
+        raise InputError(
+            f"bench {args.stage} measures the full-size model and needs a GPU; --{fewer} makes a smaller one"
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, on as many processes as asked for, and print."""
     if args.gpus > 1 and "RANK" not in os.environ:
@@ -102,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
         words = ["--standalone", "--nproc-per-node", str(args.gpus), "-m", "hunyuan_staged.bench", *sys.argv[1:]]
         torchrun(words)
         return
+    check_device(args)
     result = args.run(args)
     if result:
         width = max(map(len, result))

@@ -48,16 +48,20 @@ def read_image(options: EncodeOptions) -> Image.Image | None:
     return image.load_image(options.image_path) if options.image_path else None
 
 
-def pick_version(options: EncodeOptions, folder: ModelFolder) -> TransformerVersion:
+def pick_version(options: EncodeOptions, folder: ModelFolder, report: Reporter = SILENT) -> TransformerVersion:
     """The version that the options name; without a resolution the default one, else the first that the folder has.
 
-    Where super resolution is to follow, those it can follow come first; InputError for one that it cannot.
+    A folder of a single resolution has that one taken, with a warning. Where super resolution is to follow, those it can
+    follow come first; InputError for one that it cannot.
     """
     offered = folder.resolutions()
     larger = options.super_resolution
     fitting = [name for name in offered if larger is None or versions.leads_to(name, larger)] or offered
     default = versions.DEFAULT_RESOLUTION if versions.DEFAULT_RESOLUTION in fitting else next(iter(fitting), None)
     resolution = options.resolution or default
+    if resolution not in offered and len(offered) == 1:
+        report.warn(f"--resolution {resolution}: {folder.path} holds {offered[0]} alone, which is taken")
+        resolution = offered[0]
     if resolution is None:
         folder.require("transformer")
         raise InputError(folder.lacks(f"{versions.DEFAULT_RESOLUTION}_t2v"))
@@ -140,7 +144,7 @@ def resolve(
         model_path = str(DEMO_CHECKPOINT)
     parts = ["text"] + ["glyph"] * bool(text.glyph_text(options.prompt)) + ["image", "vae"] * bool(picture)
     folder = open_for(options, model_path, [*parts, "transformer"], report)
-    version = pick_version(options, folder)
+    version = pick_version(options, folder, report)
     for part in parts:
         folder.require(part)
     if not options.dry_run and folder.config_alone(version.name):

@@ -122,6 +122,14 @@ def test_two_processes_do_the_work_once(done, tmp_path, tiny_official):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_only_resolution_of_a_folder_is_taken_with_a_warning(tmp_path, tiny_official):
+    """A command written for the real weights refused the demo's."""
+    result = call("--model_path", tiny_official, "--resolution", "720p", "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"WARNING --resolution 720p: {tiny_official} holds demo alone, which is taken\n" in result.stderr
+    assert read_config(tmp_path)["resolution"] == "demo"
+
+
 def test_a_long_prompt_is_cut_off_with_a_warning(tmp_path, tiny_official):
     result = call("--model_path", tiny_official, "--prompt", "red " * 1200, "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -133,7 +141,7 @@ def test_a_long_prompt_is_cut_off_with_a_warning(tmp_path, tiny_official):
     ("args", "message"),
     [
         (["--resolution", "999p"], "--resolution '999p' is unknown; known: demo, 360p, 480p, 720p, 1080p"),
-        (["--resolution", "720p"], "has no transformer 720p_t2v; it holds demo_i2v, demo_t2v"),
+        (["--cfg_distilled"], "has no transformer demo_t2v_distilled; it holds demo_i2v, demo_t2v"),
         (["--step_distilled", "--cfg_distilled"], "--step_distilled excludes --cfg_distilled and --sparse_attn"),
         (["--image_path", "nowhere.png"], "--image_path nowhere.png does not exist"),
         (["--image_path", str(ROOT / "LICENSE")], "LICENSE: not an image that Pillow can open"),
