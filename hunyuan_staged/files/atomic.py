@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hunyuan_staged.errors import DENIED, InputError
+from hunyuan_staged.files.contract import MAY_FAIL
 
 
 class Locked(InputError):
@@ -77,7 +78,7 @@ def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
             folder = folder.parent
         lock.parent.mkdir(parents=True, exist_ok=True)
         for name in files:
-            if (lock.parent / name).is_dir():
+            if name not in MAY_FAIL and (lock.parent / name).is_dir():
                 raise InputError(f"{lock.parent / name} is a folder, in the place of a file to be written")
         handle = _lock(lock)
         try:

@@ -48,6 +48,14 @@ STAGE_INPUTS = {1: (JOB_FILE,), 2: (EMBEDDINGS_FILE, CONFIG_FILE), 3: (LATENTS_F
 STAGE_OUTPUT = {1: EMBEDDINGS_FILE, 2: LATENTS_FILE, 3: VIDEO_FILE}
 
 
+# What a run can do without: it warns where such a file cannot be written.
+MAY_FAIL = frozenset(
+    at_resolution(name, size)
+    for size in (None, *SUPER_RESOLUTION)
+    for name in (STATE_FILE, PREVIEW_VIDEO, PREVIEW_PICTURE)
+)
+
+
 def larger_files(stage: int) -> tuple[str, ...]:
     """What a stage writes besides where there is super resolution."""
     names = [name for name in STAGE_FILES[stage] if name not in (CONFIG_FILE, JOB_FILE, FAILURE_FILE)]

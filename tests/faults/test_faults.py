@@ -407,7 +407,7 @@ def test_a_video_that_another_run_decodes_is_not_taken_from_it(whole, tmp_path, 
     """--output_video in the folder of a run that decodes removed that run's file under way."""
     after, _ = whole
     folder, other = (shutil.copytree(after[2], tmp_path / name) for name in ("run", "other"))
-    moment = Moment("hunyuan_staged.decoding.tiled.check_latents", 1, (), pause=600)
+    moment = Moment("hunyuan_staged.decoding.tiled.decode_frames", 1, (), pause=600)
     first = Forked(3, *calls(tiny_official, folder)[3], said=tmp_path / "first", moment=moment)
     under_way = folder / ".output_video.abcd1234.mp4"
     while "INFO    latents [" not in first.said():  # it has the lock, and has cleaned up
