@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import embed
-from forked import Forked, Moment, SmallDisk, run_stage
+from forked import Forked, Moment, SmallDisk, heed_interrupts, run_stage
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic, contract, provenance
@@ -131,7 +131,8 @@ def launch(size: int, folder: Path, *args: object) -> subprocess.Popen:
     command += ["--video_length", 5, "--num_inference_steps", 1000, "--checkpoint_every", 1, *args]
     with (folder.parent / "said").open("w") as said:
         environment = os.environ | {"PYTHON": sys.executable}
-        process = subprocess.Popen([str(word) for word in command], stderr=said, env=environment)
+        words = [str(word) for word in command]
+        process = subprocess.Popen(words, stderr=said, env=environment, preexec_fn=heed_interrupts)
     while not (folder / contract.STATE_FILE).exists():
         assert process.poll() is None, (folder.parent / "said").read_text()
         time.sleep(0.05)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from folders import embed
+from forked import heed_interrupts
 
 from hunyuan_staged.files import contract
 
@@ -247,11 +248,6 @@ while True:
     signal.pause()
 '
 """
-
-
-def heed_interrupts() -> None:
-    """Tests that were started in the background inherit that SIGINT is ignored, and bash could not trap it then."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130)])

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -100,6 +101,11 @@ class SmallDisk:
                     (self.folder / "filler").write_bytes(bytes(self.size))
                 return
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+def heed_interrupts() -> None:
+    """Tests that were started in the background inherit that SIGINT is ignored, and bash could not trap it then."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 CAPABILITIES_VERSION = 0x20080522  # of linux/capability.h, the third
