@@ -27,7 +27,6 @@ FLAGS = [
     (1, ["--prompt", "caf\udce9"], "is not UTF-8 text"),
     (1, ["--resolution", "4k"], "--resolution '4k' is unknown; known: demo, 360p, 480p, 720p, 1080p"),
     (1, ["--resolution", "720P"], "--resolution '720P' is unknown"),
-    (1, ["--resolution", "1080p"], "has no transformer 1080p_t2v; it holds demo_i2v, demo_t2v"),
     (1, ["--cfg_distilled"], "has no transformer demo_t2v_distilled; it holds demo_i2v, demo_t2v"),
     (1, ["--step_distilled", "--sparse_attn"], "--step_distilled excludes --cfg_distilled and --sparse_attn"),
     (1, ["--dtype", "fp16"], "argument --dtype: invalid choice: 'fp16'"),
