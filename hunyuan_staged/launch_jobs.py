@@ -12,7 +12,7 @@ from typing import Any
 from hunyuan_staged.errors import JOBS_FAILED, InputError, one_line, write_stdout
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import replacing
-from hunyuan_staged.jobs.reading import Jobs, make_jobs, read_lines, text_of
+from hunyuan_staged.jobs.reading import Jobs, make_jobs, read_lines, require_good, text_of
 from hunyuan_staged.run_options import parse_seeds
 
 QUEUE_FILE = "queue.jsonl"  # in the run's folder: its jobs, each with its name
@@ -69,10 +69,7 @@ def jobs_of_run(request: Request, options: Sequence[Any], processes: int) -> Job
         found = make_jobs([(PROMPT, partial(dict, prompt=prompt)) for prompt in prompts], seeds, options)
         if found.bad:
             raise InputError(found.bad[0])
-    if not found.good:
-        more = f" (and {len(found.bad) - 1} more)" if len(found.bad) > 1 else ""
-        raise InputError(f"no job is good: {found.bad[0]}{more}")
-    return found
+    return require_good(found)
 
 
 @contextlib.contextmanager

@@ -205,6 +205,14 @@ def asks_for_many(options: RunOptions) -> bool:
     return several or any(getattr(options, name, None) is not None for name in ("jobs", "seeds", "watch"))
 
 
+def require_good(found: Jobs) -> Jobs:
+    """The jobs themselves; InputError where none of them is good."""
+    if not found.good:
+        more = f" (and {len(found.bad) - 1} more)" if len(found.bad) > 1 else ""
+        raise InputError(f"no job is good: {found.bad[0]}{more}")
+    return found
+
+
 def jobs_of(options: Any, checks: Sequence[RunOptions]) -> Jobs:
     """The jobs that options ask for by jobs, prompts and seeds; checks: as make_jobs.
 
@@ -221,7 +229,4 @@ def jobs_of(options: Any, checks: Sequence[RunOptions]) -> Jobs:
         )
         if found.bad:
             raise InputError(found.bad[0])
-    if not found.good:
-        more = f" (and {len(found.bad) - 1} more)" if len(found.bad) > 1 else ""
-        raise InputError(f"no job is good: {found.bad[0]}{more}")
-    return found
+    return require_good(found)
