@@ -139,7 +139,8 @@ def see_word(frames: np.ndarray, length: int) -> str:
 def judge(frames: np.ndarray, scene: scenes.Scene) -> dict[str, float]:
     """What of a scene the frames uint8 [T, H, W, 3] show, 0 or 1 each: of a card, its colour, background and word.
 
-    Of a card's characters it is the share that is right; "single character" is there only where the word is one.
+    Of a card's characters it is the share that is right; "single character" is there only where the word is one, and
+    "several characters", the whole word again, only where it is not.
     """
     background = see_background(frames)
     if scene.word:
@@ -154,7 +155,7 @@ def judge(frames: np.ndarray, scene: scenes.Scene) -> dict[str, float]:
             "characters": sum(same) / len(same),
             "word": all(same),
         }
-        return seen | ({"single character": same[0]} if len(same) == 1 else {})
+        return seen | {"single character" if len(same) == 1 else "several characters": all(same)}
     (thing,) = scene.things
     mask = _foreground(frames)
     color = _nearest(np.median(frames[mask], axis=0), scenes.COLORS) if mask.any() else ""

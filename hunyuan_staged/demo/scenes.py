@@ -57,6 +57,8 @@ DIRECTIONS = {
 MOTIONS = (*DIRECTIONS, "circle", "grow", "shrink")
 PAIR_MOTIONS = ("apart", "together", "left", "right", "up", "down")
 
+LENGTHS = (40, 25, 20, 15)  # how often a card has 1, 2, 3 and 4 characters
+
 # A shape that is hard to see on its background would teach nothing: so far apart must their colours be, in RGB.
 MIN_CONTRAST = 110.0
 HELD_OUT_SHARE = 8  # one scene in so many is never trained on
@@ -162,8 +164,13 @@ def _pair(draw: random.Random, shapes: Sequence[str], colors: Sequence[str], mot
     return tuple(things)
 
 
-def draw_scene(draw: random.Random, kind: str | None = None, *, held_out: bool = False) -> Scene:
-    """A random scene of a kind ("single", "pair", "card"; by default 60, 12 and 28 %), trained on or held out."""
+def draw_scene(
+    draw: random.Random, kind: str | None = None, *, held_out: bool = False, lengths: Sequence[int] = LENGTHS
+) -> Scene:
+    """A random scene of a kind ("single", "pair", "card"; by default 60, 12 and 28 %), trained on or held out.
+
+    lengths: how often a card's word has 1, 2, 3 and 4 characters.
+    """
     while True:
         picked = kind or draw.choices(("single", "pair", "card"), (60, 12, 28))[0]
         if picked == "single":
@@ -177,7 +184,7 @@ def draw_scene(draw: random.Random, kind: str | None = None, *, held_out: bool =
             scene = Scene(_pair(draw, shapes, colors, motion), motion, _background(draw, colors))
         else:
             card = draw.choice(CARDS)
-            word = "".join(draw.choice(CHARACTERS) for _ in range(draw.choices((1, 2, 3, 4), (40, 25, 20, 15))[0]))
+            word = "".join(draw.choice(CHARACTERS) for _ in range(draw.choices((1, 2, 3, 4), lengths)[0]))
             scene = Scene((), "still", (_background(draw, [card])[0],) * 2, card, word)
         if scene.held_out == held_out:
             return scene

@@ -124,6 +124,26 @@ def test_training_sees_what_stage_1_and_the_suites_forward_see():
         assert (together[row] - alone[0]).norm() / alone.norm() < 1e-5
 
 
+def test_the_glyph_encoders_heads_begin_by_looking_back():
+    encoder = train.build().glyph_encoder
+    train.look_back(encoder)
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.compute_bias(9, 9)[0]  # [heads, query, key]
+    for head in range(4):
+        found = bias[head, 4:].argmax(dim=1)
+        assert found.tolist() == [4 - 1 - head, 5 - 1 - head, 6 - 1 - head, 7 - 1 - head, 8 - 1 - head]
+        assert bias[head, 8, 8 - 1 - head] == train.LOOKING_BACK
+
+
+def test_where_spelling_is_trained_more_words_have_several_characters():
+    modules = train.build()
+    words = train.Words(modules.tokenizer, modules.glyph_tokenizer)
+    pool = train.Pool(1, words, None, CPU, seed=1, spelling=0.5)
+    drawn = [pool.draw() for _ in range(400)]
+    cards = [scene.word for scene in drawn if scene.word]
+    assert 0.55 < len(cards) / len(drawn) < 0.75  # half, and 28 % of the rest
+    assert sum(len(word) > 1 for word in cards) / len(cards) > 0.7
+
+
 def test_what_ships_is_small_enough():
     sizes = [path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file() and not path.is_symlink()]
     assert sum(sizes) < 32_000_000
