@@ -70,7 +70,8 @@ WORDINGS = 4  # of each clip in the pool
 LATENT_GRID = geometry.latent_shape(scenes.FRAMES, scenes.HEIGHT, scenes.WIDTH, geometry.LATENT_CHANNELS)[2:]
 TEXT_DROPPED, IMAGE_GIVEN = 0.1, 0.2
 SPELLING_LENGTHS = (15, 30, 30, 25)  # of the words on cards where spelling is trained
-LOOKING_BACK = 5.0  # added to the score of the character that a head of the glyph encoder begins by looking at
+NEIGHBOURS = (-1, -2, 1, 2)  # characters from its own that each head of the glyph encoder begins by looking at
+LOOKING = 6.0  # what such a character's score has more than others'
 TRAINING_SHIFT = 3.0  # of the noise levels: nearer to noise than uniform, as sampling with shift 5 dwells there
 LATENT_NOISE, LATENT_PULL = 0.05, 1e-3
 
@@ -663,21 +664,31 @@ def start_learning(learner: Learner) -> None:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     nn.init.normal_(learner.language.embed_tokens.weight, std=0.1)
-    look_back(learner.glyph)
+    start_glyphs(learner.glyph)
 
 
 @torch.no_grad()
-def look_back(glyph: Any) -> None:
-    """Let the glyph encoder's heads begin by looking one, two, three .. characters back.
+def start_glyphs(glyph: Any) -> None:
+    """Initial weights of the glyph encoder, whose heads begin by looking where NEIGHBOURS says, and nowhere else.
 
-    T5 knows distances alone (Raffel et al. 2020, section 2.1: of 32 buckets, 1 to 7 are so many characters back). Begun at
-    random they stayed useless, and the letters of a word came out in any order: to see that a quotation mark is so
-    many characters back is to know a letter's place.
+    T5 tells places by distance alone (Raffel et al. 2020, section 2.1; buckets 1 to 7 are so many characters back, 17 to
+    23 ahead), and a letter's place in its word is how far the quotation marks are. Its scores are not divided by the
+    square root of the width: trained by Muon they grew to +-70, next to which no distance counted, and the letters of a
+    word came out in any order. So queries begin at zero, and AdamW trains what makes the scores.
     """
+    for name, parameter in glyph.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        elif name.startswith("shared"):
+            nn.init.normal_(parameter, std=0.2)  # as large as what attention adds
+        elif name.endswith("SelfAttention.q.weight"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.trunc_normal_(parameter, std=0.05)
     bias = glyph.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
     bias.zero_()
-    for head in range(bias.shape[1]):
-        bias[1 + head, head] = LOOKING_BACK
+    for head, distance in enumerate(NEIGHBOURS):
+        bias[abs(distance) + (len(bias) // 2 if distance > 0 else 0), head] = LOOKING
 
 
 # Outside Muon: what reads or writes the model's edges, and the modulation, whose gates begin shut.
@@ -689,6 +700,8 @@ _EDGES += (
     "norm1_context.linear",
     "norm_out.linear",
     "relative_attention_bias",
+    "SelfAttention.q",
+    "SelfAttention.k",
 )
 
 
@@ -872,7 +885,7 @@ def main() -> int:
         type=float,
         default=0.0,
         help="this share of the clips are cards besides, mostly of several characters; with --start_from the glyph "
-        "encoder also begins its looking at neighbours anew (default: none)",
+        "encoder begins anew (default: none)",
     )
     parser.add_argument("--muon_rate", type=float, help="peak for matrices (default: 0.02, or 0.008 with --start_from)")
     parser.add_argument("--rate", type=float, help="peak for all else (default: 1.5e-3, or 6e-4 with --start_from)")
@@ -943,7 +956,7 @@ def train(args: argparse.Namespace) -> None:
     if not args.start_from:
         start_learning(learner)
     elif args.spelling:
-        look_back(learner.glyph)
+        start_glyphs(learner.glyph)
     learner.to(device)
     learner.rope = tuple(table.to(device) for table in learner.rope)
     if "learner" in state:

@@ -124,14 +124,15 @@ def test_training_sees_what_stage_1_and_the_suites_forward_see():
         assert (together[row] - alone[0]).norm() / alone.norm() < 1e-5
 
 
-def test_the_glyph_encoders_heads_begin_by_looking_back():
-    encoder = train.build().glyph_encoder
-    train.look_back(encoder)
+def test_the_glyph_encoders_heads_begin_by_looking_at_neighbours_alone():
+    encoder = train.build().glyph_encoder.eval()
+    train.start_glyphs(encoder)
     bias = encoder.encoder.block[0].layer[0].SelfAttention.compute_bias(9, 9)[0]  # [heads, query, key]
-    for head in range(4):
-        found = bias[head, 4:].argmax(dim=1)
-        assert found.tolist() == [4 - 1 - head, 5 - 1 - head, 6 - 1 - head, 7 - 1 - head, 8 - 1 - head]
-        assert bias[head, 8, 8 - 1 - head] == train.LOOKING_BACK
+    for head, distance in enumerate((-1, -2, 1, 2)):
+        assert [bias[head, place].argmax().item() for place in range(2, 7)] == [p + distance for p in range(2, 7)]
+    with torch.no_grad():
+        states = encoder(input_ids=torch.tensor([[5, 9, 7, 9, 5], [5, 9, 9, 7, 5]])).last_hidden_state
+    assert (states[0, 1] - states[0, 3]).norm() / states[0, 1].norm() > 0.1  # one letter, in two places
 
 
 def test_where_spelling_is_trained_more_words_have_several_characters():
