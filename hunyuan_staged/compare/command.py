@@ -35,9 +35,11 @@ def report(result: dict[str, Any]) -> list[str]:
         equal = f", {frames['equal_frames']} of them equal" if frames["equal_frames"] else ""
         size = f"{frames['num_frames']} frames of {frames['width']}x{frames['height']}{equal}"
         lines.append(f"frames      {frames['file']}: {size}")
-        for name, form, unit in (("psnr", ".2f", " dB"), ("ssim", ".4f", "")):
+        for name, form, unit in (("psnr", ".2f", " dB"), ("ssim", ".4f", ""), ("lpips", ".4f", "")):
+            if not frames[name]:
+                continue
             mean, worst = (f"{frames[name][key]:{form}}{unit}" for key in ("mean", "worst"))
-            lines.append(f"{name.upper()}        mean {mean}, worst {worst} in frame {frames[name]['worst_frame']}")
+            lines.append(f"{name.upper():12}mean {mean}, worst {worst} in frame {frames[name]['worst_frame']}")
         for run, seams in frames["seams"].items():
             told = "no tile border that could be told from other lines"
             if seams:

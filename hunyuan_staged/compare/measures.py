@@ -141,9 +141,11 @@ class Flicker:
 
 @dataclass(frozen=True)
 class Quality:
-    """PSNR (dB) and SSIM of each frame; of both videos the seams as Seams.result gives them, and the flicker."""
+    """PSNR (dB), SSIM and LPIPS (empty where it is not at hand) of each frame; of both videos the seams as Seams.result
+    gives them, and the flicker."""
 
     psnr: list[float]
     ssim: list[float]
+    lpips: list[float]
     seams: dict[str, dict[str, Any] | None]
     flicker: dict[str, float | None]

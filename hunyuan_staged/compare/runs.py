@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from hunyuan_staged import geometry
 from hunyuan_staged.compare.clips import Clip, _pairs, open_pair
 from hunyuan_staged.compare.measures import Flicker, Quality, Seams, latent_errors, psnr, ssim
+from hunyuan_staged.compare.perceptual import open_lpips
 from hunyuan_staged.compare.pictures import write_plot, write_side_by_side
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError
@@ -27,17 +29,23 @@ def measure_frames(a: Clip, b: Clip, *, tile_size: int, tile_overlap: float, pro
     plan = tiling.tile_plan(
         a.height // ratio, a.width // ratio, tile_size=tile_size, tile_overlap=tile_overlap, spatial_ratio=ratio
     )
-    psnrs, ssims = [], []
+    psnrs, ssims, distances, lpips = [], [], [], open_lpips()
     seams = {run: Seams(plan) for run in "ab"}
     flicker = {run: Flicker() for run in "ab"}
     for frame_a, frame_b in _pairs(a, b, progress, "measuring"):
         psnrs.append(psnr(frame_a, frame_b))
         ssims.append(ssim(frame_a, frame_b))
+        if lpips:
+            distances.append(lpips(frame_a, frame_b))
         for run, frame in (("a", frame_a), ("b", frame_b)):
             seams[run].add(frame)
             flicker[run].add(frame)
     return Quality(
-        psnrs, ssims, {run: seams[run].result() for run in seams}, {run: flicker[run].result() for run in flicker}
+        psnrs,
+        ssims,
+        distances,
+        {run: seams[run].result() for run in seams},
+        {run: flicker[run].result() for run in flicker},
     )
 
 
@@ -112,15 +120,15 @@ def compare_latents(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Mean, worst value, worst frame and all values of a measure that is the larger the better.
+def summary(values: list[float], worst: Callable[[list[float]], Any] = np.argmin) -> dict[str, Any]:
+    """Mean, worst value, worst frame and all values of a measure; worst finds its worst value's place.
 
     The mean is over the finite ones, since one equal frame would hide the others in an infinite mean.
     """
-    worst = int(np.argmin(values))
+    place = int(worst(values))
     finite = [value for value in values if math.isfinite(value)]
     mean = float(np.mean(finite)) if finite else math.inf
-    return {"mean": mean, "worst": values[worst], "worst_frame": worst, "per_frame": values}
+    return {"mean": mean, "worst": values[place], "worst_frame": place, "per_frame": values}
 
 
 def compare(args: argparse.Namespace, progress: Any = quiet) -> dict[str, Any]:
@@ -146,6 +154,7 @@ def compare(args: argparse.Namespace, progress: Any = quiet) -> dict[str, Any]:
             "equal_frames": sum(map(math.isinf, quality.psnr)),
             "psnr": summary(quality.psnr),
             "ssim": summary(quality.ssim),
+            "lpips": summary(quality.lpips, worst=np.argmax) if quality.lpips else None,
             "seams": quality.seams,
             "flicker": quality.flicker,
         }

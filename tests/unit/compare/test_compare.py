@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hunyuan_staged.compare import clips, command, measures, runs
+from hunyuan_staged.compare import clips, command, measures, perceptual, runs
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, tensors, video
@@ -291,6 +292,51 @@ def test_flicker_of_steady_and_of_unsteady_frames():
     assert ramp.result() == pytest.approx(0, abs=1e-6)
     assert unsteady.result() == pytest.approx(0.2)
     assert measures.Flicker().result() is None
+
+
+class HalfTheDistance(torch.nn.Module):
+    """In LPIPS's place: of pictures [1, 3, H, W] in [-1, 1] the mean absolute difference, which is twice that in [0, 1]."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        assert options == {"net": "alex", "version": "0.1", "verbose": False}
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.shape == b.shape == (1, 3, HEIGHT, WIDTH)
+        assert a.min() < 0 < a.max()
+        return (a - b).abs().mean().view(1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_lpips_where_its_weights_are_at_hand(tmp_path, capsys, monkeypatch, weights):
+    package = types.ModuleType("lpips")
+    package.LPIPS = HalfTheDistance  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: name in perceptual.PACKAGES)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    if weights:
+        (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+    clip = texture()
+    other = clip.copy()
+    other[1] += np.float32(0.01)
+    other[2] += np.float32(0.1)
+    a, b = run_folder(tmp_path / "a", clip), run_folder(tmp_path / "b", other)
+    assert command.main([str(a), str(b), "--output_dir", str(tmp_path / "out"), *TILES, "--no_video", "--no_plot"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["frames"]["lpips"]
+    if weights:
+        assert found["per_frame"] == pytest.approx([0, 0.02, 0.2], rel=1e-3)
+        assert (found["worst_frame"], found["mean"]) == (2, pytest.approx(0.0733, rel=1e-2))
+        assert "LPIPS       mean 0.0733, worst 0.2000 in frame 2" in lines
+    else:
+        assert found is None
+        assert not any("LPIPS" in line for line in lines)
+
+
+def test_without_its_package_there_is_no_lpips(monkeypatch):
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    assert perceptual.open_lpips() is None
 
 
 def test_json_goes_to_a_file(tmp_path, capsys):
