@@ -12,7 +12,7 @@ from typing import Any
 
 from hunyuan_staged import geometry, options, versions
 from hunyuan_staged.attention import modes
-from hunyuan_staged.bench import memory
+from hunyuan_staged.bench import memory, step
 from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_stage3
 from hunyuan_staged.decoding import tiling
@@ -23,10 +23,21 @@ from hunyuan_staged.sampling import cache_settings
 
 def add_stage2(stages: Any) -> None:
     stage2 = stages.add_parser("stage2", help="a denoising step of the full-size transformer")
-    stage2.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
+    stage2.add_argument(
+        "--resolution", choices=tuple(geometry.BUCKET_BASE), help=f"(default: {versions.DEFAULT_RESOLUTION})"
+    )
+    stage2.add_argument(
+        "--super_resolution",
+        choices=tuple(versions.SUPER_RESOLUTION),
+        help="a pass of the transformer that enlarges to this, the latent upsampler, and seconds of the whole",
+    )
     stage2.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
     stage2.add_argument("--video_length", type=int, default=121)
-    stage2.add_argument("--guidance_scale", type=float, default=6.0)
+    stage2.add_argument(
+        "--guidance_scale",
+        type=float,
+        help=f"(default: {step.DEFAULT_GUIDANCE_SCALE:g}, of super resolution its own)",
+    )
     stage2.add_argument("--attn_mode", default=modes.DEFAULT_ATTN_MODE, choices=modes.ATTN_MODES)
     stage2.add_argument("--sage_blocks_range", default=options.DEFAULT_SAGE_BLOCKS)
     stage2.add_argument(

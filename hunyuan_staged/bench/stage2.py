@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from hunyuan_staged import geometry
 from hunyuan_staged.attention import modes
-from hunyuan_staged.bench import parts
+from hunyuan_staged.bench import parts, super_resolution
 from hunyuan_staged.bench.step import Setup, Step, set_up
 from hunyuan_staged.compare import measures
 from hunyuan_staged.errors import InputError
@@ -65,14 +64,13 @@ def described(args: argparse.Namespace, setup: Setup, tokens: int) -> dict[str, 
     """What was run, and where."""
     import torch
 
-    height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
     return {
         "bench": "stage2",
         "device": torch.cuda.get_device_name() if setup.cuda else "cpu",
         "torch": torch.__version__,
         "ranks": setup.world.size,
         "layout": setup.layout.describe(),
-        "resolution": f"{width}x{height}",
+        "resolution": f"{setup.run.width}x{setup.run.height}",
         "video_length": args.video_length,
         "tokens": tokens,
         "layers": setup.model.config.num_layers,
@@ -80,7 +78,7 @@ def described(args: argparse.Namespace, setup: Setup, tokens: int) -> dict[str, 
         "compiled": setup.compile,
         "offloaded": setup.offloaded,
         "weights_dtype": args.weights_dtype or str(torch.bfloat16),
-        "guidance_branches": setup.branches,
+        "guidance_branches": setup.run.branches,
     }
 
 
@@ -90,7 +88,7 @@ def speed(setup: Setup, video_tokens: int, warmup: list[float], timed: list[floa
     attention = attention_flops(video_tokens + TEXT_TOKENS, config.num_attention_heads, config.attention_head_dim)
     linear = linear_flops(video_tokens, TEXT_TOKENS, setup.inner, config.mlp_ratio)
     seconds = statistics.median(timed)
-    flops = setup.branches * config.num_layers * (attention + linear)
+    flops = setup.run.branches * config.num_layers * (attention + linear)
     return {
         "step_seconds": round(seconds, 4),
         "first_step_extra_seconds": round(warmup[0] - seconds, 2) if warmup else None,
@@ -131,8 +129,8 @@ def share_of_a_step(args: argparse.Namespace, setup: Setup, seconds: float) -> d
     """One rank's share of a step, timed alone; seconds: of the whole step."""
     from hunyuan_staged.bench.share import describe_share, lone_share
 
-    layout = lone_share(args.share_of, setup.branches, args.cfg_parallel)
-    step = Step(setup, args.guidance_scale, setup.forward(layout), layout)
+    layout = lone_share(args.share_of, setup.run.branches, args.cfg_parallel)
+    step = Step(setup, setup.forward(layout), layout)
     setup.reset_peak()
     times = [step() for _ in range(args.warmup + args.steps)]
     return describe_share(layout, seconds, times[args.warmup :], len(times)) | {"share_peak_gib": setup.peak_gib()}
@@ -164,7 +162,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{args.share_of} takes one process, and there are {world.size}", option="share_of")
     setup = set_up(args, world)
     forward, config = setup.forward(setup.layout), setup.model.config
-    step = Step(setup, args.guidance_scale, forward, setup.layout)
+    enlarged, about_enlarging = super_resolution.prepare(args, setup) if setup.run.enlarges else (None, {})
+    step = Step(setup, forward, setup.layout, enlarged)
     times = [step() for _ in range(args.warmup + args.steps)]
     warmup, timed = times[: args.warmup], times[args.warmup :]
     seconds = statistics.median(timed)
@@ -172,6 +171,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     result |= speed(setup, forward.total, warmup, timed) | memory_use(setup, forward.total)
     if args.share_of:
         result |= share_of_a_step(args, setup, seconds)
+    if setup.run.enlarges:
+        result |= about_enlarging | super_resolution.whole_run(setup, seconds, result.get("share_seconds"))
     if args.cache_type:
         setup.reset_peak()
         result |= cached_seconds(args, step, setup.layout, forward, config.num_layers, seconds)

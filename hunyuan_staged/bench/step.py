@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_staged import geometry, versions
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.operations import TEXT_TOKENS
+
+DEFAULT_GUIDANCE_SCALE = 6.0
 
 
 def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
@@ -28,8 +31,56 @@ def random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Run:
+    """The run of which a step is timed: height and width in pixels. enlarges: where it is super resolution."""
+
+    height: int
+    width: int
+    video_length: int
+    guidance_scale: float
+    enlarges: versions.SuperResolutionVersion | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of the latents."""
+        return geometry.latent_shape(self.video_length, self.height, self.width, geometry.LATENT_CHANNELS)
+
+    @property
+    def branches(self) -> int:
+        """Of guidance."""
+        return 2 if self.guidance_scale != 1 else 1
+
+    @property
+    def sigmas(self) -> Any:
+        """The schedule, [steps + 1]. One step of a one-step schedule is the whole work of any step of a base run."""
+        from hunyuan_staged.sampling import schedule
+
+        steps, shift = (self.enlarges.num_inference_steps, self.enlarges.flow_shift) if self.enlarges else (1, 1.0)
+        return schedule.flow_sigmas(steps, shift)
+
+
+def asked_run(args: argparse.Namespace) -> Run:
+    """The run that args ask for; InputError where --super_resolution does not start from --resolution, or has a cache."""
+    scale = args.guidance_scale
+    if args.super_resolution is None:
+        resolution = args.resolution or versions.DEFAULT_RESOLUTION
+        size = geometry.size_for_ratio(resolution, args.aspect_ratio)
+        return Run(*size, args.video_length, DEFAULT_GUIDANCE_SCALE if scale is None else scale)
+    version = versions.super_resolution_version(args.super_resolution)
+    if args.resolution not in (None, version.base):
+        raise InputError(f"{args.resolution}: {version.name} enlarges {version.base}", option="resolution")
+    if args.cache_type:
+        raise InputError(f"{args.cache_type}: super resolution takes no cache", option="cache_type")
+    base = geometry.size_for_ratio(version.base, args.aspect_ratio)
+    size = geometry.enlarged_size(version.base, version.resolution, *base)
+    return Run(*size, args.video_length, version.guidance_scale if scale is None else scale, version)
+
+
+@dataclass(frozen=True)
 class Setup:
-    """A full-size transformer on its device, and how it runs there; shape: of the latents; branches: of guidance."""
+    """A full-size transformer on its device, and how it runs there."""
+
+    run: Run
 
     world: Any
     layout: Any
@@ -40,8 +91,6 @@ class Setup:
     offloaded: int
     blocks: Any
     weights_bytes: int
-    shape: tuple[int, int, int, int, int]
-    branches: int
     compile: bool
 
     @property
@@ -61,7 +110,7 @@ class Setup:
 
     def forward(self, layout: Any) -> Any:
         """The transformer's forward pass in this layout."""
-        return self.denoiser.forward(self.attention, self.shape[2:], layout, compile=self.compile)
+        return self.denoiser.forward(self.attention, self.run.shape[2:], layout, compile=self.compile)
 
     def reset_peak(self) -> None:
         import torch
@@ -83,17 +132,18 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
     from hunyuan_staged.memory import offloading
     from hunyuan_staged.models import modulations
     from hunyuan_staged.parallel.layout import make_layout
-    from hunyuan_staged.sampling import precompute, schedule
+    from hunyuan_staged.sampling import precompute
+    from hunyuan_staged.weights.published import super_resolution_config
     from hunyuan_staged.weights.quantization import fp8_rows
 
+    run = asked_run(args)
     device, dtype = world.device, torch.bfloat16
-    height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
-    branches = 2 if args.guidance_scale != 1 else 1
-    layout = make_layout(world, branches, args.cfg_parallel)
+    layout = make_layout(world, run.branches, args.cfg_parallel)
     sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
     attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
-    model = random_model({"num_layers": args.layers} if args.layers else {}, device, dtype)
-    table = modulations.hoist(model, precompute.step_times(schedule.flow_sigmas(1, 1.0)))
+    config = super_resolution_config(run.enlarges) if run.enlarges else {}
+    model = random_model(config | ({"num_layers": args.layers} if args.layers else {}), device, dtype)
+    table = modulations.hoist(model, precompute.step_times(run.sigmas, use_meanflow=model.config.use_meanflow))
     if args.weights_dtype == "fp8":
         fp8_rows.quantise_linears(model.transformer_blocks)
     block_weights = offloading.weights_of(model, model.transformer_blocks, dtype)
@@ -103,6 +153,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return Setup(
+        run,
         world,
         layout,
         model,
@@ -112,33 +163,36 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         offloaded,
         blocks,
         weights_bytes=torch.cuda.memory_allocated() if device.type == "cuda" else 0,
-        shape=geometry.latent_shape(args.video_length, height, width, 32),
-        branches=branches,
         compile=not args.no_compile,
     )
 
 
 class Step:
-    """A guided step of denoising, from noise and a random prompt: called, it gives its seconds.
+    """The first step of a run, from noise and a random prompt: called, it gives its seconds.
 
-    One step of a one-step schedule is the whole work of any step: every guidance branch, guidance, Euler.
+    It is the whole work of any step: every guidance branch, guidance, Euler.
     """
 
-    def __init__(self, setup: Setup, scale: float, forward: Any, layout: Any) -> None:
+    def __init__(self, setup: Setup, forward: Any, layout: Any, enlarged: Any = None) -> None:
+        """enlarged [1, 32, T, H, W]: of super resolution, the latents that it sees, zeros where not given."""
         import torch
 
         from hunyuan_staged.models.embeddings import Conditioning
         from hunyuan_staged.pipeline.denoiser import Inputs
-        from hunyuan_staged.sampling import conditions, schedule
+        from hunyuan_staged.sampling import conditions
 
         self.setup, self.forward, self.layout = setup, forward, layout
         device, dtype = setup.world.device, torch.bfloat16
         generator = torch.Generator().manual_seed(1)
         text = torch.randn(1, TEXT_TOKENS, setup.model.config.text_embed_dim, generator=generator)
         empty = torch.zeros(1, 0, 0, device=device, dtype=dtype)
-        branches = [Conditioning(text.to(device, dtype), empty, empty)] * setup.branches
-        noise, condition = conditions.noise_and_condition(setup.shape, 0, device=device, dtype=dtype)
-        self.inputs = Inputs(noise, condition, branches, schedule.flow_sigmas(1, 1.0), scale)
+        branches = [Conditioning(text.to(device, dtype), empty, empty)] * setup.run.branches
+        condition: Any
+        noise, condition = conditions.noise_and_condition(setup.run.shape, 0, device=device, dtype=dtype)
+        if setup.run.enlarges:
+            enlarged = torch.zeros_like(noise) if enlarged is None else enlarged
+            condition = conditions.LowResolutionCondition(condition, enlarged)
+        self.inputs = Inputs(noise, condition, branches, setup.run.sigmas[:2], setup.run.guidance_scale)
 
     def latents(self, cache: Any = None) -> Any:
         """The latents after the step, where given with a feature cache."""

@@ -14,7 +14,13 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE, LATENT_CHANNELS
 from hunyuan_staged.models.modules import TransformerConfig
 from hunyuan_staged.models.vae_modules import VaeConfig
-from hunyuan_staged.versions import SKIPPED_LAYERS, TASKS, parse_version, super_resolution_named
+from hunyuan_staged.versions import (
+    SKIPPED_LAYERS,
+    TASKS,
+    SuperResolutionVersion,
+    parse_version,
+    super_resolution_named,
+)
 from hunyuan_staged.weights.folder import ModelFolder, is_version, layout_of
 from hunyuan_staged.weights.hub import PARTS, PUBLISHED_RESOLUTIONS
 
@@ -27,6 +33,18 @@ QWEN_7B: dict[str, Any] = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+
+# Of the latent upsamplers, by kind; inferred: docs/super_resolution.md says from what.
+UPSAMPLERS: dict[str, dict[str, Any]] = {
+    "720p": {"in_channels": 32, "out_channels": 32, "hidden_channels": 128, "num_blocks": 16},
+    "1080p": {"z_channels": 32, "out_channels": 32, "block_out_channels": [256, 512], "num_res_blocks": 2},
+}
+
+
+def super_resolution_config(version: SuperResolutionVersion) -> dict[str, Any]:
+    """diffusers' arguments of a super-resolution transformer."""
+    size, channels = BUCKET_BASE[version.resolution], 3 * LATENT_CHANNELS + 2
+    return asdict(TransformerConfig(channels, target_size=size, task_type=None, use_meanflow=version.use_meanflow))
 
 
 def published_versions() -> list[str]:
@@ -70,10 +88,7 @@ class PublishedModel(ModelFolder):
         self.transformer_folder(version)
         larger = super_resolution_named(version)
         if larger:
-            size, channels = BUCKET_BASE[larger.resolution], 3 * LATENT_CHANNELS + 2
-            return asdict(
-                TransformerConfig(channels, target_size=size, task_type=None, use_meanflow=larger.use_meanflow)
-            )
+            return super_resolution_config(larger)
         chosen = parse_version(version)
         size, meanflow = BUCKET_BASE[chosen.resolution], chosen.use_meanflow
         return asdict(TransformerConfig(target_size=size, task_type=chosen.task, use_meanflow=meanflow))
