@@ -17,7 +17,7 @@ from hunyuan_staged.errors import Stopped, one_line, refusal_of, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
-from hunyuan_staged.runtime.environment import await_turn, check_environment, started_by_launcher
+from hunyuan_staged.runtime.environment import await_turn, check_environment, process_age, started_by_launcher
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back
@@ -165,7 +165,9 @@ class Run(Reporter):
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.events.write("part", what=name, seconds=round(seconds, 3))
 
     def show_plan(self, rows: Mapping[str, object], title: str = "") -> None:
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
@@ -268,8 +270,10 @@ def run_stage(
     fault and keeps its traceback. On several processes the first that fails says so, and all of them end. The events
     of --log_json are the first process's.
     """
-    if not await_turn(modules):
+    ages: dict[str, float | None] = {"exec": process_age()}
+    if not await_turn(modules, ages):
         return 0
+    ages["turn"] = process_age()
     world, events = None, NO_LOG
     with Interrupts() as interrupts:
         try:
@@ -284,7 +288,8 @@ def run_stage(
 
             world = (start_world() if joined else open_world()) if every_rank else lone_world()
             interrupts.patience = PATIENCE_SECONDS if world.size > 1 else None
-            events.write("start", options=vars(options), processes=world.size, device=str(world.device))
+            about = {"options": vars(options), "processes": world.size, "device": str(world.device)}
+            events.write("start", **about, age=ages | {"start": process_age()})
             with Run(name, world, interrupts, events) as run:
                 body(run, checked)
                 world.barrier("end")

@@ -45,10 +45,10 @@ class Parser(argparse.ArgumentParser):
             refuse(str(error))
 
 
-def tool_parser(name: str, description: str | None) -> Parser:
+def tool_parser(name: str, description: str | None, kind: type[Parser] = Parser) -> Parser:
     """The parser of a tool, `python -m NAME`, for errors.run_tool: --debug, and whatever is added."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(f"python -m {name}", description=description, formatter_class=raw, allow_abbrev=False)
+    parser = kind(f"python -m {name}", description=description, formatter_class=raw, allow_abbrev=False)
     add_debug(parser)
     return parser
 

@@ -1,5 +1,6 @@
 """`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
-device; `… bench memory CLAIM`: what is said about memory (memory.py).
+device; `… memory CLAIM`: what is said about memory (memory.py); `… checkpoint FOLDER`: weights to time runs on;
+`… run FLAGS`: run_staged.sh by part.
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
@@ -12,7 +13,8 @@ from typing import Any
 
 from hunyuan_staged import geometry, options, versions
 from hunyuan_staged.attention import modes
-from hunyuan_staged.bench import memory, step
+from hunyuan_staged.bench import checkpoint, memory, step
+from hunyuan_staged.bench import run as whole_run
 from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_stage3
 from hunyuan_staged.decoding import tiling
@@ -94,12 +96,25 @@ def add_stage3(stages: Any) -> None:
     stage3.set_defaults(run=bench_stage3)
 
 
+class BenchParser(Parser):
+    """A parser that leaves the flags that it does not know to a benchmark that takes them."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, others = self.parse_known_args(args, namespace)
+        if others and not getattr(known, "takes_flags", False):
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        known.flags = others
+        return known
+
+
 def build_parser() -> Parser:
-    parser = tool_parser("hunyuan_staged.bench", __doc__)
+    parser = tool_parser("hunyuan_staged.bench", __doc__, BenchParser)
     stages = parser.add_subparsers(dest="stage", required=True)
     add_stage2(stages)
     add_stage3(stages)
     memory.add_parser(stages)
+    checkpoint.add_parser(stages)
+    whole_run.add_parser(stages)
     for stage in stages.choices.values():
         add_debug(stage, argparse.SUPPRESS)
     return parser
@@ -118,7 +133,7 @@ def check_device(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, on as many processes as asked for, and print."""
-    if args.gpus > 1 and "RANK" not in os.environ:
+    if getattr(args, "gpus", 1) > 1 and "RANK" not in os.environ:
         from torch.distributed.run import main as torchrun
 
         words = ["--standalone", "--nproc-per-node", str(args.gpus), "-m", "hunyuan_staged.bench", *sys.argv[1:]]

@@ -24,6 +24,7 @@ from hunyuan_staged.versions import (
 )
 
 AnyVersion = TransformerVersion | SuperResolutionVersion
+GLYPH_FOLDER = "Glyph-SDXL-v2"
 
 
 @dataclass
@@ -69,12 +70,12 @@ def save_official(
     """Write the modules as `hf download tencent/HunyuanVideo-1.5` and its download guide leave them (facts.md).
 
     All weights in dtype; a transformer of more than shard_bytes in several files and an index. The folder appears whole
-    or not at all; InputError where it exists already.
+    or not at all; InputError where something is there already.
     """
-    with _new_folder(Path(folder)) as root:
+    with new_folder(Path(folder)) as root:
         _save_qwen(root / "text_encoder" / "llm", modules, dtype)
-        _save_byt5(root / "text_encoder" / "byt5-small", modules)
-        _save_glyphs(root / "text_encoder" / "Glyph-SDXL-v2", modules, dtype)
+        write_glyph_configs(root / "text_encoder", modules.glyph_encoder.config, modules.colors, modules.fonts)
+        save_glyph_weights(root / "text_encoder" / GLYPH_FOLDER, _weights(modules.glyph_encoder.encoder, dtype))
         _save_image_encoder(root / "vision_encoder" / "siglip", modules, dtype)
         for name in versions or tuple(modules.transformers):
             _save_official_transformer(
@@ -85,19 +86,16 @@ def save_official(
                 _save_tensors(
                     root / "upsampler" / name / "diffusion_pytorch_model.safetensors", _weights(upsampler, dtype)
                 )
-                _write_json(root / "upsampler" / name / "config.json", config)
+                write_json(root / "upsampler" / name / "config.json", config)
         _save_official_vae(root / "vae", modules.vae, dtype)
-        _write_json(
-            root / "scheduler" / "scheduler_config.json",
-            {
-                "_class_name": "FlowMatchDiscreteScheduler",
-                "num_train_timesteps": 1000,
-                "reverse": True,
-                "shift": 1.0,
-                "solver": "euler",
-            },
-        )
+        write_scheduler(root)
     return Path(folder)
+
+
+def write_scheduler(root: Path) -> None:
+    """The official scheduler's config, below the checkpoint's folder."""
+    config = {"_class_name": "FlowMatchDiscreteScheduler", "num_train_timesteps": 1000, "reverse": True}
+    write_json(root / "scheduler" / "scheduler_config.json", config | {"shift": 1.0, "solver": "euler"})
 
 
 def official_transformer_dict(config: Any, version: AnyVersion) -> dict[str, Any]:
@@ -162,20 +160,20 @@ def _save_official_transformer(
     from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 
     _save_sharded(folder, "diffusion_pytorch_model", to_official(_weights(module, dtype), TRANSFORMER_MAP), shard_bytes)
-    _write_json(folder / "config.json", official_transformer_dict(module.config, version))
+    write_json(folder / "config.json", official_transformer_dict(module.config, version))
 
 
 def _save_official_vae(folder: Path, module: Any, dtype: torch.dtype) -> None:
     from hunyuan_staged.weights.key_maps import VAE_MAP, to_official
 
     _save_tensors(folder / "diffusion_pytorch_model.safetensors", to_official(_weights(module, dtype), VAE_MAP))
-    _write_json(folder / "config.json", official_vae_dict(module.config))
+    write_json(folder / "config.json", official_vae_dict(module.config))
 
 
 def _save_qwen(folder: Path, modules: Modules, dtype: torch.dtype) -> None:
     """The hub's form: two shards, old key names, and a vision tower and lm_head, which stage 1 must not read."""
-    _save_tokenizer(modules.tokenizer, folder, save_jinja_files=False)
-    _write_json(folder / "config.json", modules.language_config)
+    save_tokenizer(modules.tokenizer, folder, save_jinja_files=False)
+    write_json(folder / "config.json", modules.language_config)
     weights = {f"model.{name}": tensor for name, tensor in _weights(modules.language_model, dtype).items()}
     embeddings = weights["model.embed_tokens.weight"]
     unread = {
@@ -195,31 +193,34 @@ def _save_qwen(folder: Path, modules: Modules, dtype: torch.dtype) -> None:
         _save_tensors(folder / file, shard)
         files |= dict.fromkeys(shard, file)
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
 
 
-def _save_byt5(folder: Path, modules: Modules) -> None:
-    """google/byt5-small without its weights: Glyph-SDXL-v2's file holds the whole encoder."""
-    config = modules.glyph_encoder.config.to_diff_dict() | {"vocab_size": 384, "is_encoder_decoder": True}
+def write_glyph_configs(folder: Path, config: Any, colors: Mapping[str, int], fonts: Mapping[str, int]) -> None:
+    """google/byt5-small without its weights, and Glyph-SDXL-v2's tables, below text_encoder/. config: T5Config."""
+    write_json(folder / GLYPH_FOLDER / "assets" / "color_idx.json", colors)
+    write_json(folder / GLYPH_FOLDER / "assets" / "multilingual_10-lang_idx.json", fonts)
+    _write_byt5(folder / "byt5-small", config.to_diff_dict() | {"vocab_size": 384, "is_encoder_decoder": True})
+
+
+def _write_byt5(folder: Path, config: dict[str, Any]) -> None:
     config |= {"architectures": ["T5ForConditionalGeneration"], "tokenizer_class": "ByT5Tokenizer"}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     added = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "__type": "AddedToken"}
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     extra = {"extra_ids": 125, "additional_special_tokens": [f"<extra_id_{i}>" for i in range(125)]}
     tokens = {name: {"content": token} | added for name, token in special.items()}
-    _write_json(folder / "tokenizer_config.json", tokens | extra | {"tokenizer_class": "ByT5Tokenizer"})
-    _write_json(
+    write_json(folder / "tokenizer_config.json", tokens | extra | {"tokenizer_class": "ByT5Tokenizer"})
+    write_json(
         folder / "special_tokens_map.json", special | {"additional_special_tokens": extra["additional_special_tokens"]}
     )
 
 
-def _save_glyphs(folder: Path, modules: Modules, dtype: torch.dtype) -> None:
-    _write_json(folder / "assets" / "color_idx.json", modules.colors)
-    _write_json(folder / "assets" / "multilingual_10-lang_idx.json", modules.fonts)
-    stack = _weights(modules.glyph_encoder.encoder, dtype)
-    weights = {f"module.text_tower.encoder.{name}": tensor for name, tensor in stack.items()}
+def save_glyph_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Glyph-SDXL-v2's file, which holds the whole glyph encoder, of the encoder's weights."""
+    named = {f"module.text_tower.encoder.{name}": tensor for name, tensor in weights.items()}
     (folder / "checkpoints").mkdir(parents=True)
-    torch.save({"state_dict": weights}, folder / "checkpoints" / "byt5_model.pt")
+    torch.save({"state_dict": named}, folder / "checkpoints" / "byt5_model.pt")
 
 
 # --- diffusers' layout -----------------------------------------------------------------------------------------------
@@ -239,19 +240,19 @@ def save_diffusers(
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     parsed = parse_version(version or next(iter(modules.transformers)))
-    with _new_folder(Path(folder)) as root:
+    with new_folder(Path(folder)) as root:
         transformer = modules.transformers[parsed.name]
         for part, module in (("transformer", transformer), ("vae", modules.vae)):
-            _write_json(root / part / "config.json", {"_class_name": _DIFFUSERS[part]} | asdict(module.config))
+            write_json(root / part / "config.json", {"_class_name": _DIFFUSERS[part]} | asdict(module.config))
             _save_tensors(root / part / "diffusion_pytorch_model.safetensors", _weights(module, dtype))
         scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=parsed.flow_shift)
         scheduler.save_pretrained(root / "scheduler")
         guider = {"_class_name": "ClassifierFreeGuidance", "enabled": True, "guidance_scale": parsed.guidance_scale}
-        _write_json(root / "guider" / "guider_config.json", guider | {"start": 0.0, "stop": 1.0})
+        write_json(root / "guider" / "guider_config.json", guider | {"start": 0.0, "stop": 1.0})
         _save_module(root / "text_encoder", modules.language_model, _weights(modules.language_model, dtype), "model")
-        _save_tokenizer(modules.tokenizer, root / "tokenizer")
+        save_tokenizer(modules.tokenizer, root / "tokenizer")
         _save_module(root / "text_encoder_2", modules.glyph_encoder, _weights(modules.glyph_encoder, dtype), "model")
-        _save_tokenizer(modules.glyph_tokenizer, root / "tokenizer_2")
+        save_tokenizer(modules.glyph_tokenizer, root / "tokenizer_2")
         _save_image_encoder(root, modules, dtype)
         index = {
             "guider": ["diffusers", "ClassifierFreeGuidance"],
@@ -266,18 +267,23 @@ def save_diffusers(
             pipeline = "HunyuanVideo15ImageToVideoPipeline"
             index["feature_extractor"] = ["transformers", "SiglipImageProcessor"]
             index["image_encoder"] = ["transformers", "SiglipVisionModel"]
-        _write_json(root / "model_index.json", {"_class_name": pipeline, **index})
+        write_json(root / "model_index.json", {"_class_name": pipeline, **index})
     return Path(folder)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside target that becomes target at the end, so that half a checkpoint never looks whole."""
-    if target.exists():
+def require_vacant(target: Path) -> None:
+    """InputError where something is there already, but for an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists already; remove it or name another folder")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside target that becomes target at the end, so that half a checkpoint never looks whole."""
+    require_vacant(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -298,23 +304,37 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _save_sharded(folder: Path, stem: str, weights: Mapping[str, torch.Tensor], limit: int | None) -> None:
-    """One file, or where that would pass the limit several and the index that lists them, as the hub names them."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, tensor in weights.items():
-        if limit and shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > limit:
-            shards.append({})
-        shards[-1][name] = tensor
+def shards_of(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """Names by file, in order; each file within the limit, unless it holds one tensor. sizes: in bytes, by name."""
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if limit and shards[-1] and sum(sizes[other] for other in shards[-1]) + size > limit:
+            shards.append([])
+        shards[-1].append(name)
+    return shards
+
+
+def shard_files(stem: str, shards: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The names in each file, by the file's name, as the hub names several, or one."""
     if len(shards) == 1:
-        _save_tensors(folder / f"{stem}.safetensors", weights)
-        return
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_tensors(folder / file, shard)
-        files |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(x.nbytes for x in weights.values())}, "weight_map": files}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, stem: str, files: Mapping[str, Sequence[str]], size: int) -> None:
+    """The index of several files: which holds what. size: of all tensors, in bytes."""
+    where = {name: file for file, names in files.items() for name in names}
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def _save_sharded(folder: Path, stem: str, weights: Mapping[str, torch.Tensor], limit: int | None) -> None:
+    """One file, or where that would pass the limit several and the index that lists them."""
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    files = shard_files(stem, shards_of(sizes, limit))
+    for file, names in files.items():
+        _save_tensors(folder / file, {name: weights[name] for name in names})
+    if len(files) > 1:
+        write_index(folder, stem, files, sum(sizes.values()))
 
 
 def _save_module(folder: Path, module: Any, weights: Mapping[str, torch.Tensor], stem: str) -> None:
@@ -333,7 +353,7 @@ def _save_image_encoder(root: Path, modules: Modules, dtype: torch.dtype) -> Non
     modules.image_processor.save_pretrained(root / "feature_extractor")
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, **options: Any) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path, **options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder, **options)
 
@@ -346,6 +366,6 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.chmod(0o644)  # safetensors lets nobody but the owner read
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -65,12 +65,14 @@ FONTS = {"en-Montserrat-Regular": 0, "en-Lato-Bold": 1, "cn-AlibabaPuHuiTi-Bold"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large each part is. Heads are heads x head_dim wide; the default draws tens of megabytes and runs in seconds.
+    """How large each part is. embeddings: of the language model; None: as many as tokens. Heads are heads x head_dim wide;
+    the default draws tens of megabytes and runs in seconds.
 
     Most of the transformer's bytes are its glyph projection, which the architecture fixes at 2048 wide.
     """
 
     vocab: int = 512
+    embeddings: int | None = None
     text_width: int = 64
     text_layers: int = 4
     text_heads: int = 4
@@ -79,6 +81,7 @@ class Sizes:
     glyph_width: int = 64
     glyph_layers: int = 2
     glyph_heads: int = 4
+    glyph_head_dim: int = 16
     glyph_mlp: int = 128
     image_width: int = 32
     image_layers: int = 1
@@ -110,7 +113,7 @@ def draw_checkpoint(
 ) -> Path:
     """Write a checkpoint of random weights and return its folder; the diffusers layout holds the first version only.
 
-    Raises InputError for an unknown layout or version, and where the folder exists already.
+    Raises InputError for an unknown layout or version, and where something is in the folder already.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
@@ -256,7 +259,7 @@ def qwen_config(sizes: Sizes, tokenizer: Any) -> dict[str, Any]:
             "temporal_patch_size": 2,
         },
         "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "vocab_size": sizes.embeddings or -(-len(tokenizer) // 64) * 64,
     }
 
 
@@ -283,7 +286,7 @@ def byt5_config(sizes: Sizes) -> dict[str, Any]:
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "d_ff": sizes.glyph_mlp,
-        "d_kv": sizes.glyph_width // sizes.glyph_heads,
+        "d_kv": sizes.glyph_head_dim,
         "d_model": sizes.glyph_width,
         "decoder_start_token_id": 0,
         "dropout_rate": 0.1,

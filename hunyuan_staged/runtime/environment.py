@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +23,28 @@ def started_by_launcher() -> float | None:
     return None if started is None else float(started)
 
 
-def await_turn(modules: Iterable[str]) -> bool:
-    """Import these modules and wait for the launcher's word, where it started this stage early; False: it has ended."""
+def process_age() -> float | None:
+    """Seconds since this process was started, to a hundredth; None where the system does not say."""
+    try:
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5)
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 3)
+    except (OSError, AttributeError):
+        return None
+
+
+def await_turn(modules: Iterable[str], ages: dict[str, float | None] | None = None) -> bool:
+    """Import these modules and wait for the launcher's word, where it started this stage early; False: it has ended.
+
+    ages: gets the process's age once they are imported.
+    """
     pipe = os.environ.pop(TURN_PIPE, None)
     if pipe is None:
         return True
     for module in modules:
         import_module(module)
+    if ages is not None:
+        ages["imported"] = process_age()
     try:
         return bool(os.read(int(pipe), 1))
     finally:

@@ -200,10 +200,11 @@ def test_half_a_checkpoint_is_never_left_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_not_touched(tmp_path):
+def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
+    (tmp_path / "a").write_text("")
     with pytest.raises(InputError, match=f"{tmp_path} exists already; remove it or name another folder"):
         tiny.draw_checkpoint(tmp_path, sizes=SMALL, versions=("demo_t2v",))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_an_unknown_layout_is_refused(tmp_path):
