@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Else Ctrl-C within the imports below would be a traceback: it waits until utils.run_stage listens.
+    import _signal
+
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
+
 from collections.abc import Sequence
 
 import utils

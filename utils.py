@@ -20,7 +20,7 @@ from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
 from hunyuan_staged.runtime.environment import await_turn, check_environment, process_age, started_by_launcher
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
-from hunyuan_staged.runtime.signals import Interrupts, hold_back
+from hunyuan_staged.runtime.signals import Interrupts, hold_back, ignore_signals
 
 if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
@@ -121,8 +121,8 @@ class Run(Reporter):
         from hunyuan_staged.files import atomic
 
         if self.world.is_main:
-            self._claims.enter_context(atomic.locked(path, files))
-            self.interrupts.cleanups.append(partial(atomic.unlock, path, files))
+            made = self._claims.enter_context(atomic.locked(path, files))
+            self.interrupts.cleanups.append(partial(atomic.unlock, path, files, made))
 
     def lock_all(self, locks: Iterable[tuple[Path, Sequence[str]]]) -> None:
         """Lock each (path, files)."""
@@ -161,6 +161,7 @@ class Run(Reporter):
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Time a part of the stage (load, compute, write); parts of one name add up."""
+        self.interrupts.check()
         started = time.perf_counter()
         try:
             yield
@@ -276,6 +277,15 @@ def run_stage(
     ages["turn"] = process_age()
     world, events = None, NO_LOG
     with Interrupts() as interrupts:
+
+        def end(raised: BaseException) -> int:
+            error = refusal_of(raised)
+            events.write("error", kind=type(error).__name__, text=one_line(error))
+            if world is not None and world.size > 1:
+                leave(name, error, options.debug, world, interrupts)
+            return status_of_error(name, interrupts.cause_of(error), options.debug)
+
+        interrupts.last_words = end
         try:
             interrupts.unblock()
             check_environment()
@@ -297,11 +307,7 @@ def run_stage(
                 status = run.status
             stop_world(world)
         except BaseException as raised:
-            error = refusal_of(raised)
-            events.write("error", kind=type(error).__name__, text=one_line(error))
-            if world is not None and world.size > 1:
-                leave(name, error, options.debug, world, interrupts)
-            return status_of_error(name, interrupts.cause_of(error), options.debug)
+            return end(raised)
     return status
 
 
@@ -377,7 +383,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     A signal waits until main listens to signals, and does nothing once main is done; see signals.hold_back.
     """
     hold_back()
-    sys.exit(main())
+    try:
+        status = main()
+    finally:
+        ignore_signals()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

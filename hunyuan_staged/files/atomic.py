@@ -61,8 +61,8 @@ def remove_leftovers(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
-    """Be the only run that writes `files` into the folder of `lock`, a path, while the block runs.
+def locked(lock: str | Path, files: Sequence[str]) -> Iterator[list[Path]]:
+    """Be the only run that writes `files` into the folder of `lock`, a path, while the block runs; gives what unlock needs.
 
     The folder is made if it is absent, and removed again if it is then empty; what a killed process left half-written of
     the files is removed. InputError where another run is at it, with its process id, and where the folder cannot be
@@ -85,7 +85,8 @@ def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
             for name in files:
                 remove_leftovers(lock.parent / name)
         except BaseException:
-            _release(handle, lock, ())
+            unlock(lock, ())  # before it is let go: see _lock
+            os.close(handle)
             raise
     except OSError as error:
         _remove_empty(made)
@@ -94,15 +95,10 @@ def locked(lock: str | Path, files: Sequence[str]) -> Iterator[None]:
         _remove_empty(made)
         raise
     try:
-        yield
+        yield made
     finally:
-        _release(handle, lock, files)
-        _remove_empty(made)
-
-
-def _release(handle: int, lock: Path, files: Sequence[str]) -> None:
-    unlock(lock, files)  # before it is let go: see _lock
-    os.close(handle)
+        unlock(lock, files, made)  # before it is let go: see _lock
+        os.close(handle)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -112,13 +108,15 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def unlock(lock: str | Path, files: Sequence[str]) -> None:
-    """Remove a lock that this process has, after what is left half-written of the files."""
+def unlock(lock: str | Path, files: Sequence[str], made: Sequence[Path] = ()) -> None:
+    """Remove a lock that this process has, after what is left half-written of the files; and the folders made for it,
+    the innermost first, up to one that holds something."""
     lock = Path(lock)
     # Once more, for an ffmpeg that outlived its killed parent.
     for name in files:
         remove_leftovers(lock.parent / name)
     lock.unlink(missing_ok=True)
+    _remove_empty(made)
 
 
 def _lock(path: Path) -> int:

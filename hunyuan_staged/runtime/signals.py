@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,14 +41,18 @@ class Interrupts:
     """Inside its context SIGTERM and SIGINT raise Interrupted, or, while they are deferred, are only noted.
 
     A second signal ends the process at once. patience: so many seconds after the first one the process ends at once,
-    too; None waits for ever. cleanups: called, on another thread, before the process ends at once. Outside the main
-    thread, where Python allows no handlers, it does nothing.
+    too; None waits for ever. cleanups: called before the process ends at once, on another thread or within a signal's
+    handler. Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Where the exception would be lost, the process ends at once, after last_words(Interrupted), whose result is the
+    status: within an import, which may swallow it or abort, and within __del__ and callbacks, of which Python only warns.
     """
 
     def __init__(self) -> None:
         self.received = 0  # the first signal's number
         self.patience: float | None = None
         self.cleanups: list[Callable[[], None]] = []
+        self.last_words: Callable[[Interrupted], int] | None = None
         self._deferred = False
         self._notice: Callable[[int], None] | None = None
         self._restore: Callable[[], None] | None = None
@@ -61,11 +66,13 @@ class Interrupts:
         former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(read,), name="interrupts", daemon=True)
         watcher.start()
+        unraisable, sys.unraisablehook = sys.unraisablehook, self._unraisable
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
         def restore() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             signal.set_wakeup_fd(former)
+            sys.unraisablehook = unraisable
             for number, handler in handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             os.close(write)  # which ends the watcher
@@ -110,22 +117,47 @@ class Interrupts:
         cause.__cause__ = error
         return cause
 
+    def check(self) -> None:
+        """Raise Interrupted where a signal has come whose exception somebody swallowed."""
+        if self.received and not self._deferred:
+            raise Interrupted(self.received)
+
     def ignore(self) -> None:
         """Raise nothing any more: the process is on its way out. A second signal still ends it at once."""
         self._deferred = True
 
-    def _handle(self, signum: int, _: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
             return
         self.received = signum
-        if not self._deferred:
-            raise Interrupted(signum)
+        if self._deferred:
+            return
+        if _imports(frame):
+            self._end(signum)
+        raise Interrupted(signum)
+
+    def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        """What Python does with an exception that it cannot raise: a warning, and it goes on."""
+        if isinstance(lost.exc_value, Interrupted):
+            self._end(lost.exc_value.signum)
+        sys.__unraisablehook__(lost)
+
+    def _end(self, signum: int) -> NoReturn:
+        """End the process at once, on its main thread, as if Interrupted had been raised and caught."""
+        self._clean_up()
+        error = Interrupted(signum)
+        status = self.last_words(error) if self.last_words else error.status
+        sys.stdout.flush()
+        os._exit(status)
 
     def _exit(self, signum: int) -> NoReturn:
+        self._clean_up()
+        os._exit(SIGNALLED + signum)
+
+    def _clean_up(self) -> None:
         for cleanup in self.cleanups:
             with contextlib.suppress(OSError):
                 cleanup()
-        os._exit(SIGNALLED + signum)
 
     def _watch(self, pipe: int) -> None:
         first = None
@@ -151,6 +183,15 @@ class Interrupts:
                 self._notice(data[0])
 
 
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a frame, or one that called it, is Python's own of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def hold_back() -> None:
     """Before a script's work: signals wait until Interrupts.unblock, and after Interrupts' end do nothing.
 
@@ -159,6 +200,12 @@ def hold_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         signal.signal(number, _do_nothing)
+
+
+def ignore_signals() -> None:
+    """After a script's work: while Python ends it takes handlers away, and a thread of a library may get the signal."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _do_nothing(signum: int, _: FrameType | None) -> None:

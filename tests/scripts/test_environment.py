@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import heed_interrupts
+
+from hunyuan_staged.launch import STAGES
 
 BASH = ["bash", str(ROOT / "run_staged.sh")]
 STAGE1 = [sys.executable, str(ROOT / "stage1_text_encoder.py")]
@@ -136,7 +139,7 @@ def test_a_signal_in_the_first_moments_is_one_line(tmp_path, number, tenths):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
     )
     time.sleep(tenths / 10)
     process.send_signal(number)
@@ -144,4 +147,49 @@ def test_a_signal_in_the_first_moments_is_one_line(tmp_path, number, tenths):
     # A shell that has not come to its last line dies of the signal itself.
     assert process.returncode in (128 + number, -number), said
     assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+# Runs a script as Python would, with a signal to itself as it looks for a module.
+AT_AN_IMPORT = """
+import os, runpy, sys
+number, module, script, *flags = sys.argv[1:]
+class Finder:
+    def find_spec(self, name, *_):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), int(number))
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, os.path.dirname(script))
+sys.argv[:] = [script, *flags]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [
+        *((stage, module) for stage in STAGES for module in ("utils", "hunyuan_staged.options", "torch")),
+        ("stage1_text_encoder", "numpy"),  # torch swallows what is raised there, and gives an error of its own later on
+        ("stage1_text_encoder", "torch.nn"),
+        ("stage1_text_encoder", "transformers"),  # by then the folder is made, and locked
+    ],
+)
+def test_a_signal_within_an_import_is_one_line(tmp_path, number, stage, module):
+    """Before the script listened: a traceback. Afterwards: swallowed, and the stage went on, or aborted, with -6."""
+    script = [sys.executable, "-c", AT_AN_IMPORT, str(int(number)), module, str(ROOT / f"{stage}.py")]
+    inputs = [] if stage == STAGES[0] else ["--input_dir", str(tmp_path)]
+    process = subprocess.run(
+        [*script, *inputs],
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=heed_interrupts,
+    )
+    assert process.returncode == 128 + number, process.stderr
+    told = [line for line in process.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
+    assert told == [f"error: stage {stage[5]} was interrupted by {number.name}; run the same command again"]
     assert not list(tmp_path.iterdir())
