@@ -12,15 +12,18 @@ import urllib.error
 import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from hunyuan_staged.download import transfer
 from hunyuan_staged.errors import InputError, one_line
 from hunyuan_staged.files import provenance
 from hunyuan_staged.files.atomic import replacing
-from hunyuan_staged.weights.hub import HF, MODELSCOPE, NOTES, Source
+from hunyuan_staged.weights.hub import HF, MODELSCOPE, NOTES, Source, within
 
+LISTING_SECONDS = 60  # for the whole list of a repository's files
 ENDPOINTS = {HF: "https://huggingface.co", MODELSCOPE: "https://modelscope.cn"}
 ENDPOINT_VARIABLES = {HF: "HF_ENDPOINT", MODELSCOPE: "MODELSCOPE_ENDPOINT"}
 MIRROR_HINT = {HF: "--endpoint URL names a mirror", MODELSCOPE: "--modelscope_endpoint URL names another address"}
@@ -121,10 +124,11 @@ def list_hf(source: Source, endpoint: str) -> list[RemoteFile]:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint)
+    about: dict[str, Any] = {"files_metadata": True, "timeout": transfer.TIMEOUT_SECONDS}
     try:
-        info = api.model_info(source.repo, files_metadata=True, timeout=transfer.TIMEOUT_SECONDS)
+        info = within(LISTING_SECONDS, partial(api.model_info, source.repo, **about))
         if info.gated:
-            api.auth_check(source.repo)
+            within(LISTING_SECONDS, partial(api.auth_check, source.repo))
     except _client_errors() as error:
         raise _hf_failure(endpoint, source.repo, error) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -166,8 +170,7 @@ def list_modelscope(source: Source, endpoint: str) -> list[RemoteFile]:
     """The source's files, from ModelScope's listing of the repository."""
     url = f"{endpoint}/api/v1/models/{source.repo}/repo/files?Revision=master&Recursive=true"
     try:
-        with transfer.ask(url) as answer:
-            content = json.loads(answer.read())
+        content = json.loads(within(LISTING_SECONDS, partial(_read, url)))
         files = {file["Path"]: file for file in content["Data"]["Files"] if file["Type"] != "tree"}
         return [
             RemoteFile(source, name, int(files[name]["Size"]), "master", files[name].get("Sha256") or None)
@@ -177,6 +180,11 @@ def list_modelscope(source: Source, endpoint: str) -> list[RemoteFile]:
         raise _modelscope_failure(endpoint, source.repo, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{endpoint} answers for {source.repo} in a form that is not ModelScope's") from error
+
+
+def _read(url: str) -> bytes:
+    with transfer.ask(url) as answer:
+        return bytes(answer.read())
 
 
 def fetch_modelscope(file: RemoteFile, folder: Path, endpoint: str) -> None:

@@ -2,17 +2,22 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar, cast
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.versions import DEFAULT_RESOLUTION
 
 PUBLISHED_RESOLUTIONS = ("480p", "720p")  # of the transformers in the official repository, super resolution apart
 PUBLISHED_SUPER_RESOLUTION = ("720p", "1080p")
-ANSWER_SECONDS = 5  # how long the hub may take to answer a question
+ANSWER_SECONDS = 5  # how long the hub may be silent when it is asked a question
+WHOLE_ANSWER_SECONDS = 30  # how long all of its answer may take
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -170,17 +175,41 @@ def _asking(repo: str) -> Iterator[None]:
 
 
 def _limit_patience() -> None:
-    """Have the hub's client give up on what does not answer: most of its requests it would wait for for ever."""
+    """Have the hub's client give up on what never answers or never ends: for most requests it would wait for ever."""
     from huggingface_hub import get_session
 
-    hooks = get_session().event_hooks
-    if _limit not in hooks["request"]:
-        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+    session: Any = get_session()
+    if "send" not in vars(session):
+        session.send = partial(_send, session.send)
 
 
-def _limit(request: Any) -> None:
-    """ANSWER_SECONDS for whatever a request of the client, an httpx.Request, may wait for without end."""
+def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
+    """A request of the client, an httpx.Request: its whole answer in time, or, of a file to be streamed, the header."""
     given = request.extensions.get("timeout", {})
     waits = ("connect", "read", "write", "pool")
     limits = {wait: ANSWER_SECONDS if given.get(wait) is None else given[wait] for wait in waits}
     request.extensions = {**request.extensions, "timeout": limits}
+    return within(WHOLE_ANSWER_SECONDS, lambda: send(request, **options))
+
+
+def within(seconds: float, call: Callable[[], Given]) -> Given:
+    """What a call gives; TimeoutError where it takes longer, and is then left to itself on a thread of its own.
+
+    For servers: a time-out for each read bounds nothing where a byte comes now and then.
+    """
+    results: SimpleQueue[tuple[Given | None, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            results.put((call(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, name="asking a server", daemon=True).start()
+    try:
+        given, error = results.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"timed out: its answer did not end within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return cast(Given, given)

@@ -6,7 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -20,8 +20,8 @@ def drawn(seed: int, size: int) -> bytes:
 
 class HubServer(ThreadingHTTPServer):
     """gated: repositories that answer 401. cut: how often a file breaks off at its half. wrong: files sent with a byte
-    changed. ranges: the Range headers that were asked for, by file. silent: no request is answered. elsewhere: files that
-    another server has. page: what every request is answered with. keys: (path, Authorization) of each request.
+    changed. ranges: the Range headers that were asked for, by file. silent: no request is answered. endless: each
+    is answered by spaces without an end. elsewhere: files that another server has. page: what every request is answered with. keys: (path, Authorization) of each request.
     """
 
     daemon_threads = True
@@ -35,6 +35,7 @@ class HubServer(ThreadingHTTPServer):
         self.ranges: dict[str, list[str]] = {}
         self.sent: Counter[str] = Counter()
         self.silent = threading.Event()
+        self.endless = threading.Event()
         self.elsewhere: dict[str, str] = {}
         self.page: bytes | None = None
         self.keys: list[tuple[str, str | None]] = []
@@ -57,6 +58,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.silent.is_set():
             threading.Event().wait(5)
+            return
+        if self.server.endless.is_set():
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the client has left
+                while self.server.endless.is_set():
+                    self.wfile.write(b" ")
+                    threading.Event().wait(0.05)
             return
         self.server.keys.append((self.path, self.headers.get("Authorization")))
         if self.server.page is not None:

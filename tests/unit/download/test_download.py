@@ -309,6 +309,25 @@ def test_a_hub_that_is_not_there_or_says_nothing_is_one_line(hub, tmp_path, caps
     assert not (tmp_path / "model").exists()
 
 
+def test_a_listing_without_an_end_is_one_line(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(remote, "LISTING_SECONDS", 0.5)
+    hub.endless.set()
+    try:
+        assert run(hub, tmp_path / "model") == 2
+        with pytest.raises(
+            InputError, match=r"\(timed out: its answer did not end within 0.5 s\); --modelscope_endpoint"
+        ):
+            remote.list_modelscope(sources_of("720p_t2v")[4], hub.address)
+    finally:
+        hub.endless.clear()
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {hub.address} gives no answer (timed out: its answer did not end within 0.5 s); "
+        "--endpoint URL names a mirror\n"
+    )
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -1,9 +1,12 @@
 """A hub that is none, or is broken: whatever it answers, and if it never does, the end is one line, and soon."""
 
+import contextlib
+import itertools
+import json
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -17,17 +20,34 @@ def answer(body: str, status: str = "200 OK", header: str = "Content-Type: appli
 
 
 class Answering(socketserver.BaseRequestHandler):
-    """Gives one answer to everything; None: never any. Then it waits until the client leaves."""
+    """Gives one answer to everything; None: never any. Then it waits until the client leaves.
+
+    before: what the first requests are answered with. letters: these follow one by one, twenty a second, for ever
+    where there are none.
+    """
 
     given: bytes | None = None
     stays = False
+    before: list[bytes]
+    letters: bytes | None = None
 
     def handle(self) -> None:
         self.request.recv(65536)
+        if self.before:
+            self.request.sendall(self.before.pop(0))
+            return
         if self.given:
             self.request.sendall(self.given)
-        if self.given is None or self.stays:
+        if self.letters is not None:
+            self.dribble()
+        elif self.given is None or self.stays:
             self.request.recv(1)
+
+    def dribble(self) -> None:
+        with contextlib.suppress(OSError):  # the client has left
+            for letter in self.letters or itertools.repeat(ord("x")):
+                time.sleep(0.05)
+                self.request.sendall(bytes([letter]))
 
 
 @pytest.fixture
@@ -39,13 +59,24 @@ def serve(monkeypatch, tmp_path) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
     running = []
 
-    def start(given: bytes | None = None, *, stays: bool = False, address: str | None = None) -> None:
-        handler = type("Handler", (Answering,), {"given": given, "stays": stays})
+    def start(
+        given: bytes | None = None,
+        *,
+        stays: bool = False,
+        address: str | None = None,
+        before: Sequence[bytes] = (),
+        letters: bytes | None = None,
+    ) -> None:
+        about = {"given": given, "stays": stays, "before": list(before), "letters": letters}
+        handler = type("Handler", (Answering,), about)
         server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
         running.append(server)
-        monkeypatch.setattr(constants, "ENDPOINT", address or f"http://127.0.0.1:{server.server_address[1]}")
+        endpoint = address or f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        files = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
 
     yield start
     for server in running:
@@ -101,8 +132,40 @@ def test_a_hub_that_answers_in_time_is_asked_once(serve):
 
     serve(answer("{}"))
     refusal()
+    send = get_session().send
     refusal()
-    assert get_session().event_hooks["request"].count(hub._limit) == 1
+    assert get_session().send == send
     request = get_session().build_request("GET", "http://a/", timeout=7.0)
-    hub._limit(request)
+    hub._send(lambda request: None, request)
     assert request.extensions["timeout"] == {"connect": 7.0, "read": 7.0, "write": 7.0, "pool": 7.0}
+
+
+HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+REVISION = "a" * 40
+NAME, CONTENT = "vae/config.json", b"[" + b"1," * 14 + b"1]"
+ABOUT = answer(json.dumps({"id": "a/b", "sha": REVISION, "siblings": [{"rfilename": NAME}]}))
+LIST = answer(json.dumps([{"type": "file", "path": NAME, "size": len(CONTENT), "oid": "b" * 40}]))
+
+
+@pytest.mark.parametrize("given", [b"HTTP/1.1 200 OK\r\nX: ", HEADER + b"Content-Length: 1000000000\r\n\r\n["])
+def test_a_hub_whose_answer_never_ends_is_left(serve, monkeypatch, given):
+    """A byte now and then kept each time-out from running out. The header is dribbled, or the list of files."""
+    monkeypatch.setattr(hub, "WHOLE_ANSWER_SECONDS", 1)
+    serve(given, letters=b"")
+    assert "its answer did not end within 1 s" in refusal()
+
+
+def test_a_hub_whose_word_on_a_file_never_ends_is_left(serve, monkeypatch):
+    monkeypatch.setattr(hub, "WHOLE_ANSWER_SECONDS", 1)
+    serve(HEADER + b"X: ", letters=b"", before=[ABOUT, LIST])
+    refusal()
+
+
+def test_contents_may_take_their_time(serve, monkeypatch, tmp_path):
+    """What comes of a file counts as progress: no limit but the one on silence."""
+    monkeypatch.setattr(hub, "WHOLE_ANSWER_SECONDS", 1)
+    about = f"ETag: {'b' * 40}\r\nX-Repo-Commit: {REVISION}\r\nConnection: close\r\n".encode()
+    head = HEADER + about + b"Content-Length: %d\r\n\r\n" % len(CONTENT)
+    serve(head + CONTENT[:1], letters=CONTENT[1:], before=[ABOUT, LIST, head])
+    folder = hub.snapshot("owner/model", ["*.json"])
+    assert (folder / NAME).read_bytes() == CONTENT
