@@ -19,9 +19,10 @@ def drawn(seed: int, size: int) -> bytes:
 
 
 class HubServer(ThreadingHTTPServer):
-    """gated: repositories that answer 401. cut: how often a file breaks off at its half. wrong: files sent with a byte
-    changed. ranges: the Range headers that were asked for, by file. silent: no request is answered. endless: each
-    is answered by spaces without an end. elsewhere: files that another server has. page: what every request is answered with. keys: (path, Authorization) of each request.
+    """gated: repositories that answer 401. cut: how often a file breaks off at its half. wrong: files sent with a
+    byte changed. ranges: the Range headers that were asked for, by file. silent: no request is answered. endless:
+    each is answered by spaces without an end. elsewhere: files that another server has. page: what every request is
+    answered with. keys: (path, Authorization) of each request.
     """
 
     daemon_threads = True
