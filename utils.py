@@ -17,7 +17,13 @@ from hunyuan_staged.errors import Stopped, one_line, refusal_of, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
-from hunyuan_staged.runtime.environment import await_turn, check_environment, process_age, started_by_launcher
+from hunyuan_staged.runtime.environment import (
+    await_turn,
+    check_environment,
+    job_pipes,
+    process_age,
+    started_by_launcher,
+)
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
 from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back, ignore_signals
@@ -318,16 +324,17 @@ def run_jobs(
     size: Callable[[Run, Any, Any], int] | None = None,
     modules: Sequence[str] = (),
 ) -> int:
-    """Run a stage: body(run, options) for one video, or, where the options ask for many, for each of those.
+    """Run a stage: body(run, options) for one video, or, where the options ask for many, or a cluster does, for each.
 
     size: how many processes make a video together, as many.Stage has it; None: a stage for one process. modules: as
     run_stage.
     """
-    many = asks_for_many(options)
+    pipes = job_pipes()
+    many = pipes is not None or asks_for_many(options)
 
     def check(options: Any) -> Jobs | None:
         options.check()
-        return jobs_of(options, [options]) if many and options.watch is None else None
+        return jobs_of(options, [options]) if many and pipes is None and options.watch is None else None
 
     def loop(run: Run, jobs: Jobs | None) -> None:
         if not many:
@@ -336,10 +343,12 @@ def run_jobs(
             except Stopped as stopped:
                 run.info(f"{stopped}; with --resume and without --stop_after the same command goes on")
             return
-        from hunyuan_staged.pipeline.many import Stage, run_all, watch
+        from hunyuan_staged.pipeline.many import Stage, run_all, serve, watch
 
         one = Stage(stage, body, size or (lambda *_: 1))
-        if jobs is None:
+        if pipes is not None:
+            serve(run, one, options, pipes)
+        elif jobs is None:
             watch(run, one, options)
         else:
             run_all(run, one, options, jobs)

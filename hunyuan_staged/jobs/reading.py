@@ -196,6 +196,12 @@ def text_of(job: Job) -> str:
     return json.dumps({NAME: job.name, **job.values}, ensure_ascii=False)
 
 
+def read_line(place: str, line: bytes) -> Job:
+    """The job of such a line; a folder's, which has its name from that, may give none. InputError: it is bad."""
+    values = check_values(parse_object(line))
+    return Job(values.pop(NAME, ""), place, values)
+
+
 # -- what options ask for --
 
 

@@ -9,9 +9,7 @@ from typing import Any
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import replacing
-from hunyuan_staged.jobs.names import NAME
-from hunyuan_staged.jobs.reading import Job, at, parse_object
-from hunyuan_staged.jobs.values import check_values
+from hunyuan_staged.jobs.reading import Job, at, read_line
 
 # What decides which weights are loaded: jobs that agree in it follow each other.
 MODEL_OPTIONS = (
@@ -103,10 +101,9 @@ def read_job(folder: Path) -> Job:
     if path.stat().st_size > MAX_RECORD_BYTES:
         raise InputError(f"{path} has more than {MAX_RECORD_BYTES} bytes")
     try:
-        values = check_values(parse_object(path.read_bytes()))
+        return replace(read_line(str(path), path.read_bytes()), name=folder.name)
     except InputError as error:
         raise InputError(at(str(path), error)) from error
-    return Job(folder.name, str(path), {name: value for name, value in values.items() if name != NAME})
 
 
 # -- failures --

@@ -3,20 +3,32 @@
 The processes are split into groups; each makes one job after the other, drawn from one list.
 """
 
+import contextlib
+import itertools
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hunyuan_staged.errors import JOBS_FAILED, InputError, Stopped, one_line
+from hunyuan_staged.errors import InputError, Stopped, one_line
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import Locked
-from hunyuan_staged.jobs.outcomes import BUSY, DONE, FAILED, Outcome
-from hunyuan_staged.jobs.reading import Job, Jobs, at, options_of_job, text_of
+from hunyuan_staged.jobs.outcomes import (
+    BUSY,
+    DONE,
+    FAILED,
+    Outcome,
+    closing_lines,
+    read_outcome,
+    status_of,
+    text_of_outcome,
+)
+from hunyuan_staged.jobs.reading import Job, Jobs, at, options_of_job, read_line, text_of
 from hunyuan_staged.parallel.world import PeerFailed, World, split_world
 from hunyuan_staged.pipeline import job_folders
 
@@ -69,16 +81,11 @@ def run_all(run: JobRun, stage: Stage, options: Any, jobs: Jobs) -> None:
         for index, job in _drawn(todo, whole, group)
     ]
     run.world = whole
-    said = whole.all_gather_text("outcomes", json.dumps([asdict(one) for one in own if group.is_main]))
-    outcomes = {one["name"]: Outcome(**one) for text in said for one in json.loads(text)}
-    failed = [one for one in outcomes.values() if one.status in (FAILED, BUSY)]
-    for job in jobs.good:
-        say = run.warn if outcomes[job.name] in failed else run.info
-        say(outcomes[job.name].line)
-    for line in jobs.bad:
-        run.warn(f"not a job: {line}")
-    run.info(f"{len(outcomes) - len(failed)} of {len(jobs.good) + len(jobs.bad)} jobs without a failure")
-    run.status = JOBS_FAILED if failed or jobs.bad else 0
+    said = whole.all_gather_text("outcomes", "\n".join(text_of_outcome(one) for one in own if group.is_main))
+    outcomes = [read_outcome(line) for text in said for line in text.splitlines()]
+    for warns, line in closing_lines(jobs, outcomes):
+        (run.warn if warns else run.info)(line)
+    run.status = status_of(jobs, outcomes)
 
 
 def watch(run: JobRun, stage: Stage, options: Any) -> None:
@@ -99,6 +106,28 @@ def watch(run: JobRun, stage: Stage, options: Any) -> None:
         elif group.is_main:
             del seen[name]  # another worker may have it, and may yet be killed
             time.sleep(POLL_SECONDS)
+
+
+def serve(run: JobRun, stage: Stage, options: Any, pipes: tuple[int, int]) -> None:
+    """Make each job that another process hands over, a line each, and answer with its outcome; until it ends that.
+
+    pipes: to read from and to write to, see environment.job_pipes. All processes make each job together.
+    """
+    group = split_world(run.world, run.world.size)
+    run.group(group, 0, 1)
+    with contextlib.ExitStack() as stack:
+        if group.is_main:
+            asked = stack.enter_context(os.fdopen(pipes[0], "rb"))
+            answers = stack.enter_context(os.fdopen(pipes[1], "w", encoding="utf-8", buffering=1))
+        for count in itertools.count():
+            line = group.from_main("job", asked.readline().decode() if group.is_main else "")
+            if not line:
+                break
+            job = read_line("a job", line.encode())
+            outcome = _make(run, group.part(f"job {count}"), stage, _task(stage, options, job, group.is_main))
+            run.world = group
+            if group.is_main:
+                answers.write(f"{text_of_outcome(outcome)}\n")
 
 
 def _next_ready(stage: Stage, options: Any, folder: Path, seen: dict[str, int], first: int) -> str:

@@ -15,6 +15,8 @@ from hunyuan_staged.parallel.environment import rank_info
 WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"
 # Set by the launcher: the end of a pipe that a stage reads a byte from before it begins, while the one before it works.
 TURN_PIPE = "HUNYUAN_STAGED_TURN_PIPE"
+# Set by an actor of a cluster: the pipe that a stage reads jobs from, and the one that it says in what became of each.
+JOB_PIPES = "HUNYUAN_STAGED_JOB_PIPES"
 
 
 def started_by_launcher() -> float | None:
@@ -31,6 +33,15 @@ def process_age() -> float | None:
         return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 3)
     except (OSError, AttributeError):
         return None
+
+
+def job_pipes() -> tuple[int, int] | None:
+    """The pipes of a stage that is handed its jobs one by one, which its first process alone has; None for any other."""
+    given = os.environ.get(JOB_PIPES)
+    if given is None:
+        return None
+    read, write = map(int, given.split(","))
+    return read, write
 
 
 def await_turn(modules: Iterable[str], ages: dict[str, float | None] | None = None) -> bool:

@@ -18,12 +18,12 @@ from typing import Any
 
 from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError
 from hunyuan_staged.parallel.environment import STORE_SOCKET
-from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN
+from hunyuan_staged.runtime.environment import JOB_PIPES, TURN_PIPE, WHOLE_RUN
 from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
 # What another launcher may have left in the environment.
-LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE)
+LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE, JOB_PIPES)
 LEFT_OVER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 MAX_COMPILE_THREADS = 32  # as Inductor's own default
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -118,6 +118,7 @@ class Supervisor:
         stdout: int | None = None,
         began: float | None = None,
         early: bool = False,
+        pipes: tuple[int, int] | None = None,
     ) -> Group:
         """Start `count` processes of a command.
 
@@ -126,11 +127,15 @@ class Supervisor:
             stdout: a file descriptor, else this process's own.
             began: when the whole run did that it is a stage of, which its environment says.
             early: it gets ready and waits for `finish`, see environment.await_turn.
+            pipes: by which its first process gets jobs and says what became of them, see environment.job_pipes.
 
         InputError: it cannot be started.
         """
         environment = child_environment(count, began)
-        if early:
+        if pipes is not None:
+            environment[JOB_PIPES] = f"{pipes[0]},{pipes[1]}"
+            group = Group(name, self._start(command, environment, count, stdout, of_first=pipes))
+        elif early:
             read, write = os.pipe()
             try:
                 processes = self._start(command, environment | {TURN_PIPE: str(read)}, count, stdout, (read,))
@@ -188,7 +193,9 @@ class Supervisor:
         count: int,
         stdout: int | None,
         passed: Sequence[int] = (),
+        of_first: Sequence[int] = (),
     ) -> list[subprocess.Popen[bytes]]:
+        """Start the processes; passed: the descriptors that each gets, of_first: that only the first one gets."""
         started: list[subprocess.Popen[bytes]] = []
         end_with_parent = partial(_end_with_parent, os.getpid(), _prctl()) if sys.platform == "linux" else None
         # Blocked in the child until it has its own handlers, see Interrupts.unblock, and here until all are started.
@@ -197,7 +204,7 @@ class Supervisor:
             with contextlib.ExitStack() as stack:
                 listener = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if count > 1 else None
                 for rank in range(count):
-                    own, files = dict(environment), [*passed]
+                    own, files = dict(environment), [*passed, *(of_first if rank == 0 else ())]
                     if listener is not None:
                         own |= _rank_environment(rank, count, listener.getsockname()[1])
                     if listener is not None and rank == 0:
@@ -243,6 +250,10 @@ class Supervisor:
         return first
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
+        self.pass_on(signum)
+
+    def pass_on(self, signum: int) -> None:
+        """Send a signal to the processes that run, or, where none does yet, to those of the next `finish`."""
         self.received = self.received or signum
         self._send(signum)
 

@@ -1,0 +1,170 @@
+"""`python -m hunyuan_staged.cluster --jobs FILE --output_dir SHARED`: many videos on many machines, by Ray.
+
+Each actor keeps one stage loaded and makes one job after the other; what one leaves behind when it dies, another goes on
+with. On this machine, or on the cluster that RAY_ADDRESS names, all of whose nodes have this folder, the model and SHARED
+at the same place. All other flags are those of run_staged.sh. The same command, given again, goes on.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hunyuan_staged import launch
+from hunyuan_staged.cluster.actor import StageCommand
+from hunyuan_staged.errors import InputError, run_tool
+from hunyuan_staged.jobs.outcomes import closing_lines, status_of
+from hunyuan_staged.jobs.reading import Jobs
+from hunyuan_staged.launch_jobs import JOBS, jobs_of_run, run_many, take_request
+from hunyuan_staged.parsing import Parser, add_debug
+from hunyuan_staged.pipeline.job_folders import ordered
+from hunyuan_staged.runtime.environment import check_working_folder
+from hunyuan_staged.runtime.signals import Interrupted, Interrupts
+
+LOG_DIR = ".cluster"  # in the folder of the run: what the processes of each actor say
+MAX_ACTORS = 1000
+EXAMPLE = """\
+examples:
+  python -m hunyuan_staged.cluster --jobs jobs.jsonl --output_dir runs --denoisers 4 --gpus_per_denoiser 2
+  RAY_ADDRESS=head:6379 python -m hunyuan_staged.cluster --prompt 'a red circle grows' --seeds 1-64 --output_dir /shared
+"""
+
+
+class _Parser(Parser):
+    """Leaves what it does not know in `flags`, for the stages."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, flags = self.parse_known_args(args, namespace)
+        found.flags = [*flags, *(["--debug"] if found.debug else [])]
+        return found
+
+
+def build_parser() -> Parser:
+    """The cluster's own flags."""
+    raw = argparse.RawDescriptionHelpFormatter
+    name = "python -m hunyuan_staged.cluster"
+    parser = _Parser(name, description=__doc__, epilog=EXAMPLE, formatter_class=raw, allow_abbrev=False)
+    for kind, what in (
+        ("encoders", "encode prompts (stage 1)"),
+        ("denoisers", "denoise (stage 2)"),
+        ("enlargers", "enlarge, with --super_resolution, with as many GPUs as a denoiser"),
+        ("decoders", "decode videos (stage 3)"),
+    ):
+        parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"actors that {what} (default: 1)")
+    parser.add_argument(
+        "--gpus_per_denoiser",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of one node that make a video together; 0: all stages on the CPU (default: 1)",
+    )
+    for kind in ("encoder", "decoder"):
+        parser.add_argument(
+            f"--gpus_per_{kind}",
+            type=float,
+            metavar="N",
+            help=f"GPUs of a {kind}: 1, or a part of one that is shared, as 0.5 (default: 1; 0 where denoisers have none)",
+        )
+    parser.add_argument(
+        "--processes_per_denoiser",
+        type=int,
+        metavar="N",
+        help="without GPUs: processes that make a video together (default: 1)",
+    )
+    parser.add_argument("--dashboard", action="store_true", help="with a Ray of this run's own: its dashboard, too")
+    add_debug(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """InputError for a number of actors, processes or GPUs that cannot be."""
+    for name in ("encoders", "denoisers", "enlargers", "decoders", "processes_per_denoiser"):
+        given = getattr(args, name)
+        if given is not None and not 1 <= given <= MAX_ACTORS:
+            raise InputError(f"{given} is outside 1 to {MAX_ACTORS}", option=name)
+    if not 0 <= args.gpus_per_denoiser <= launch.MAX_PROCESSES:
+        raise InputError(f"{args.gpus_per_denoiser} is outside 0 to {launch.MAX_PROCESSES}", option="gpus_per_denoiser")
+    if args.processes_per_denoiser is not None and args.gpus_per_denoiser:
+        raise InputError("goes with --gpus_per_denoiser 0; else a process has a GPU", option="processes_per_denoiser")
+    for name in ("gpus_per_encoder", "gpus_per_decoder"):
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, float(args.gpus_per_denoiser > 0))
+        elif not 0 <= given <= 1:
+            raise InputError(f"{given} is outside 0 to 1", option=name)
+
+
+def pools_of(args: argparse.Namespace, lists: Sequence[Sequence[str]], jobs: int, folder: Path) -> list[Any]:
+    """The actors of each stage of a run, no more than there are jobs; lists: the stages' flags; folder: of the logs."""
+    from hunyuan_staged.cluster.driver import Pool
+
+    processes = args.gpus_per_denoiser or args.processes_per_denoiser or 1
+    kinds = {
+        "encoder": (args.encoders, args.gpus_per_encoder, 1),
+        "denoiser": (args.denoisers, float(args.gpus_per_denoiser), processes),
+        "enlarger": (args.enlargers, float(args.gpus_per_denoiser), processes),
+        "decoder": (args.decoders, args.gpus_per_decoder, 1),
+    }
+    names = ("encoder", "denoiser", "enlarger", "decoder") if len(lists) > len(launch.STAGES) else None
+    pools = []
+    for number, kind, words in zip(
+        launch.stage_numbers(lists), names or ("encoder", "denoiser", "decoder"), lists, strict=True
+    ):
+        count, gpus, size = kinds[kind]
+        script = str(launch.ROOT / f"{launch.STAGES[number - 1]}.py")
+        threads = os.environ.get("OMP_NUM_THREADS")
+        command = StageCommand(script, tuple(words), size, str(Path.cwd()), str(folder), gpus > 0, threads)
+        pools.append(Pool(kind, number, min(count, jobs), gpus, command))
+    return pools
+
+
+def make(args: argparse.Namespace, jobs: Jobs, options: Sequence[Any], lists: Sequence[list[str]]) -> int:
+    """Make all jobs; the exit status. options, lists: of each stage."""
+    from hunyuan_staged.cluster.driver import Driver, connected, say
+    from hunyuan_staged.cluster.queues import Queues
+
+    folder = Path(options[0].output_dir).absolute() / LOG_DIR
+    lists = [[word for word in words if not word.startswith(f"{JOBS}=")] for words in lists]
+    if options[1].stop_after is not None:  # a draft is no video yet
+        lists = lists[:2]
+    pools = pools_of(args, lists, len(jobs.good), folder)
+    queues = Queues(ordered(jobs.good, options[0], 1), [pool.count for pool in pools])
+    with connected(pools, dashboard=args.dashboard) as ray:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Interrupts() as interrupts, interrupts.deferred():
+            Driver(ray, pools, queues, interrupts).run()
+    outcomes = list(queues.outcomes.values())
+    for warns, line in closing_lines(jobs, outcomes):
+        say(f"{'warning: ' * warns}{line}")
+    return status_of(jobs, outcomes)
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the flags ask for; the exit status."""
+    from hunyuan_staged.cluster.driver import import_ray
+
+    check_working_folder()
+    check(args)
+    lists, request = take_request(launch.split_flags(args.flags))
+    if request is None:
+        raise InputError("give --jobs FILE, --seeds, or --prompt several times: what is there to make?")
+    options = launch.check_lists(lists, request)
+    if any(one.dry_run for one in options):
+        raise InputError("is for run_staged.sh, which plans for the machine that it runs on", option="dry_run")
+    if options[1].gpus_per_job is not None:
+        raise InputError("is for run_staged.sh; here it is --gpus_per_denoiser", option="gpus_per_job")
+    jobs = jobs_of_run(request, options, 1)
+    import_ray()  # before anything is written
+    try:
+        return run_many(jobs, options, lists, partial(make, args, jobs, options))
+    except Interrupted as signalled:
+        print(f"error: the run {signalled}", file=sys.stderr)
+        return signalled.status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0; 3 where a job has failed, 2 after one line that says what was refused."""
+    return run_tool(build_parser(), run, argv)
