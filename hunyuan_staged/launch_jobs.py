@@ -104,17 +104,17 @@ def run_many(
     with written_queue(jobs, options[0]) as queue:
         status = run([[*words, queue] for words in lists]) or (JOBS_FAILED if jobs.bad else 0)
     if status in (0, JOBS_FAILED) and not options[0].dry_run:
-        decoded = getattr(options[-1], "latents", None)
-        name = contract.at_resolution(contract.VIDEO_FILE, None if decoded == contract.BASE else decoded)
-        conclude(jobs, options[0].output_dir, name)
+        conclude(jobs, options)
     return status
 
 
-def conclude(jobs: Jobs, folder: str, video: str) -> None:
+def conclude(jobs: Jobs, options: Sequence[Any]) -> None:
     """The last lines of a whole run of many videos: on standard output the path of each that is there."""
+    decoded = getattr(options[-1], "latents", None)
+    video = contract.at_resolution(contract.VIDEO_FILE, None if decoded == contract.BASE else decoded)
     for line in jobs.bad:
         print(f"not a job: {one_line(line)}", file=sys.stderr, flush=True)
     for job in jobs.good:
-        place = Path(folder) / job.name
+        place = Path(options[0].output_dir) / job.name
         if (place / video).is_file() and not (place / contract.FAILURE_FILE).exists():
             write_stdout(f"{(place / video).absolute()}\n")

@@ -6,25 +6,28 @@ at the same place. All other flags are those of run_staged.sh. The same command,
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hunyuan_staged import launch
 from hunyuan_staged.cluster.actor import StageCommand
+from hunyuan_staged.cluster.driver import Driver, Pool, connected, say
+from hunyuan_staged.cluster.queues import Queues
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.jobs.outcomes import closing_lines, status_of
 from hunyuan_staged.jobs.reading import Jobs
-from hunyuan_staged.launch_jobs import JOBS, jobs_of_run, run_many, take_request
+from hunyuan_staged.launch_jobs import conclude, jobs_of_run, take_request, written_queue
 from hunyuan_staged.parsing import Parser, add_debug
 from hunyuan_staged.pipeline.job_folders import ordered
 from hunyuan_staged.runtime.environment import check_working_folder
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
 
 LOG_DIR = ".cluster"  # in the folder of the run: what the processes of each actor say
+RAY_LOG = "ray.log"  # there, too: what Ray says
 MAX_ACTORS = 1000
 EXAMPLE = """\
 examples:
@@ -97,10 +100,13 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"{given} is outside 0 to 1", option=name)
 
 
-def pools_of(args: argparse.Namespace, lists: Sequence[Sequence[str]], jobs: int, folder: Path) -> list[Any]:
-    """The actors of each stage of a run, no more than there are jobs; lists: the stages' flags; folder: of the logs."""
-    from hunyuan_staged.cluster.driver import Pool
+def pools_of(
+    args: argparse.Namespace, lists: Sequence[Sequence[str]], stages: int, jobs: int, folder: Path
+) -> list[Pool]:
+    """The actors of the first `stages` stages of a run, no more than there are jobs.
 
+    lists: the flags of all stages; folder: of the logs.
+    """
     processes = args.gpus_per_denoiser or args.processes_per_denoiser or 1
     kinds = {
         "encoder": (args.encoders, args.gpus_per_encoder, 1),
@@ -108,11 +114,9 @@ def pools_of(args: argparse.Namespace, lists: Sequence[Sequence[str]], jobs: int
         "enlarger": (args.enlargers, float(args.gpus_per_denoiser), processes),
         "decoder": (args.decoders, args.gpus_per_decoder, 1),
     }
-    names = ("encoder", "denoiser", "enlarger", "decoder") if len(lists) > len(launch.STAGES) else None
+    names = [kind for kind in kinds if kind != "enlarger" or len(lists) > len(launch.STAGES)]
     pools = []
-    for number, kind, words in zip(
-        launch.stage_numbers(lists), names or ("encoder", "denoiser", "decoder"), lists, strict=True
-    ):
+    for number, kind, words in list(zip(launch.stage_numbers(lists), names, lists, strict=True))[:stages]:
         count, gpus, size = kinds[kind]
         script = str(launch.ROOT / f"{launch.STAGES[number - 1]}.py")
         threads = os.environ.get("OMP_NUM_THREADS")
@@ -121,31 +125,31 @@ def pools_of(args: argparse.Namespace, lists: Sequence[Sequence[str]], jobs: int
     return pools
 
 
-def make(args: argparse.Namespace, jobs: Jobs, options: Sequence[Any], lists: Sequence[list[str]]) -> int:
+def make(args: argparse.Namespace, jobs: Jobs, options: Sequence[Any], lists: Sequence[Sequence[str]]) -> int:
     """Make all jobs; the exit status. options, lists: of each stage."""
-    from hunyuan_staged.cluster.driver import Driver, connected, say
-    from hunyuan_staged.cluster.queues import Queues
-
     folder = Path(options[0].output_dir).absolute() / LOG_DIR
-    lists = [[word for word in words if not word.startswith(f"{JOBS}=")] for words in lists]
-    if options[1].stop_after is not None:  # a draft is no video yet
-        lists = lists[:2]
-    pools = pools_of(args, lists, len(jobs.good), folder)
+    stages = 2 if options[1].stop_after is not None else len(lists)  # a draft is no video yet
+    pools = pools_of(args, lists, stages, len(jobs.good), folder)
     queues = Queues(ordered(jobs.good, options[0], 1), [pool.count for pool in pools])
-    with connected(pools, dashboard=args.dashboard) as ray:
+    with contextlib.ExitStack() as stack:
+        ray = stack.enter_context(connected(pools, dashboard=args.dashboard))
         folder.mkdir(parents=True, exist_ok=True)
-        with Interrupts() as interrupts, interrupts.deferred():
-            Driver(ray, pools, queues, interrupts).run()
+        stack.enter_context(written_queue(jobs, options[0]))
+        # What Ray has to say of an actor that dies it prints.
+        log = stack.enter_context((folder / RAY_LOG).open("a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(interrupts.deferred())
+        Driver(ray, pools, queues, interrupts).run()
     outcomes = list(queues.outcomes.values())
     for warns, line in closing_lines(jobs, outcomes):
         say(f"{'warning: ' * warns}{line}")
+    conclude(Jobs(jobs.good), options)
     return status_of(jobs, outcomes)
 
 
 def run(args: argparse.Namespace) -> int:
     """What the flags ask for; the exit status."""
-    from hunyuan_staged.cluster.driver import import_ray
-
     check_working_folder()
     check(args)
     lists, request = take_request(launch.split_flags(args.flags))
@@ -157,9 +161,8 @@ def run(args: argparse.Namespace) -> int:
     if options[1].gpus_per_job is not None:
         raise InputError("is for run_staged.sh; here it is --gpus_per_denoiser", option="gpus_per_job")
     jobs = jobs_of_run(request, options, 1)
-    import_ray()  # before anything is written
     try:
-        return run_many(jobs, options, lists, partial(make, args, jobs, options))
+        return make(args, jobs, options, lists)
     except Interrupted as signalled:
         print(f"error: the run {signalled}", file=sys.stderr)
         return signalled.status

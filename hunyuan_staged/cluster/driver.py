@@ -15,6 +15,7 @@ from hunyuan_staged.cluster.queues import Queues
 from hunyuan_staged.errors import InputError, one_line
 from hunyuan_staged.jobs.outcomes import Outcome
 from hunyuan_staged.jobs.reading import Job, text_of
+from hunyuan_staged.runtime.gpus import visible_gpus
 from hunyuan_staged.runtime.signals import Interrupts
 
 ADDRESS = "RAY_ADDRESS"  # the variable by which Ray finds a cluster
@@ -67,34 +68,27 @@ def connected(pools: Sequence[Pool], *, dashboard: bool) -> Iterator[Any]:
     """
     ray = import_ray()
     address = os.environ.get(ADDRESS)
-    former = os.environ.setdefault(USAGE_STATS, "0")
+    wanted = sum(pool.count * pool.gpus for pool in pools)
     where: dict[str, Any] = {"address": address}
     if not address:
+        if wanted > visible_gpus():
+            text = f"the actors take {wanted:g} GPUs, and this machine has {visible_gpus()}"
+            raise InputError(f"{text}; see --gpus_per_denoiser, 0 for the CPU")
         where = {"address": "local", "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}
+    os.environ.setdefault(USAGE_STATS, "0")
     # The other nodes have the code at the same place.
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        ray.init(
-            **where,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
-        )
+        ray.init(**where, log_to_driver=False, logging_level="error", runtime_env={"env_vars": {"PYTHONPATH": path}})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray does not start ({ADDRESS} is {address}): {one_line(error)}") from error
     try:
-        wanted, there = sum(pool.count * pool.gpus for pool in pools), ray.cluster_resources().get("GPU", 0)
+        there = ray.cluster_resources().get("GPU", 0)
         if wanted > there:
-            text = f"the actors take {wanted:g} GPUs, and {'the cluster' if address else 'this machine'} has {there:g}"
-            if not address:
-                raise InputError(f"{text}; see --gpus_per_denoiser, 0 for the CPU")
-            say(f"warning: {text}: what does not fit waits for further nodes")
+            say(f"warning: the actors take {wanted:g} GPUs, and the cluster has {there:g}: some wait for further nodes")
         yield ray
     finally:
         ray.shutdown()
-        if former != os.environ.get(USAGE_STATS):
-            os.environ[USAGE_STATS] = former
 
 
 def say(text: str) -> None:
