@@ -73,7 +73,7 @@ def connected(pools: Sequence[Pool], *, dashboard: bool) -> Iterator[Any]:
     if not address:
         if wanted > visible_gpus():
             text = f"the actors take {wanted:g} GPUs, and this machine has {visible_gpus()}"
-            raise InputError(f"{text}; see --gpus_per_denoiser, 0 for the CPU")
+            raise InputError(f"{pools[1].gpus:g}: {text}; 0 is for CPUs", option="gpus_per_denoiser")
         where = {"address": "local", "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}
     os.environ.setdefault(USAGE_STATS, "0")
     # The other nodes have the code at the same place.

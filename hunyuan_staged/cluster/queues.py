@@ -39,6 +39,7 @@ class Queues:
         self._waiting = [deque[Job]() for _ in self.actors]
         self._waiting[0].extend(self.jobs)
         self._making = [0 for _ in self.actors]
+        self._given_up: dict[int, str] = {}
         self._about = {job.name: _Progress() for job in self.jobs}
 
     @property
@@ -87,6 +88,8 @@ class Queues:
         about.busy_since = None
         if outcome.failed or stage + 1 == len(self.actors):
             self.outcomes[job.name] = replace(outcome, seconds=about.seconds)
+        elif stage + 1 in self._given_up:
+            self._fail(job, self._given_up[stage + 1])
         else:
             self._waiting[stage + 1].append(job)
 
@@ -95,14 +98,20 @@ class Queues:
         self._making[stage] -= 1
         about = self._about[job.name]
         about.losses += 1
-        if about.losses < MAX_LOSSES:
+        if stage in self._given_up:
+            self._fail(job, self._given_up[stage])
+        elif about.losses < MAX_LOSSES:
             self._waiting[stage].appendleft(job)
             return True
-        self.outcomes[job.name] = Outcome(job.name, FAILED, f"lost {about.losses} times, at last: {why}", about.seconds)
+        else:
+            self._fail(job, f"lost {about.losses} times, at last: {why}")
         return False
 
     def give_up(self, stage: int, why: str) -> None:
-        """A stage has no actors any more, and will have none: what waits for it fails."""
+        """A stage has no actors any more, and will have none: what waits for it fails, and what is still to come."""
+        self._given_up[stage] = why
         while self._waiting[stage]:
-            job = self._waiting[stage].popleft()
-            self.outcomes[job.name] = Outcome(job.name, FAILED, why, self._about[job.name].seconds)
+            self._fail(self._waiting[stage].popleft(), why)
+
+    def _fail(self, job: Job, why: str) -> None:
+        self.outcomes[job.name] = Outcome(job.name, FAILED, why, self._about[job.name].seconds)

@@ -99,8 +99,7 @@ def test_killed_actors_and_an_end_by_sigterm_change_no_bit(place, jobs, single, 
     draw = random.Random(23)
     steps = draw.sample(range(8, len(PROMPTS) * SEEDS * STEPS), 3)
     kills = {
-        "euler_step": {"5": "driver"}
-        | dict(zip(map(str, steps), ("actor", "process", "actor"), strict=True)),
+        "euler_step": {"5": "driver"} | dict(zip(map(str, steps), ("actor", "process", "actor"), strict=True)),
         "check_earlier 1": {str(draw.randint(12, 24)): "actor"},
         "check_earlier 3": {str(draw.randint(6, 24)): "process"},
     }
