@@ -323,6 +323,7 @@ def commands() -> list[ModuleType]:
     import stage2_transformer
     import stage3_vae_decoder
     from hunyuan_staged import fit_preview
+    from hunyuan_staged.cluster import command as cluster
     from hunyuan_staged.compare import command as compare
     from hunyuan_staged.download import command as download
     from hunyuan_staged.gallery import command as gallery
@@ -337,6 +338,7 @@ def commands() -> list[ModuleType]:
         verify,
         fit_preview,
         gallery,
+        cluster,
     ]
 
 

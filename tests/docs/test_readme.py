@@ -11,6 +11,7 @@ import stage3_vae_decoder
 from hunyuan_staged import fit_preview
 from hunyuan_staged.bench import cards
 from hunyuan_staged.bench import command as bench_command
+from hunyuan_staged.cluster import command as cluster_command
 from hunyuan_staged.compare import command
 from hunyuan_staged.demo import adapter, caches, evaluate, quality
 from hunyuan_staged.download import command as download_command
@@ -23,6 +24,7 @@ PAGES = (*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for pa
 COMMANDS = (
     *(stage1_text_encoder, stage2_transformer, stage3_vae_decoder),
     *(command, download_command, verify_command, fit_preview, gallery_command),
+    cluster_command,
 )
 STAGES = COMMANDS[:3]
 
@@ -73,6 +75,8 @@ def test_every_flag_in_the_text_exists(page):
     known |= set(re.findall(r'"(--\w+)"', read("hunyuan_staged/demo/train.py")))
     # torchrun's, the hub's and modelscope's own, the launchers', and docs/build.py's
     others = {"--gpus", "--help", "--nproc", "--local", "--local_dir", "--model", "--include", "--check", "--version"}
+    others |= {"--head", "--port", "--address"}  # Ray's, and sbatch's:
+    others |= {"--job", "--array", "--requeue", "--time", "--ntasks", "--gpus", "--cpus", "--signal"}
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", read(page))) - others <= known
 
 
