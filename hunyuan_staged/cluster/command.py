@@ -69,7 +69,7 @@ def build_parser() -> Parser:
             f"--gpus_per_{kind}",
             type=float,
             metavar="N",
-            help=f"GPUs of each {kind}: 1, or a part of one that is shared, as 0.5 (default: 1; 0 where denoisers have none)",
+            help=f"GPUs of each {kind}: 1, or a part of one, as 0.5 (default: 1; 0 where denoisers have none)",
         )
     parser.add_argument(
         "--processes_per_denoiser",
