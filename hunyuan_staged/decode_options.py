@@ -19,6 +19,7 @@ from hunyuan_staged.run_options import (
     TILES,
     VIDEO,
     GroupOptions,
+    check_part_files,
 )
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
@@ -29,6 +30,11 @@ class DecodeOptions(GroupOptions):
 
     input_dir: str = flag("folder that stage 2 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     model_path: str | None = flag("model folder or hub id (default: the one that stage 1 recorded)", group=FILES)
+    vae: str | None = flag(
+        "one safetensors file instead of the model's VAE (default: the one that stage 1 recorded, if any)",
+        group=FILES,
+        metavar="FILE",
+    )
     latents: str | None = flag(
         "which to decode, the run's own or those of super resolution (default: the largest in --input_dir)",
         group=FILES,
@@ -72,6 +78,7 @@ class DecodeOptions(GroupOptions):
 
     def check(self) -> None:
         super().check()
+        check_part_files(self)
         if self.fps is not None and not 1 <= self.fps <= MAX_FPS:
             raise InputError(f"{self.fps:g} is outside 1 to {MAX_FPS}", option="fps")
         encoding.check_encoding(encoding.Encoding(self.encoder, self.encoder_preset, self.crf))

@@ -24,7 +24,6 @@ from hunyuan_staged.run_options import (
     DISABLE_OFFLOADING,
     DTYPES,
     FILES,
-    MAX_LORA_WEIGHT,
     MAX_STEPS,
     SAMPLING,
     SPEED,
@@ -40,6 +39,7 @@ from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
 from hunyuan_staged.sampling import cache_settings, guidance_plan
 from hunyuan_staged.sampling.given_sigmas import parse_sigmas
 from hunyuan_staged.upscale_options import UpscaleOptions
+from hunyuan_staged.weights.lora_flags import parse_adapters
 
 
 def offload_asked(options: "EncodeOptions | DenoiseOptions", count: int) -> int | None:
@@ -56,7 +56,8 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
     input_dir: str = flag("folder that stage 1 wrote (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     output_dir: str | None = flag("where the latents go (default: --input_dir)", group=FILES)
     model_path: str | None = flag(
-        "model folder, hub id, or a transformer's file (default: the one that stage 1 recorded)", group=FILES
+        "as in stage 1 (default: the one that stage 1 recorded)",
+        group=FILES,
     )
     transformer: str | None = flag(
         "one safetensors file instead of the model's transformer (default: none)", group=FILES, metavar="FILE"
@@ -284,17 +285,4 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
 
     def adapter_files(self) -> list[tuple[Path, float]]:
         """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""
-        found = []
-        for text in self.lora or ():
-            path, _, last = text.rpartition(":")
-            try:
-                file, weight = (text, 1.0) if not path or Path(text).exists() else (path, float(last))
-            except ValueError:
-                file, weight = text, 1.0
-            if not Path(file).exists():
-                raise InputError(f"{text}: there is no file {file}; allowed is FILE[:WEIGHT]", option="lora")
-            if not abs(weight) <= MAX_LORA_WEIGHT:  # nor is NaN
-                allowed = f"allowed is -{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
-                raise InputError(f"{text}: the weight is {last}; {allowed}", option="lora")
-            found.append((Path(file), weight))
-        return found
+        return parse_adapters(self.lora or ())

@@ -28,12 +28,14 @@ DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
 
 # What an option may ask for at most: far beyond what the models were made for, and short of what no memory holds.
-MAX_LORA_WEIGHT = 1000  # either way; the largest in use are some 10
 MAX_STEPS = 1000
 MAX_FPS = 240
 MAX_JOBS = 10_000
 MAX_SEED = 2**64 - 1
 MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a temporary name beside it needs
+
+# Options that name a file for a part of the model; which part, weights.hub.PARTS says.
+PART_FILES = ("text_encoder", "glyph_encoder", "vision_encoder", "vae")
 
 FILES, WHAT, REWRITING, WEIGHTS, MEMORY = "files", "what to show", "rewriting", "weights", "memory"
 STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
@@ -73,6 +75,7 @@ class RunOptions:
             "jobs",
             "watch",
         ),
+        *PART_FILES,
         OPTION,
     )
 
@@ -169,6 +172,19 @@ def offload_help(blocks: str) -> str:
     return f"keep the weights of all {blocks} in host memory until used (default: of as many as the GPU cannot hold)"
 
 
+def part_help(part: str) -> str:
+    """What an option does that names one file for a part of the model."""
+    return f"one safetensors file instead of the model's {part} (default: none)"
+
+
+def check_part_files(options: object) -> None:
+    """InputError for a file that stands in the place of a part, and is not there."""
+    for name in PART_FILES:
+        file = getattr(options, name, None)
+        if file is not None and not Path(file).is_file():
+            raise InputError(f"{file} is no file" if Path(file).exists() else f"{file} does not exist", option=name)
+
+
 DISABLE_OFFLOADING = "keep all weights on the device, or refuse"
 STRICT = "refuse files that do not belong together, rather than warn of them"
 
@@ -178,7 +194,16 @@ class EncodeOptions(JobOptions):
     """Stage 1: a prompt, and maybe an image, → embeddings for the transformer."""
 
     model_path: str | None = flag(
-        "model folder in the official or the diffusers layout, or a hub id (default: the demo weights)", group=FILES
+        "model folder in the official or the diffusers layout, folder of single files, transformer's file, or hub id "
+        "(default: the demo weights)",
+        group=FILES,
+    )
+    text_encoder: str | None = flag(part_help("text encoder"), group=FILES, metavar="FILE")
+    glyph_encoder: str | None = flag(part_help("glyph encoder"), group=FILES, metavar="FILE")
+    vision_encoder: str | None = flag(part_help("image encoder"), group=FILES, metavar="FILE")
+    vae: str | None = flag(part_help("VAE"), group=FILES, metavar="FILE")
+    transformer_version: str | None = flag(
+        "of a transformer's file in --model_path, as 480p_t2v_distilled (default: guessed from its name)", group=FILES
     )
     output_dir: str = flag("folder of the run (default: %(default)s)", group=FILES, default=DEFAULT_OUTPUT_DIR)
     prompt: str = flag(
@@ -246,6 +271,9 @@ class EncodeOptions(JobOptions):
             )
         if self.image_path and not Path(self.image_path).is_file():
             raise InputError(f"{self.image_path} does not exist", option="image_path")
+        check_part_files(self)
+        if self.transformer_version is not None:
+            versions.parse_version(self.transformer_version)
         self._check_rewriting()
         geometry.check_size(self.width, self.height)
         check_output_dir("--output_dir", self.output_dir)

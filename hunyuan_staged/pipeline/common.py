@@ -1,6 +1,6 @@
 """What the stages have in common: dtypes of a run, the memory that all its processes have, the model's path."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,6 @@ from hunyuan_staged.memory.budget import FreeMemory
 from hunyuan_staged.memory.cards import assumed_card
 from hunyuan_staged.options import DEFAULT_DTYPE, DTYPES, DenoiseOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.run_options import RunOptions
-from hunyuan_staged.runtime.progress import Reporter
-from hunyuan_staged.weights.folder import ModelFolder, open_model
-from hunyuan_staged.weights.published import model_for_plan
 
 Lock = tuple[Path, tuple[str, ...]]  # the file to lock, and the files beside it that only its owner writes
 
@@ -66,18 +62,6 @@ def free_memory(world: World) -> FreeMemory:
     words = world.all_gather_text("free memory", f"{-1 if own.device is None else own.device} {own.host}")
     device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
     return FreeMemory(None if own.device is None else device, host)
-
-
-def open_for(
-    options: RunOptions, path: str, parts: Sequence[str], report: Reporter, version: str | None = None
-) -> ModelFolder:
-    """The model at a path or of a hub id: to be loaded, or with --dry_run what a plan can go by.
-
-    version: of super resolution, None for any other.
-    """
-    if options.dry_run:
-        return model_for_plan(path, parts, version)
-    return open_model(path, parts, report.progress)
 
 
 def attention_for(

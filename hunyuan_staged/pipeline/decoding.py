@@ -9,7 +9,7 @@ import collections
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from hunyuan_staged.files.video import GIF, require_encoder, write_video
 from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline.common import Lock, chosen_model, open_for
+from hunyuan_staged.pipeline.common import Lock, chosen_model
 from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
+from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
 from hunyuan_staged.runtime.processes import cores
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -193,11 +194,12 @@ class DecodeSetup:
 
 def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Reporter = SILENT) -> DecodeSetup:
     """Bring options, latents and model together; InputError where they do not fit. Loads no weights."""
-    path = chosen_model(options.model_path, options.input_dir, job.config)
+    vae = options.vae or (None if options.model_path else job.config.get("vae"))
+    path = options.model_path or vae or chosen_model(None, options.input_dir, job.config)
     # Now, rather than after the decoding.
     if options.assume_gpu is None:
         require_encoder(GIF if video_path(options, job.resolution).suffix == f".{GIF}" else options.encoder)
-    model = open_for(options, path, ("vae",), report)
+    model = open_for(replace(options, vae=vae), path, ("vae",), report)
     config = components.vae_config(model)
     check_latents(job.latents, config)
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
@@ -234,7 +236,7 @@ def run(
     with report.timed("load"):
         load = partial(components.load_vae_decoder, setup.model, device=world.device, dtype=setup.dtype)
         decoder, config = (decoders or LoadedDecoder()).get(
-            (setup.model.path, setup.dtype), partial(load, progress=report.progress)
+            (setup.model.identity, setup.dtype), partial(load, progress=report.progress)
         )
     count = "" if plan.tile_size is None else f"{len(owners)} "
     report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")

@@ -23,13 +23,15 @@ from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
 from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import rewriting
-from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes, open_for
+from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes
 from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
+from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import components, encoder_components, loading
 from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.part_files import PartsFolder
 from hunyuan_staged.weights.published import PublishedModel
 
 DEMO_USED = (
@@ -54,6 +56,8 @@ def pick_version(options: EncodeOptions, folder: ModelFolder, report: Reporter =
     A folder of a single resolution has that one taken, with a warning. Where super resolution is to follow, those it can
     follow come first; InputError for one that it cannot.
     """
+    if isinstance(folder, PartsFolder):
+        return _version_of_files(options, folder)
     offered = folder.resolutions()
     larger = options.super_resolution
     fitting = [name for name in offered if larger is None or versions.leads_to(name, larger)] or offered
@@ -76,6 +80,19 @@ def pick_version(options: EncodeOptions, folder: ModelFolder, report: Reporter =
         raise InputError(folder.lacks(version.name))
     if larger:
         versions.super_resolution_chain(version.resolution, larger)
+    return version
+
+
+def _version_of_files(options: EncodeOptions, folder: PartsFolder) -> TransformerVersion:
+    """The version of the transformer's file; InputError where the options ask for another."""
+    version = versions.parse_version(folder.versions()[0])
+    if options.resolution not in (None, version.resolution):
+        raise InputError(f"{options.resolution}: {folder.path} holds {version.name}", option="resolution")
+    if (version.task == "i2v") != bool(options.image_path):
+        wanted = "an image: give --image_path" if version.task == "i2v" else "no image"
+        raise InputError(f"{folder.path} holds {version.name}, which takes {wanted}")
+    if options.super_resolution:
+        versions.super_resolution_chain(version.resolution, options.super_resolution)
     return version
 
 
@@ -146,7 +163,7 @@ def resolve(
     folder = open_for(options, model_path, [*parts, "transformer"], report)
     version = pick_version(options, folder, report)
     for part in parts:
-        folder.require(part)
+        folder.origin(part)
     if not options.dry_run and folder.config_alone(version.name):
         report.warn(
             f"{folder.path} has no weights of {version.name}, its config alone: stage 2 needs --transformer FILE"
@@ -165,7 +182,7 @@ def encode(
     """All tensors of the embeddings. One part of the model is loaded at a time, unless `encoders` keeps them."""
     report.info(f"transformer version {setup.version.name}; encoding in {setup.dtypes} on {setup.world.device}")
     found, options = encoders or LoadedEncoders(), setup.options
-    key = setup.folder.path, setup.version.name, setup.dtypes, setup.prompt, options.negative_prompt
+    key = setup.folder.identity, setup.version.name, setup.dtypes, setup.prompt, options.negative_prompt
     text_tensors = found.text(key, partial(encode_text, setup, plan, found, report))
     return text_tensors | encode_image(setup, found, report)
 
@@ -198,7 +215,7 @@ def encode_text(
 ) -> dict[str, torch.Tensor]:
     """The eight text tensors. The encoders are loaded one after the other, and the glyph encoder only for quoted text."""
     options, folder, dtype = setup.options, setup.folder, setup.dtypes.glyph
-    model_of = folder.path, setup.dtypes
+    model_of = folder.identity, setup.dtypes
     with report.timed("load"):
         load = partial(load_language_model, setup, plan, report)
         tokenizer, model = encoders.get("text", (*model_of, plan.offloaded), load)
@@ -238,7 +255,7 @@ def encode_image(setup: EncodeSetup, encoders: LoadedEncoders, report: Reporter 
     sizes = larger_sizes(setup.version.resolution, setup.options.super_resolution, height, width)
     with report.timed("load"):
         load = partial(encoder_components.load_image_encoder, folder, device=device, dtype=dtype)
-        processor, model = encoders.get("image", (folder.path, dtype), load)
+        processor, model = encoders.get("image", (folder.identity, dtype), load)
     with report.timed("compute"):
         embeds = image.encode_image(processor, model, fitted)
     del processor, model

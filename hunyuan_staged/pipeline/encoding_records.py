@@ -10,6 +10,7 @@ from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.tensors import read_made_from, save_embeddings
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.pipeline.encoding import EncodeSetup
+from hunyuan_staged.run_options import PART_FILES
 
 
 def outdated(options: EncodeOptions) -> str | None:
@@ -40,6 +41,12 @@ def recorded_model(setup: EncodeSetup) -> str:
     return str(path.resolve()) if path.exists() else setup.model_path
 
 
+def recorded_files(options: EncodeOptions) -> dict[str, str]:
+    """The files that were given in the place of parts, absolute, by option: stage 3 takes its VAE from here."""
+    given = {name: getattr(options, name) for name in PART_FILES}
+    return {name: str(Path(file).resolve()) for name, file in given.items() if file}
+
+
 def made_from(setup: EncodeSetup) -> str:
     """The hash of all that determines the embeddings. Reads samples of the weights."""
     options = setup.options
@@ -57,6 +64,7 @@ def config_entries(setup: EncodeSetup) -> dict[str, Any]:
     options, version = setup.options, setup.version
     return about(setup) | {
         "model_path": recorded_model(setup),
+        **recorded_files(options),
         "resolution": version.resolution,
         "transformer_version": version.name,
         "image_path": options.image_path,

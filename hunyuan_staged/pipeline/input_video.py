@@ -1,7 +1,7 @@
 """A video of the user's as what super resolution enlarges: its frames through the VAE's encoder, in the latents' place."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from hunyuan_staged.run_options import MAX_FPS
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import SUPER_RESOLUTION
 from hunyuan_staged.weights import components
-from hunyuan_staged.weights.folder import open_model
+from hunyuan_staged.weights.folder import ModelFolder
 
 MAX_SIDE = 8192  # px, of a video that is read
 DEFAULT_FRAMES = 121  # that are taken at most: as many as the published versions make
@@ -95,16 +95,22 @@ def nearest_base(target: str, height: int, width: int) -> str:
     return min(bases, key=lambda base: abs(math.log(height * width / BUCKET_BASE[base] ** 2)))
 
 
-def write_latents(video: InputVideo, options: DenoiseOptions, model_path: str, world: World, report: Reporter) -> None:
+OpenModel = Callable[[], ModelFolder]
+
+
+def write_latents(
+    video: InputVideo, options: DenoiseOptions, open_model: OpenModel, world: World, report: Reporter
+) -> None:
     """Encode a video into the folder's latents for super resolution, unless they are there already. The first process does
-    it, and the others wait."""
+    it, and the others wait. open_model: gives what has the VAE."""
     if world.is_main:
-        _write_latents(video, options, model_path, world, report)
+        _write_latents(video, options, open_model(), world, report)
     world.barrier("video encoded")
 
 
-def _write_latents(video: InputVideo, options: DenoiseOptions, model_path: str, world: World, report: Reporter) -> None:
-    folder = open_model(model_path, ("vae",), report.progress)
+def _write_latents(
+    video: InputVideo, options: DenoiseOptions, folder: ModelFolder, world: World, report: Reporter
+) -> None:
     dtype = torch.float16 if world.device.type == "cuda" else torch.float32
     made_from = provenance.digest(
         {

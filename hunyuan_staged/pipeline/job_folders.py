@@ -10,9 +10,11 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import replacing
 from hunyuan_staged.jobs.reading import Job, at, read_line
+from hunyuan_staged.run_options import PART_FILES
 
 # What decides which weights are loaded: jobs that agree in it follow each other.
 MODEL_OPTIONS = (
+    *PART_FILES,
     *("model_path", "transformer", "transformer_version", "resolution", "dtype", "weights_dtype", "lora"),
     *("cfg_distilled", "step_distilled", "sparse_attn", "super_resolution"),
 )

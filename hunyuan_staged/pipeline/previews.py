@@ -8,14 +8,16 @@ from hunyuan_staged.files.video import ffmpeg_path
 from hunyuan_staged.geometry import TEMPORAL_RATIO
 from hunyuan_staged.models.vae_constants import PUBLISHED_VAE
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
+from hunyuan_staged.pipeline.opening import open_recorded
 from hunyuan_staged.run_options import DEFAULT_FPS
-from hunyuan_staged.runtime.progress import Reporter
+from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import preview, preview_factors
 from hunyuan_staged.sampling.callbacks import Callback
 from hunyuan_staged.sampling.preview import Factors
 from hunyuan_staged.sampling.preview_writer import PreviewWriter
 from hunyuan_staged.weights.components import vae_config
-from hunyuan_staged.weights.folder import PREVIEW_FACTORS, ModelFolder, open_model
+from hunyuan_staged.weights.folder import PREVIEW_FACTORS, ModelFolder
+from hunyuan_staged.weights.single_file import TransformerFile
 
 FIT_COMMAND = "python -m hunyuan_staged.fit_preview"
 
@@ -50,12 +52,11 @@ def make(setup: DenoiseSetup, folder: Path, report: Reporter) -> list[Callback]:
 
 def vae_folder(setup: DenoiseSetup) -> ModelFolder | None:
     """The folder whose VAE will decode the latents, where its files are here; nothing is downloaded for it."""
-    if isinstance(setup.folder, ModelFolder):
-        return setup.folder if setup.folder.has("vae") else None
-    recorded = setup.job.config.get("model_path")
-    if not recorded or not Path(recorded).expanduser().is_dir():
-        return None
-    folder = open_model(recorded, ("vae",))
+    config, folder = setup.job.config, setup.folder
+    recorded = config.get("model_path")
+    single = isinstance(folder, TransformerFile) or "vae" in config
+    if single and recorded and Path(recorded).expanduser().exists():
+        folder = open_recorded(recorded, config, SILENT)
     return folder if folder.has("vae") else None
 
 

@@ -8,20 +8,21 @@ from typing import Any
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DenoiseOptions
-from hunyuan_staged.pipeline.common import chosen_model, open_for
+from hunyuan_staged.pipeline.common import chosen_model
+from hunyuan_staged.pipeline.opening import is_files, open_for, transformer_file, version_of_file
 from hunyuan_staged.pipeline.settings import pick_version
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import diffusers_repository
-from hunyuan_staged.weights.single_file import guess_version, open_transformer
+from hunyuan_staged.weights.single_file import open_transformer
 
 
 def choose_transformer(
     options: DenoiseOptions, config: Mapping[str, Any], report: Reporter
 ) -> tuple[ModelFolder, str, TransformerVersion]:
     """(what holds the transformer, its path or hub id, the version). Says what a file was taken for."""
-    file = _transformer_file(options)
+    file = _transformer_file(options, config, report)
     if file is None:
         if options.transformer_version:
             if not options.dry_run:
@@ -31,33 +32,16 @@ def choose_transformer(
         path = chosen_model(options.model_path, options.input_dir, config)
         folder = open_for(options, path, ("transformer", "scheduler"), report)
         return folder, path, pick_version(config, folder.versions(), sparse=options.sparse_attn)
-    opened = open_transformer(file, partial(_version_of_file, file, options, config, report))
+    opened = open_transformer(file, partial(version_of_file, options.transformer_version, config, report, file))
     report.info(opened.describe())
     return opened, str(file), versions.parse_version(opened.version.name)
 
 
-def _transformer_file(options: DenoiseOptions) -> Path | None:
+def _transformer_file(options: DenoiseOptions, config: Mapping[str, Any], report: Reporter) -> Path | None:
     if options.transformer:
         if not Path(options.transformer).exists():
             raise InputError(f"{options.transformer} does not exist", option="transformer")
         return Path(options.transformer)
-    path = options.model_path
-    return Path(path) if path and Path(path).is_file() else None
-
-
-def _version_of_file(
-    file: Path, options: DenoiseOptions, config: Mapping[str, Any], report: Reporter, meanflow: bool
-) -> TransformerVersion:
-    """As the option says, else the file's name, else stage 1's record; a guess is said."""
-    if options.transformer_version:
-        return versions.parse_version(options.transformer_version)
-    right = "where that is wrong, give --transformer_version"
-    guessed = guess_version(file.name, meanflow=meanflow)
-    if guessed:
-        report.warn(f"{file.name}: its name is taken to mean {guessed.name}; {right}")
-        return guessed
-    recorded = config.get("transformer_version")
-    if not recorded:
-        raise InputError(f"neither {file.name} nor stage 1 says which version it is", option="transformer_version")
-    report.warn(f"{file.name}: taken for the version that stage 1 recorded, {recorded}; {right}")
-    return versions.parse_version(recorded)
+    path = options.model_path or (None if options.transformer_version and options.dry_run else config.get("model_path"))
+    place = Path(path).expanduser() if path else None
+    return transformer_file(place, report) if place and is_files(place) else None

@@ -7,6 +7,7 @@ a run from fresh noise. docs/super_resolution.md says more.
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DenoiseOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, input_video, low_resolution
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.common import chosen_model, free_memory, open_for
+from hunyuan_staged.pipeline.common import chosen_model, free_memory
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
+from hunyuan_staged.pipeline.opening import open_for, open_recorded
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling.conditions import LowResolutionCondition
 from hunyuan_staged.versions import SuperResolutionVersion, parse_version, super_resolution_chain
@@ -167,7 +169,7 @@ def enlarge(
         larger = planned.shape
     if video and not options.dry_run:
         model_path = chosen_model(options.model_path, options.input_dir, job.config)
-        input_video.write_latents(video, options, model_path, world, report)
+        input_video.write_latents(video, options, partial(open_recorded, model_path, job.config, report), world, report)
     first = contract.INPUT if video else None
     for version in chain:
         setup = resolve(options, job, world, version, shape, report)

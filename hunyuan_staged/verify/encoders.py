@@ -16,6 +16,7 @@ from hunyuan_staged.weights.encoder_components import GLYPH_SHARED, language_key
 from hunyuan_staged.weights.encoder_configs import glyph_config
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.loading import assign_weights, read_tensors, weight_files
+from hunyuan_staged.weights.part_tensors import part_content
 
 PROMPT = 'A red circle moves left over a dark blue background, beside a sign that says "7".'
 NEGATIVE_PROMPT = "blurry"
@@ -92,7 +93,7 @@ def check_glyphs(folder: ModelFolder, device: torch.device, dtype: torch.dtype, 
     tokenizer, model = encoder_components.load_glyph_encoder(folder, device=device, dtype=dtype)
     checks = [finite("glyph", model)]
     ours = text.glyph_embeddings(tokenizer, model, PROMPT, width=width, dtype=dtype)
-    config = glyph_config(folder.folders("glyph")[0] / "config.json")
+    config = glyph_config(*part_content(folder, "glyph"))
     config.vocab_size = model.state_dict()[GLYPH_SHARED].shape[0]
     reference = T5EncoderModel(config)
     reference.encoder.load_state_dict(model.state_dict())

@@ -34,8 +34,9 @@ from hunyuan_staged.weights.loading import (
     read_tensors,
     sharded_file,
     tensor_shape,
-    weight_files,
 )
+from hunyuan_staged.weights.part_files import PartsFolder
+from hunyuan_staged.weights.part_tensors import part_content, part_tensors, vae_file_config, vae_file_names
 from hunyuan_staged.weights.published import PublishedModel
 from hunyuan_staged.weights.quantization import fp8_rows
 from hunyuan_staged.weights.single_file import TransformerFile
@@ -45,6 +46,8 @@ GLYPH_IN = "byt5_in.fc1.weight"
 
 def transformer_config(folder: ModelFolder, version: str) -> dict[str, Any]:
     """diffusers' arguments of a version; InputError where the folder lacks it or this suite does not run it."""
+    if isinstance(folder, PartsFolder) and folder.transformer is not None:
+        folder = folder.transformer
     if isinstance(folder, TransformerFile):
         return folder.config()
     if isinstance(folder, PublishedModel):
@@ -63,7 +66,7 @@ def _glyph_width(folder: ModelFolder, version: str) -> int:
     from the header alone. Where there is a transformer's config alone, the glyph encoder's own tells."""
     inside = folder.transformer_folder(version)
     if folder.config_alone(version) and folder.has("glyph"):
-        return int(glyph_config(folder.folders("glyph")[0] / "config.json").d_model)
+        return int(glyph_config(*part_content(folder, "glyph")).d_model)
     if folder.planned and folder.config_alone(version):
         return TransformerConfig().text_embed_2_dim
     if folder.repo and not has_weights(inside):
@@ -176,6 +179,8 @@ def _renamed(tensors: Iterable[Named], rules: Sequence[Rule], folder: ModelFolde
 
 def vae_config(folder: ModelFolder) -> dict[str, Any]:
     """diffusers' arguments of the VAE: scaling_factor, latent_channels, the compression ratios, and the widths."""
+    if "vae" in folder.files:
+        return vae_file_config(folder)
     if isinstance(folder, PublishedModel):
         return folder.vae_config()
     path = folder.require("vae")[0] / "config.json"
@@ -186,18 +191,17 @@ def vae_skeleton(folder: ModelFolder, coder: str) -> nn.Module:
     """The VAE's "encoder" or "decoder" on the meta device: shapes without memory."""
     config = vae_config(folder)
     build = {"encoder": VaeEncoder, "decoder": VaeDecoder}[coder]
-    return on_meta(lambda: build(VaeConfig(**config)), folder.require("vae")[0] / "config.json")
+    return on_meta(lambda: build(VaeConfig(**config)), folder.origin("vae"))
 
 
 def _load_coder(
     folder: ModelFolder, coder: str, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> nn.Module:
-    (origin,) = folder.require("vae")
+    origin = folder.origin("vae")
     model = vae_skeleton(folder, coder)
-    files = progress(weight_files(origin), desc=f"loading VAE {coder}", unit="shard")
     other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
-    tensors = read_tensors(files, lambda name: not name.startswith(other), device)
-    renamed = _renamed(tensors, VAE_MAP, folder, origin)
+    tensors = part_tensors(folder, "vae", device, lambda name: other not in name, progress=progress)
+    renamed = vae_file_names(tensors) if "vae" in folder.files else _renamed(tensors, VAE_MAP, folder, origin)
     own = ((name.removeprefix(f"{coder}."), tensor) for name, tensor in renamed)
     return assign_weights(model, own, dtype, device, origin)
 

@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.boundary import on_meta, read_json, refusing, require_regular
+from hunyuan_staged.weights.derived_configs import SIGLIP_PROCESSOR
 from hunyuan_staged.weights.encoder_configs import glyph_config, image_config, image_processor_config, language_config
 from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.hub import TOKENIZER_FETCH
 from hunyuan_staged.weights.key_maps import Named
 from hunyuan_staged.weights.loading import (
     FLOATS,
@@ -21,9 +23,8 @@ from hunyuan_staged.weights.loading import (
     Destinations,
     Progress,
     assign_weights,
-    read_tensors,
-    weight_files,
 )
+from hunyuan_staged.weights.part_tensors import part_content, part_tensors
 from hunyuan_staged.weights.published import PublishedModel, published_language_config
 from hunyuan_staged.weights.schema import GLYPH_TABLE, GLYPH_TOKENIZER, LANGUAGE_TOKENIZER, Schema, check, quoted
 
@@ -61,6 +62,21 @@ def load_tokenizer(folder: Path, schema: Schema, *files: str) -> Any:
     with refusing(f"{folder} holds no tokenizer that transformers can read"):
         # Said outright: left to itself transformers asks the user whether to run code that the folder brings.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def language_tokenizer(folder: ModelFolder) -> tuple[Any, Path]:
+    """(the language model's tokenizer, its folder): of a text encoder in one file that beside it, else the model's."""
+    file = folder.files.get("text")
+    if file is None:
+        place = folder.require("text")[-1]
+    else:
+        own = folder.folders("text")[-1]
+        places = [p for p in (file.path.parent, own) if any((p / name).exists() for name in VOCABULARY)]
+        place = places[0] if places else own
+        if not places:
+            get = TOKENIZER_FETCH.format(folder=own)
+            raise InputError(f"neither {file.path.parent} nor {own} holds the text encoder's tokenizer; get it: {get}")
+    return load_tokenizer(place, LANGUAGE_TOKENIZER, *VOCABULARY), place
 
 
 def language_key(name: str, kept: int) -> str | None:
@@ -125,9 +141,9 @@ def language_skeleton(folder: ModelFolder) -> Any:
     """The language model that load_language_model loads, on the meta device: shapes without memory."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    origin = folder.require("text")[0] / "config.json"
-    published = isinstance(folder, PublishedModel)
-    config = published_language_config() if published else language_config(origin)[0]
+    published = isinstance(folder, PublishedModel) and "text" not in folder.files
+    content, origin = ({}, folder.path) if published else part_content(folder, "text")
+    config = published_language_config() if published else language_config(content, origin)[0]
     model = on_meta(lambda: Qwen2_5_VLTextModel(config), origin)
     model.norm = nn.Identity()
     return model
@@ -152,54 +168,63 @@ def load_language_model(
 
     Raises InputError where a file is absent or broken, and where weights and config do not fit.
     """
-    folders = folder.require("text")
-    config, kept = language_config(folders[0] / "config.json")
+    config, kept = language_config(*part_content(folder, "text"))
     model = language_skeleton(folder) if skeleton is None else skeleton
     # Its frequencies are computed, not stored.
     model.rotary_emb = type(model.rotary_emb)(config).to(device)
-    tokenizer = load_tokenizer(folders[-1], LANGUAGE_TOKENIZER, *VOCABULARY)
+    tokenizer, place = language_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"{folders[-1]} holds a tokenizer of {len(tokenizer)} tokens; the language model knows {config.vocab_size}"
+            f"{place} holds a tokenizer of {len(tokenizer)} tokens; the language model knows {config.vocab_size}"
         )
-    files = progress(weight_files(folders[0]), desc="loading text encoder", unit="shard")
-    tensors = read_tensors(
-        files,
-        lambda name: language_key(name, kept) is not None,
+    tensors = part_tensors(
+        folder,
+        "text",
         device,
+        lambda name: language_key(name, kept) is not None,
         lambda name: language_key(name, kept) in destinations.tensors,
+        progress,
     )
     renamed = ((language_key(name, kept) or "", tensor) for name, tensor in tensors)
-    return tokenizer, assign_weights(model, renamed, dtype, device, folders[0], destinations)
+    return tokenizer, assign_weights(model, renamed, dtype, device, folder.origin("text"), destinations)
 
 
 def load_glyph_encoder(folder: ModelFolder, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module]:
     """(ByT5 tokenizer, T5 encoder stack whose last_hidden_state is [1, L, 1472] in the published model)."""
     from transformers import T5EncoderModel
 
-    folders = folder.require("glyph")
-    config = glyph_config(folders[0] / "config.json")
+    file = folder.files.get("glyph")
+    folders = folder.folders("glyph") if file and not folder.official else folder.require("glyph")
+    content, config_origin = part_content(folder, "glyph")
+    config, own = glyph_config(content, config_origin), 0 if folder.official else 1
+    if file or not folder.official:
+        tensors = _glyph_names(part_tensors(folder, "glyph", device))
+        origin = folder.origin("glyph")
+    else:
+        origin = folders[1] / "checkpoints" / "byt5_model.pt"
+        tensors = glyph_weights(origin)
+    tokenizer = load_tokenizer(folders[own], GLYPH_TOKENIZER, TOKENIZER_CONFIG)
     if folder.official:
-        tokenizer = load_tokenizer(folders[0], GLYPH_TOKENIZER, TOKENIZER_CONFIG)
         assets = folders[1] / "assets"
         colors, fonts = (_glyph_table(assets / name) for name in ("color_idx.json", "multilingual_10-lang_idx.json"))
         tokenizer.add_tokens(glyph_tokens(colors, fonts), special_tokens=True)
-        config.vocab_size = len(tokenizer)
-        origin = folders[1] / "checkpoints" / "byt5_model.pt"
-        tensors = glyph_weights(origin)
-    else:
-        tokenizer = load_tokenizer(folders[1], GLYPH_TOKENIZER, TOKENIZER_CONFIG)
-        origin = folders[0]
-        tensors = (
-            (GLYPH_SHARED if name == "shared.weight" else name.removeprefix("encoder."), tensor)
-            for name, tensor in read_tensors(weight_files(origin), lambda _: True, device)
-        )
+        if not file:
+            config.vocab_size = len(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{folders[-1]} holds a tokenizer of {len(tokenizer)} tokens; the glyph encoder knows {config.vocab_size}"
         )
-    model = on_meta(lambda: T5EncoderModel(config).encoder, folders[0] / "config.json")
+    model = on_meta(lambda: T5EncoderModel(config).encoder, config_origin)
     return tokenizer, assign_weights(model, tensors, dtype, device, origin)
+
+
+def _glyph_names(tensors: Iterable[Named]) -> Iterator[Named]:
+    """The encoder's own names, whatever is before them; the decoder of a whole T5 is left out."""
+    for name, tensor in tensors:
+        plain = name.removeprefix("module.text_tower.").removeprefix("text_tower.").removeprefix("byt5.")
+        if plain.startswith(("decoder.", "lm_head.")):
+            continue
+        yield (GLYPH_SHARED if plain == "shared.weight" else plain.removeprefix("encoder.")), tensor
 
 
 def _glyph_table(path: Path) -> dict[str, int]:
@@ -217,18 +242,23 @@ def load_image_encoder(folder: ModelFolder, *, device: torch.device, dtype: torc
     from transformers import SiglipVisionModel
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    encoder, processor = folder.require("image")
-    config = image_config(encoder / "config.json")
-    settings = image_processor_config(processor / "preprocessor_config.json", config.image_size)
-    with refusing(f"{processor / 'preprocessor_config.json'} describes no image processor"):
+    content, origin = part_content(folder, "image")
+    config = image_config(content, origin)
+    place = folder.folders("image")[1] / "preprocessor_config.json"
+    described: Mapping[str, Any] = SIGLIP_PROCESSOR | {
+        "size": {"height": config.image_size, "width": config.image_size}
+    }
+    if "image" not in folder.files or place.is_file():
+        described = read_json(place)
+    settings = image_processor_config(described, place, config.image_size)
+    with refusing(f"{place} describes no image processor"):
         prepare = SiglipImageProcessorPil(**settings)
-    model: Any = on_meta(lambda: SiglipVisionModel(config), encoder / "config.json")
+    model: Any = on_meta(lambda: SiglipVisionModel(config), origin)
     prefix = _IMAGE_PREFIX if next(iter(model.state_dict())).startswith(_IMAGE_PREFIX) else ""
     embeddings = model.get_submodule(f"{prefix}embeddings")
     # Positions are counted, not stored.
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     tensors = (
-        (prefix + name.removeprefix(_IMAGE_PREFIX), tensor)
-        for name, tensor in read_tensors(weight_files(encoder), lambda _: True, device)
+        (prefix + name.removeprefix(_IMAGE_PREFIX), tensor) for name, tensor in part_tensors(folder, "image", device)
     )
-    return prepare, assign_weights(model, tensors, dtype, device, encoder)
+    return prepare, assign_weights(model, tensors, dtype, device, folder.origin("image"))

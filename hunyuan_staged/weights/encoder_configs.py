@@ -2,12 +2,12 @@
 attention implementation to be fetched and run, say, reaches nobody.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.versions import SKIPPED_LAYERS
-from hunyuan_staged.weights.boundary import read_json
 from hunyuan_staged.weights.key_maps import refuse_names
 from hunyuan_staged.weights.schema import (
     GLYPH,
@@ -21,12 +21,16 @@ from hunyuan_staged.weights.schema import (
     require_equal,
 )
 
+Config = Mapping[str, Any]  # what a config.json says
 
-def language_config(path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[Any, int]:
-    """(the text config without the skipped layers, the number of layers left), from any form of config.json."""
+
+def language_config(content: Config, path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[Any, int]:
+    """(the text config without the skipped layers, the number of layers left), from any form of config.json.
+
+    path: where the content is from, for messages.
+    """
     from transformers import Qwen2_5_VLTextConfig
 
-    content = read_json(path)
     kind = content.get("model_type")
     if kind not in ("qwen2_5_vl", "qwen2_5_vl_text"):
         raise InputError(f"{path}: model_type is {quoted(kind)}; allowed are qwen2_5_vl and qwen2_5_vl_text")
@@ -64,15 +68,15 @@ def language_config(path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[Any, int
     return text, kept
 
 
-def whole_config(path: Path, image_token: int) -> Any:
+def whole_config(content: Config, path: Path, image_token: int) -> Any:
     """The config of the whole Qwen2.5-VL: all layers of the language model, and the vision tower.
 
     image_token: the id of the token that stands for a piece of an image.
     """
     from transformers import Qwen2_5_VLConfig
 
-    inner, _ = language_config(path, skipped=0)
-    vision = read_json(path).get("vision_config")
+    inner, _ = language_config(content, path, skipped=0)
+    vision = content.get("vision_config")
     if not isinstance(vision, dict):
         raise InputError(f"{path} describes no vision tower (vision_config)")
     origin = f"{path}, vision_config"
@@ -92,10 +96,9 @@ def whole_config(path: Path, image_token: int) -> Any:
     return whole
 
 
-def glyph_config(path: Path) -> Any:
+def glyph_config(content: Config, path: Path) -> Any:
     from transformers import T5Config
 
-    content = read_json(path)
     if content.get("model_type") != "t5":
         raise InputError(f"{path}: model_type is {quoted(content.get('model_type'))}; allowed is t5")
     chosen = picked(content, GLYPH, path)
@@ -104,10 +107,9 @@ def glyph_config(path: Path) -> Any:
     return T5Config(**chosen)
 
 
-def image_config(path: Path) -> Any:
+def image_config(content: Config, path: Path) -> Any:
     from transformers import SiglipVisionConfig
 
-    content = read_json(path)
     kind = content.get("model_type")
     if kind not in ("siglip_vision_model", "siglip"):
         raise InputError(f"{path}: model_type is {quoted(kind)}; allowed are siglip_vision_model and siglip")
@@ -131,9 +133,9 @@ def image_config(path: Path) -> Any:
     return SiglipVisionConfig(**chosen, attn_implementation="sdpa")
 
 
-def image_processor_config(path: Path, side: int) -> dict[str, Any]:
+def image_processor_config(content: Config, path: Path, side: int) -> dict[str, Any]:
     """The arguments of SigLIP's image processor; InputError where its pictures are not of the encoder's side (px)."""
-    chosen = picked(read_json(path), IMAGE_PROCESSOR, path)
+    chosen = picked(content, IMAGE_PROCESSOR, path)
     refuse_names(f"{path} lacks", [name for name in ("size", "image_mean", "image_std") if name not in chosen])
     require_equal(path, "size", chosen["size"], {"height": side, "width": side})
     return chosen

@@ -6,9 +6,9 @@ layout that of hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-*.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
@@ -34,6 +34,9 @@ from hunyuan_staged.weights.hub import (
 from hunyuan_staged.weights.key_maps import refuse_names
 from hunyuan_staged.weights.loading import Progress, weight_files
 from hunyuan_staged.weights.schema import DIFFUSERS_TRANSFORMER, GUIDER, SCHEDULER, Schema, check
+
+if TYPE_CHECKING:
+    from hunyuan_staged.weights.part_files import PartFile
 
 # The task of diffusers' pipelines.
 PIPELINES = {"HunyuanVideo15Pipeline": "t2v", "HunyuanVideo15ImageToVideoPipeline": "i2v"}
@@ -73,12 +76,14 @@ class ModelFolder:
 
     repo: the hub id that the folder is a snapshot of. Of its transformers a version's weights are downloaded when they
     are first read: the official repository holds ten of 33 GB each. planned: its configs alone count, nothing is loaded.
+    files: what stands in the place of parts, by part.
     """
 
     path: Path
     layout: str  # "official" or "diffusers"
     repo: str | None = None
     planned: bool = False
+    files: Mapping[str, "PartFile"] = field(default_factory=dict)
 
     @property
     def official(self) -> bool:
@@ -89,7 +94,16 @@ class ModelFolder:
         return [self.path / name for name in (PARTS[part].official if self.official else PARTS[part].diffusers)]
 
     def has(self, part: str) -> bool:
-        return all(folder.is_dir() for folder in self.folders(part))
+        return part in self.files or all(folder.is_dir() for folder in self.folders(part))
+
+    def origin(self, part: str) -> Path:
+        """Where the weights of a part are, a file or a folder; InputError as require."""
+        return self.files[part].path if part in self.files else self.require(part)[0]
+
+    @property
+    def identity(self) -> tuple[Path, ...]:
+        """What tells this model from others on this machine: its path, and the files that replace parts of it."""
+        return self.path, *(file.path for _, file in sorted(self.files.items()))
 
     def require(self, part: str) -> list[Path]:
         """The folders of a part; where one is absent, InputError names it and the command that downloads it."""
@@ -157,6 +171,8 @@ class ModelFolder:
         """
         files = []
         for part in parts:
+            if part in self.files:
+                files.append((part, self.files[part].path))
             folders = [folder for folder in self.folders(part) if folder.is_dir()]
             if part == "transformer":
                 assert version is not None

@@ -24,12 +24,13 @@ Given = TypeVar("Given")
 class Part:
     """Where a part of the model lies in each layout; for the official one, the command that fetches each folder.
 
-    In a command {path} is the model folder.
+    In a command {path} is the model folder. option: that names one file in its place.
     """
 
     title: str
     official: dict[str, str]
     diffusers: tuple[str, ...]
+    option: str = ""
 
 
 HF, MODELSCOPE = "hf", "modelscope"
@@ -107,19 +108,31 @@ PARTS = {
     ),
     "upsampler": Part("latent upsampler", _tencent("upsampler"), ()),
     "scheduler": Part("scheduler", _tencent("scheduler"), ("scheduler",)),
-    "vae": Part("VAE", _tencent("vae"), ("vae",)),
-    "text": Part("text encoder", {LANGUAGE_SOURCE.into: LANGUAGE_SOURCE.command()}, ("text_encoder", "tokenizer")),
+    "vae": Part("VAE", _tencent("vae"), ("vae",), "vae"),
+    "text": Part(
+        "text encoder",
+        {LANGUAGE_SOURCE.into: LANGUAGE_SOURCE.command()},
+        ("text_encoder", "tokenizer"),
+        "text_encoder",
+    ),
     "glyph": Part(
         "glyph encoder",
         {source.into: source.command() for source in (BYTES_SOURCE, GLYPH_SOURCE)},
         ("text_encoder_2", "tokenizer_2"),
+        "glyph_encoder",
     ),
     "image": Part(
         "image encoder",
         {f"{_IMAGE_FOLDER}/{folder}": IMAGE_SOURCE.command() for folder in ("image_encoder", "feature_extractor")},
         ("image_encoder", "feature_extractor"),
+        "vision_encoder",
     ),
 }
+# The parts that one file may replace, beside the transformer.
+FILE_PARTS = tuple(name for name, part in PARTS.items() if part.option)
+TOKENIZER_FETCH = (
+    'hf download Qwen/Qwen2.5-VL-7B-Instruct --include "*token*" "vocab.json" "merges.txt" --local-dir {folder}'
+)
 DIFFUSERS_REPOSITORY = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{version}"
 DIFFUSERS_FETCH = f'hf download {DIFFUSERS_REPOSITORY} --include "{{folder}}/*" --local-dir {{path}}'
 

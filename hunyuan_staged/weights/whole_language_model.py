@@ -1,6 +1,5 @@
 """Loading Qwen2.5-VL whole, as the model that writes: all layers, lm_head, and for an image the vision tower."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.boundary import on_meta
-from hunyuan_staged.weights.encoder_components import VOCABULARY, load_tokenizer
+from hunyuan_staged.weights.encoder_components import language_tokenizer
 from hunyuan_staged.weights.encoder_configs import language_config, whole_config
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.loading import (
@@ -17,11 +16,10 @@ from hunyuan_staged.weights.loading import (
     Destinations,
     Progress,
     assign_weights,
-    read_tensors,
     tensor_shape,
     weight_files,
 )
-from hunyuan_staged.weights.schema import LANGUAGE_TOKENIZER
+from hunyuan_staged.weights.part_tensors import part_content, part_tensors
 
 LAYERS = "model.language_model.layers"  # of the whole model
 IMAGE_TOKEN = "<|image_pad|>"
@@ -44,7 +42,7 @@ def whole_key(name: str, *, vision: bool) -> str | None:
 
 def load_language_tokenizer(folder: ModelFolder) -> Any:
     """The language model's tokenizer; InputError as load_tokenizer."""
-    return load_tokenizer(folder.require("text")[-1], LANGUAGE_TOKENIZER, *VOCABULARY)
+    return language_tokenizer(folder)[0]
 
 
 def whole_skeleton(folder: ModelFolder, tokenizer: Any, *, vision: bool) -> Any:
@@ -54,9 +52,14 @@ def whole_skeleton(folder: ModelFolder, tokenizer: Any, *, vision: bool) -> Any:
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    origin = folder.require("text")[0]
-    found = next(filter(None, (tensor_shape(path, _HEAD) for path in weight_files(origin))), None)
-    inner, _ = language_config(origin / "config.json", skipped=0)
+    origin = folder.origin("text")
+    file = folder.files.get("text")
+    if file:
+        found = next((list(shape) for name, shape in file.shapes.items() if name.endswith(_HEAD)), None)
+    else:
+        found = next(filter(None, (tensor_shape(path, _HEAD) for path in weight_files(origin))), None)
+    content, described = part_content(folder, "text")
+    inner, _ = language_config(content, described, skipped=0)
     wanted = [inner.vocab_size, inner.hidden_size]
     if found != wanted:
         held = "no lm_head" if found is None else f"an lm_head of {found}, not {wanted}"
@@ -65,8 +68,8 @@ def whole_skeleton(folder: ModelFolder, tokenizer: Any, *, vision: bool) -> Any:
             "can a server: --rewrite URL",
             option="rewrite",
         )
-    config = whole_config(origin / "config.json", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    model: Any = on_meta(lambda: Qwen2_5_VLForConditionalGeneration(config), origin / "config.json")
+    config = whole_config(content, described, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    model: Any = on_meta(lambda: Qwen2_5_VLForConditionalGeneration(config), described)
     if not vision:
         model.model.visual = nn.Identity()
     return model
@@ -83,7 +86,6 @@ def load_whole(
     destinations: Destinations = NO_DESTINATIONS,
 ) -> Any:
     """The whole model with its weights; skeleton: what whole_skeleton gave. InputError as load_language_model."""
-    origin: Path = folder.require("text")[0]
     inner = skeleton.model.language_model
     # Frequencies are computed, not stored.
     inner.rotary_emb = type(inner.rotary_emb)(skeleton.config.text_config).to(device)
@@ -91,12 +93,13 @@ def load_whole(
         for name, buffer in list(module.named_buffers(recurse=False)):
             count = buffer.numel()
             setattr(module, name, VISION_THETA ** -(torch.arange(count, device=device).float() / count))
-    files = progress(weight_files(origin), desc="loading language model", unit="shard")
-    tensors = read_tensors(
-        files,
-        lambda name: whole_key(name, vision=vision) is not None,
+    tensors = part_tensors(
+        folder,
+        "text",
         device,
+        lambda name: whole_key(name, vision=vision) is not None,
         lambda name: whole_key(name, vision=vision) in destinations.tensors,
+        progress,
     )
     renamed = ((whole_key(name, vision=vision) or "", tensor) for name, tensor in tensors)
-    return assign_weights(skeleton, renamed, dtype, device, origin, destinations)
+    return assign_weights(skeleton, renamed, dtype, device, folder.origin("text"), destinations)
