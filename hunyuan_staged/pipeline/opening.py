@@ -36,7 +36,7 @@ def open_for(
     for file in given.values():
         report.info(file.describe())
     others = [part for part in parts if part not in given]
-    place = Path(path).expanduser()
+    place = expanded(path)
     if is_files(place):
         choose = partial(version_of_file, getattr(options, "transformer_version", None), {}, report)
         model: ModelFolder = open_files(place, others, choose, report)
@@ -51,13 +51,21 @@ def open_for(
 
 def open_recorded(path: str, config: Mapping[str, Any], report: Reporter) -> ModelFolder:
     """The model of a run, for its VAE: that file which the config records, else the model's own."""
-    place, file = Path(path).expanduser(), config.get("vae")
+    place, file = expanded(path), config.get("vae")
     others = [] if file else ["vae"]
     if is_files(place):
         model: ModelFolder = open_files(place, others, _no_version, report)
     else:
         model = open_model(path, others, report.progress)
     return replace(model, files={**model.files, "vae": open_part("vae", Path(file))}) if file else model
+
+
+def expanded(path: str) -> Path:
+    """A path with ~ as the user's home; InputError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no such user") from error
 
 
 def _no_version(path: Path, meanflow: bool) -> TransformerVersion:
@@ -161,7 +169,7 @@ def version_of_file(
         return versions.parse_version(given)
     recorded = config.get("transformer_version")
     model = config.get("model_path")
-    if recorded and model and file.resolve().is_relative_to(Path(model).expanduser().resolve()):
+    if recorded and model and file.resolve().is_relative_to(expanded(model).resolve()):
         return versions.parse_version(recorded)
     right = "where that is wrong, give --transformer_version"
     guessed = guess_version(file.name, meanflow=meanflow)

@@ -9,7 +9,7 @@ from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.pipeline.common import chosen_model
-from hunyuan_staged.pipeline.opening import is_files, open_for, transformer_file, version_of_file
+from hunyuan_staged.pipeline.opening import expanded, is_files, open_for, transformer_file, version_of_file
 from hunyuan_staged.pipeline.settings import pick_version
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import TransformerVersion
@@ -43,5 +43,5 @@ def _transformer_file(options: DenoiseOptions, config: Mapping[str, Any], report
             raise InputError(f"{options.transformer} does not exist", option="transformer")
         return Path(options.transformer)
     path = options.model_path or (None if options.transformer_version and options.dry_run else config.get("model_path"))
-    place = Path(path).expanduser() if path else None
+    place = expanded(path) if path else None
     return transformer_file(place, report) if place and is_files(place) else None

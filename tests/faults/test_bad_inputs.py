@@ -39,7 +39,7 @@ FLAGS = [
     (1, ["--output_dir", "{dir}/text.png/a/b"], "text.png is not a folder"),
     (1, ["--output_dir", f"{{dir}}/{LONG}{LONG}"], "File name too long"),
     (1, ["--model_path", "{dir}"], "is no model folder"),
-    (1, ["--model_path", "{dir}/text.png"], "is no model folder"),
+    (1, ["--model_path", "{dir}/text.png"], "text.png is not a whole safetensors file"),
     (1, ["--model_path", "no/such/model/at/all"], "no/such/model/at/all does not exist, and it is no hub id"),
     (1, ["--model_path", "~nobody-of-that-name/x"], "~nobody-of-that-name/x"),
     (1, ["--model_path", "../../../etc/passwd"], "../../../etc/passwd"),
