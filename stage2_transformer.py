@@ -30,7 +30,6 @@ examples:
 """
 
 OPTIONS = DenoiseOptions
-MODULES = ("hunyuan_staged.pipeline.denoising", "hunyuan_staged.sampling.state")  # imported while stage 1 works
 
 
 def build_parser() -> Parser:
@@ -109,9 +108,16 @@ def group_size(run: utils.Run, options: DenoiseOptions, jobs: Sequence[DenoiseOp
     return options.gpus_per_job or groups.denoising_size(run.world, jobs)
 
 
+def get_ready(options: DenoiseOptions) -> None:
+    """What can be done while the stage before works."""
+    from hunyuan_staged.pipeline import warming
+
+    warming.warm_denoising(options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DenoiseOptions, build_parser(), argv)
-    return utils.run_jobs(2, options, stage2, group_size, MODULES)
+    return utils.run_jobs(2, options, stage2, group_size, get_ready)
 
 
 if __name__ == "__main__":

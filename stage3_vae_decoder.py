@@ -25,7 +25,6 @@ examples:
 """
 
 OPTIONS = DecodeOptions
-MODULES = ("hunyuan_staged.pipeline.decoding",)  # imported while the stages before work
 
 
 def build_parser() -> Parser:
@@ -71,9 +70,16 @@ def group_size(run: utils.Run, options: DecodeOptions, jobs: Sequence[DecodeOpti
     return options.gpus_per_job or groups.decoding_size(run.world, jobs)
 
 
+def get_ready(options: DecodeOptions) -> None:
+    """What can be done while the stage before works."""
+    from hunyuan_staged.pipeline import warming
+
+    warming.warm_decoding(options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DecodeOptions, build_parser(), argv)
-    return utils.run_jobs(3, options, stage3, group_size, MODULES)
+    return utils.run_jobs(3, options, stage3, group_size, get_ready)
 
 
 if __name__ == "__main__":

@@ -265,20 +265,20 @@ def run_stage(
     check: Callable[[Any], Any] | None = None,
     body: Callable[[Run, Any], None],
     every_rank: bool = True,
-    modules: Sequence[str] = (),
+    ready: Callable[[Any], None] | None = None,
     joined: bool = True,
 ) -> int:
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
-    check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for one
-    process, in which any others that torchrun started have nothing to do. modules: what body imports, for a stage that the
-    launcher starts before its turn. joined=False: body makes the process groups. InputError becomes one line and status
-    2, with --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130; every other exception is our
-    fault and keeps its traceback. On several processes the first that fails says so, and all of them end. The events
-    of --log_json are the first process's.
+    check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for
+    one process, in which any others that torchrun started have nothing to do. ready(options): what can be done early
+    by a stage that the launcher starts before its turn. joined=False: body makes the process groups. InputError
+    becomes one line and status 2, with --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130;
+    every other exception is our fault and keeps its traceback. On several processes the first that fails says so, and
+    all of them end. The events of --log_json are the first process's.
     """
     ages: dict[str, float | None] = {"exec": process_age()}
-    if not await_turn(modules, ages):
+    if not await_turn(partial(ready, options) if ready else None, ages):
         return 0
     ages["turn"] = process_age()
     world, events = None, NO_LOG
@@ -322,11 +322,11 @@ def run_jobs(
     options: Any,
     body: Callable[[Run, Any], None],
     size: Callable[[Run, Any, Any], int] | None = None,
-    modules: Sequence[str] = (),
+    ready: Callable[[Any], None] | None = None,
 ) -> int:
     """Run a stage: body(run, options) for one video, or, where the options ask for many, or a cluster does, for each.
 
-    size: how many processes make a video together, as many.Stage has it; None: a stage for one process. modules: as
+    size: how many processes make a video together, as many.Stage has it; None: a stage for one process. ready: as
     run_stage.
     """
     pipes = job_pipes()
@@ -359,7 +359,7 @@ def run_jobs(
         check=check,
         body=loop,
         every_rank=size is not None,
-        modules=modules,
+        ready=ready,
         joined=not many,
     )
 

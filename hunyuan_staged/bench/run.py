@@ -100,7 +100,7 @@ def _stage(events: Sequence[Event], cursor: float, began: float) -> dict[str, An
 
     until_turn: since then, so the end of that process and whatever of this one's own start it did not hide; begin: flags
     checked, processes joined; prepare: all before loading; first_extra: computing beyond that many steps of the others'
-    median; rest: writing, and what is between parts. exec, imported: seconds since the run began, beside the other stage.
+    median; rest: writing, and what is between parts. exec, ready: seconds since the run began, beside the other stage.
     """
     start, done = events[0], _moment(events[-1])
     age = start["age"]
@@ -119,7 +119,7 @@ def _stage(events: Sequence[Event], cursor: float, began: float) -> dict[str, An
     found = {
         "stage": start["stage"],
         "exec": executed - began,
-        "imported": None if age.get("imported") is None else executed + age["imported"] - began,
+        "ready": None if age.get("ready") is None else executed + age["ready"] - began,
         "until_turn": turn - cursor,
         "begin": started - turn,
         "prepare": prepare,

@@ -4,8 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
 from hunyuan_staged.errors import InputError
@@ -44,18 +43,18 @@ def job_pipes() -> tuple[int, int] | None:
     return read, write
 
 
-def await_turn(modules: Iterable[str], ages: dict[str, float | None] | None = None) -> bool:
-    """Import these modules and wait for the launcher's word, where it started this stage early; False: it has ended.
+def await_turn(ready: Callable[[], object] | None, ages: dict[str, float | None] | None = None) -> bool:
+    """Get ready and wait for the launcher's word, where it started this stage early; False: it has ended.
 
-    ages: gets the process's age once they are imported.
+    ages: gets the process's age once it is ready.
     """
     pipe = os.environ.pop(TURN_PIPE, None)
     if pipe is None:
         return True
-    for module in modules:
-        import_module(module)
+    if ready is not None:
+        ready()
     if ages is not None:
-        ages["imported"] = process_age()
+        ages["ready"] = process_age()
     try:
         return bool(os.read(int(pipe), 1))
     finally:

@@ -26,8 +26,8 @@ def test_a_run_on_a_drawn_checkpoint(tmp_path: Path):
     assert (tmp_path / "run" / "output_video.mp4").stat().st_size
     (run,) = json.loads(result.stdout.splitlines()[-1])["runs"]
     assert [stage["stage"] for stage in run["stages"]] == ["stage 1", "stage 2", "stage 3"]
-    # The later two are imported before their turn.
-    assert [stage["imported"] is None for stage in run["stages"]] == [True, False, False]
+    # The later two get ready before their turn.
+    assert [stage["ready"] is None for stage in run["stages"]] == [True, False, False]
     assert all(stage["load"] > 0 and stage["work"] > 0 for stage in run["stages"])
     assert run["stages"][1]["step"] > 0
     exclusive = ("until_turn", "begin", "prepare", "load", "first_extra", "work", "rest")

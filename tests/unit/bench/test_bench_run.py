@@ -29,7 +29,7 @@ EVENTS = [
     part(8.0, "stage 1", "load", 3.0),
     part(9.0, "stage 1", "compute", 1.0),
     event(9.5, "stage 1", "done"),
-    event(11.0, "stage 2", "start", age={"exec": 0.1, "imported": 4.0, "turn": 10.0, "start": 10.4}),
+    event(11.0, "stage 2", "start", age={"exec": 0.1, "ready": 4.0, "turn": 10.0, "start": 10.4}),
     part(14.0, "stage 2", "load", 2.0),
     step(19.0, 1, 5.0),
     step(20.0, 2, 1.0),
@@ -46,7 +46,7 @@ def test_the_parts_of_a_run_make_up_its_wall_time():
     assert one == {
         "stage": "stage 1",
         "exec": 0.6,
-        "imported": None,
+        "ready": None,
         "until_turn": 0.7,
         "begin": 2.3,
         "prepare": 2.0,
@@ -59,7 +59,7 @@ def test_the_parts_of_a_run_make_up_its_wall_time():
     assert two == {
         "stage": "stage 2",
         "exec": 0.6,
-        "imported": 4.6,
+        "ready": 4.6,
         "until_turn": 1.1,
         "begin": 0.4,
         "prepare": 1.0,

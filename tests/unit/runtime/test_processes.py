@@ -101,7 +101,7 @@ def started_early(supervisor, folder, count=2, first="import sys; sys.exit(0)"):
     program = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from hunyuan_staged.runtime.environment import await_turn
-turn = await_turn(["this"])
+turn = await_turn(lambda: __import__("this"))
 open(f"{folder}/" + ("done" if turn else "left") + str(os.getpid()), "w").close()
 """
     groups = [supervisor.start([sys.executable, "-c", first], 1, name="first.py")]
@@ -157,7 +157,7 @@ with Supervisor() as supervisor:
 
 def test_a_stage_by_itself_waits_for_nothing(monkeypatch):
     monkeypatch.delenv(TURN_PIPE, raising=False)
-    assert await_turn(["no.such.module"])
+    assert await_turn(lambda: pytest.fail("it is not to get ready"))
 
 
 @pytest.mark.parametrize("whole", [False, True])
