@@ -3,7 +3,7 @@
 # shellcheck shell=bash
 
 RUNTIME_MODULES="torch diffusers transformers safetensors einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
-TEST_MODULES="$RUNTIME_MODULES skimage matplotlib pytest pytest_timeout xdist hypothesis"
+TEST_MODULES="$RUNTIME_MODULES skimage matplotlib pytest pytest_timeout xdist hypothesis ray"
 TORCH=torch==2.13.0 # the version that the suite is tested with: a looser request takes whatever is newest
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -63,7 +63,7 @@ make_environment() {
     if has_gpu; then
         echo "making $1, once: torch with CUDA and what else the suite needs, some 3 GB to download, 7 GB on disk" >&2
     else
-        echo "making $1, once: torch for CPUs and what else the suite needs, some 350 MB to download, up to 1.8 GB on disk" >&2
+        echo "making $1, once: torch for CPUs and what else the suite needs, some 430 MB to download, up to 2.1 GB on disk" >&2
         # Where it can be reached: elsewhere the CUDA build, which is larger, does as well.
         if python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
             "$CPU_INDEX/torch/" 2>/dev/null; then

@@ -140,7 +140,7 @@ def make(args: argparse.Namespace, jobs: Jobs, options: Sequence[Any], lists: Se
         stack.enter_context(contextlib.redirect_stdout(log))
         interrupts = stack.enter_context(Interrupts())
         stack.enter_context(interrupts.deferred())
-        Driver(ray, pools, queues, interrupts).run()
+        Driver(ray, pools, queues, folder.parent, interrupts).run()
     outcomes = list(queues.outcomes.values())
     for warns, line in closing_lines(jobs, outcomes):
         say(f"{'warning: ' * warns}{line}")

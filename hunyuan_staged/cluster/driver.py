@@ -13,8 +13,10 @@ from typing import Any
 from hunyuan_staged.cluster.actor import Reply, StageActor, StageCommand
 from hunyuan_staged.cluster.queues import Queues
 from hunyuan_staged.errors import InputError, one_line
-from hunyuan_staged.jobs.outcomes import Outcome
+from hunyuan_staged.files import contract
+from hunyuan_staged.jobs.outcomes import FAILED, Outcome
 from hunyuan_staged.jobs.reading import Job, text_of
+from hunyuan_staged.pipeline.job_folders import failure_of
 from hunyuan_staged.runtime.gpus import visible_gpus
 from hunyuan_staged.runtime.signals import Interrupts
 
@@ -22,6 +24,7 @@ ADDRESS = "RAY_ADDRESS"  # the variable by which Ray finds a cluster
 USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
 OBJECT_STORE_BYTES = 80 * 2**20  # near the least that Ray takes: jobs and outcomes are lines of text
 POLL_SECONDS = 0.5
+ROOM_SECONDS = 60.0  # that an actor takes to start at most where there is room for it
 MAX_STARTS = 5  # of one actor, in a row, without a job that it ended
 
 
@@ -38,7 +41,10 @@ class Pool:
 
 @dataclass
 class _Slot:
-    """One actor of a pool, or the place of one that is gone. call: what it is asked and has not answered, None: idle."""
+    """One actor of a pool, or the place of one that is gone. call: what it is asked and has not answered, None: idle.
+
+    since: when it was to start, until somebody has been told that it waits; failure: what was there before its job.
+    """
 
     stage: int
     name: str
@@ -47,6 +53,8 @@ class _Slot:
     job: Job | None = None
     starts: int = 0
     started: bool = False
+    since: float | None = None
+    failure: Any = None
 
 
 def import_ray() -> Any:
@@ -99,12 +107,15 @@ def say(text: str) -> None:
 
 
 class Driver:
-    """Has the actors of all pools make the jobs of the queues, until all have ended or a signal comes."""
+    """Has the actors of all pools make the jobs of the queues, until all have ended or a signal comes.
 
-    def __init__(self, ray: Any, pools: Sequence[Pool], queues: Queues, interrupts: Interrupts) -> None:
+    folder: of the run, with a folder for each job.
+    """
+
+    def __init__(self, ray: Any, pools: Sequence[Pool], queues: Queues, folder: Path, interrupts: Interrupts) -> None:
         from tqdm import tqdm
 
-        self.ray, self.pools, self.queues, self.interrupts = ray, pools, queues, interrupts
+        self.ray, self.pools, self.queues, self.folder, self.interrupts = ray, pools, queues, folder, interrupts
         self.slots = [
             _Slot(stage, f"{pool.kind} {number}")
             for stage, pool in enumerate(pools)
@@ -134,7 +145,7 @@ class Driver:
         command = StageCommand(**{**vars(pool.command), "log": log})
         slot.starts += 1
         slot.handle, slot.job, slot.started = own.remote(command), None, False
-        slot.call = slot.handle.start.remote()
+        slot.call, slot.since = slot.handle.start.remote(), time.monotonic()
 
     def _hand_out(self) -> None:
         """Give each idle actor a job; let go of those that no job will come to, with their GPUs."""
@@ -143,12 +154,17 @@ class Driver:
                 continue
             slot.job = self.queues.take(slot.stage, time.monotonic())
             if slot.job is not None:
+                slot.failure = self._failure(slot.job)
                 slot.call = slot.handle.make.remote(text_of(slot.job))
             elif self.queues.is_over(slot.stage):
                 self._end(slot)
 
     def _collect(self) -> None:
         """Wait a moment for an answer, and take those that are there."""
+        for slot in self.slots:
+            if slot.since is not None and time.monotonic() - slot.since > ROOM_SECONDS:
+                slot.since = None
+                say(f"{slot.name} waits for a node with room for it")
         calls = {slot.call: slot for slot in self.slots if slot.call is not None}
         if not calls:
             time.sleep(POLL_SECONDS)
@@ -166,15 +182,27 @@ class Driver:
             self._replace(slot, job, one_line(error))
             return
         if job is None:
-            slot.started = True
+            slot.started, slot.since = True, None
             say(f"{slot.name} is ready on {answer}")
             return
         assert isinstance(answer, Reply)
-        if answer.outcome is None:
-            self._lose(slot, job, answer.ended)
-        else:
+        if answer.outcome is not None:
             slot.starts = 1
             self._finish(slot, job, answer.outcome)
+        elif (failure := self._failure(job)) not in (None, slot.failure):
+            # A fault of ours, which ends all processes that make a job together, and would do so again.
+            self._finish(slot, job, Outcome(job.name, FAILED, failure[1]))
+        else:
+            self._lose(slot, job, answer.ended)
+
+    def _failure(self, job: Job) -> tuple[int, str] | None:
+        """When it was recorded in a job's folder that the job has failed, and why; None: nothing is."""
+        folder = self.folder / job.name
+        found = failure_of(folder)
+        try:
+            return found and ((folder / contract.FAILURE_FILE).stat().st_mtime_ns, found[1])
+        except FileNotFoundError:
+            return None
 
     def _finish(self, slot: _Slot, job: Job, outcome: Outcome) -> None:
         self.queues.finish(slot.stage, job, outcome, time.monotonic())
@@ -184,7 +212,7 @@ class Driver:
     def _lose(self, slot: _Slot, job: Job, why: str) -> None:
         if not self.interrupts.received:
             goes_on = self.queues.lose(slot.stage, job, why)
-            say(f"{slot.name} {why}; {job.name} {'goes on from its last state' if goes_on else 'is given up'}")
+            say(f"{slot.name} {why}; {job.name} {'goes on elsewhere' if goes_on else 'is given up'}")
 
     def _replace(self, slot: _Slot, job: Job | None, why: str) -> None:
         """An actor is gone, or its node is: another one takes its place wherever there is one."""
