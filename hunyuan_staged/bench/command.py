@@ -87,6 +87,11 @@ def add_stage3(stages: Any) -> None:
     stage3.add_argument("--tile_overlap", type=float, default=tiling.DEFAULT_TILE_OVERLAP)
     stage3.add_argument("--disable_tiling", action="store_true", help="as in stage 3")
     stage3.add_argument("--at_once", type=int, help="latent frames of a chunk (default: what fits)")
+    stage3.add_argument(
+        "--frames_per_piece",
+        type=int,
+        help="of whole frames, that go through the last level at once (default: what fits)",
+    )
     stage3.add_argument("--bands", type=int, help="bands of rows of whole frames (default: as few as fit)")
     stage3.add_argument("--share_of", type=int, help="one rank's share of so many, exchanges replaced by copies")
     stage3.add_argument("--channels", type=int, nargs=5, help="narrower levels than the real ones, for a quick look")

@@ -75,7 +75,7 @@ def decode(
         forward, scaled, spans = context.begin(module, latents, config, decoding.latent_frames_per_chunk)
         # The second rank: it has as many rows as any, and from three ranks on two neighbours.
         shard = whole.RowShard(1, split_evenly(latents.shape[3], args.share_of), copies)
-        chunks = whole.over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=False)
+        chunks = whole.over_ranks(forward, scaled, spans, decoding, shard, as_float=False)
         collections.deque(chunks, maxlen=0)
 
 
@@ -120,7 +120,9 @@ def plan_decoding(
 
     height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
     whole = args.disable_tiling or args.bands is not None or args.share_of is not None
-    asked = planning.Request(args.tile_size, whole, args.tile_overlap, ranks, args.bands, args.at_once)
+    asked = planning.Request(
+        args.tile_size, whole, args.tile_overlap, ranks, args.bands, args.at_once, args.frames_per_piece
+    )
     size = (args.video_length, height, width)
     return planning.fit_decoding(config, weights, itemsize, size, available.free_memory(device), asked)
 
@@ -142,6 +144,7 @@ def described(args: argparse.Namespace, world: "World", decoding: planning.Decod
         "tile_size": decoding.tile_size,
         "bands": decoding.bands,
         "latent_frames_at_once": decoding.latent_frames_per_chunk,
+        "frames_per_piece": decoding.frames_per_piece,
         "with_video": bool(args.output_video),
     }
 

@@ -65,6 +65,7 @@ def whole_working(
     size: tuple[int, int, int],
     config: Mapping[str, Any],
     itemsize: int,
+    frames_per_piece: int | None = None,
 ) -> int:
     """Bytes beside the weights while whole frames of a video (T, H, W) are decoded: at most, of all ranks or bands."""
     frames, height, width = size
@@ -77,12 +78,17 @@ def whole_working(
         rows = -(-rows // ranks)  # a rank is sent what it needs beyond its own, row by row
     scales = [min(2**level, ratio) for level in range(len(channels))]
     cut = -(-rows // bands)
+    piece = min(chunk, frames_per_piece or chunk)
     behind = 0
     for start in range(0, rows, cut):
         own = slice(start, min(start + cut, rows))
         needed = needed_rows(own, rows, [*scales, scales[-1]], [convolutions] * len(channels))
         areas = [(of.stop - of.start) * columns * scale for of, scale in zip(needed, scales, strict=False)]
-        values = (WHOLE_TENSORS * chunk + 2) * channels[-1] * areas[-1]
+        # In a piece, the others waiting; in the level before; and between the two, where pieces become of a chunk.
+        values = (WHOLE_TENSORS * piece + 2 + chunk - piece) * channels[-1] * areas[-1]
+        if piece < chunk:
+            before = channels[-2] * areas[-2]
+            values = max(values, (WHOLE_TENSORS * chunk + 2) * before, chunk * (before + 2 * channels[-1] * areas[-1]))
         if chunk < frames:
             values += sum(2 * convolutions * width * area for width, area in zip(channels, areas, strict=True))
         behind = max(behind, values)
@@ -96,7 +102,7 @@ def whole_working(
 @dataclass(frozen=True)
 class Request:
     """What is asked for: the side of tiles in px, or whole frames and nothing else; tiles' overlap; how many ranks; for a
-    benchmark the bands and the latent frames at once."""
+    benchmark the bands, the latent frames at once and the frames of a piece."""
 
     tile_size: int | None = None
     whole: bool = False
@@ -104,18 +110,21 @@ class Request:
     ranks: int = 1
     bands: int | None = None
     latent_frames_per_chunk: int | None = None
+    frames_per_piece: int | None = None
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How a video is decoded: the side of its tiles in px (None: whole frames), latent frames at once, why, and what
-    that takes, by part; whole frames on one process in how many bands of rows."""
+    that takes, by part; whole frames on one process in how many bands of rows, and how many frames go through the last
+    level at a time (None: a chunk's)."""
 
     tile_size: int | None
     latent_frames_per_chunk: int
     reason: str
     parts: Mapping[str, int]
     bands: int = 1
+    frames_per_piece: int | None = None
 
     @property
     def total(self) -> int:
@@ -129,6 +138,23 @@ class Decoding:
         if ranks > 1:
             what += f", {'rows' if self.tile_size is None else 'tiles'} over {ranks} processes"
         return what
+
+
+def _chunks_of_whole(asked: Request, latents: int, temporal_ratio: int) -> list[tuple[int, int | None]]:
+    """(latent frames of a chunk, frames of a piece) to try, the best first; latents: of a frame, that a process has.
+
+    Half a chunk in a piece costs one process little, and a rank has memory to spare: it goes in pieces only where chunks
+    cannot be shorter.
+    """
+    useful = [n for n in CHUNK_SIZES if n * latents <= USEFUL_CHUNK or n == 1]
+    chunks = [asked.latent_frames_per_chunk] if asked.latent_frames_per_chunk else useful
+    if asked.frames_per_piece:
+        return [(chunk, asked.frames_per_piece) for chunk in chunks]
+    tried: list[tuple[int, int | None]] = []
+    for chunk in chunks:
+        half = chunk * temporal_ratio // 2
+        tried += [(1, None), (1, half)] if chunk == 1 else [(chunk, half if asked.ranks == 1 else None)]
+    return tried
 
 
 def fit_decoding(
@@ -146,14 +172,14 @@ def fit_decoding(
     costs little. Raises InputError where nothing fits, with the flags that would help.
     """
     frames, height, width = size
-    ratio = int(config["spatial_compression_ratio"])
+    ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
     room = free.host if free.device is None else free.device
     around = {"weights": weights, "frames": 3 * frames * height * width}
     ranks = row_ranks(height // ratio, asked.ranks)
 
-    def whole(bands: int, chunk: int, reason: str) -> Decoding:
-        working = whole_working(chunk, bands, ranks, size, config, itemsize)
-        return Decoding(None, chunk, reason, around | {"working memory": working}, bands)
+    def whole(bands: int, chunk: int, reason: str, piece: int | None = None) -> Decoding:
+        working = whole_working(chunk, bands, ranks, size, config, itemsize, piece)
+        return Decoding(None, chunk, reason, around | {"working memory": working}, bands, piece)
 
     def tiled(tile: int, chunk: int, reason: str) -> Decoding:
         cut = tiling.tile_plan(
@@ -168,15 +194,15 @@ def fit_decoding(
     # In the order of preference; of each size the longest chunk that fits with the reserve, or else the shortest.
     tried: list[Decoding] = []
     if asked.tile_size is None:
-        latents = height * width // ratio**2 // ranks
-        useful = [n for n in CHUNK_SIZES if n * latents <= USEFUL_CHUNK or n == 1]
+        chunks = _chunks_of_whole(asked, height * width // ratio**2 // ranks, temporal)
         allowed = [n for n in BAND_COUNTS if n <= height // ratio and (n == 1 or ranks == 1)]
         for bands in [asked.bands] if asked.bands else allowed:
             reason = "as asked" if asked.whole else "the default"
             if bands > 1:
-                reason = f"in one piece they would need {gib(whole(1, 1, '').total)}, {gib(room)} are free"
-            chunks = [asked.latent_frames_per_chunk] if asked.latent_frames_per_chunk else useful
-            tried += [whole(bands, chunk, reason) for chunk in chunks]
+                reason = (
+                    f"in one piece they would need {gib(whole(1, 1, '', temporal // 2).total)}, {gib(room)} are free"
+                )
+            tried += [whole(bands, chunk, reason, piece) for chunk, piece in chunks]
     if not asked.whole:
         wanted = [(asked.tile_size, "as asked")]
         if asked.tile_size is None:

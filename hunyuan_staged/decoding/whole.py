@@ -121,6 +121,10 @@ def pack(decoded: torch.Tensor, *, as_float: bool) -> Pixels:
     return Pixels(to_8bit(values), values.to(decoded.dtype) if as_float else None, finite)
 
 
+def _chunks(forward: Decoder, values: torch.Tensor, decoding: Decoding, layout: FrameLayout) -> Iterator[torch.Tensor]:
+    return forward.chunks(values, decoding.latent_frames_per_chunk, layout, decoding.frames_per_piece)
+
+
 def in_bands(
     forward: Decoder, latents: torch.Tensor, spans: Sequence[slice], decoding: Decoding, *, as_float: bool
 ) -> Iterator[tuple[slice, slice, Pixels]]:
@@ -129,7 +133,7 @@ def in_bands(
     height = latents.shape[3]
     rows = row_slices(split_evenly(height, decoding.bands))
     for own, layout in zip(rows, bands_of(forward.module, height, decoding.bands), strict=True):
-        for now, decoded in zip(spans, forward.chunks(values, decoding.latent_frames_per_chunk, layout), strict=True):
+        for now, decoded in zip(spans, _chunks(forward, values, decoding, layout), strict=True):
             yield own, now, pack(decoded, as_float=as_float)
 
 
@@ -137,14 +141,14 @@ def over_ranks(
     forward: Decoder,
     latents: torch.Tensor,
     spans: Sequence[slice],
-    latent_frames_per_chunk: int,
+    decoding: Decoding,
     shard: RowShard,
     *,
     as_float: bool,
 ) -> Iterator[tuple[slice, slice, Pixels]]:
     """The same of whole frames on rank 0, chunk after chunk; on any other rank of its own rows, which rank 0 gets."""
     values = forward.before_chunks(latents[:, :, :, shard.rows[shard.rank]], shard)
-    for now, decoded in zip(spans, forward.chunks(values, latent_frames_per_chunk, shard), strict=True):
+    for now, decoded in zip(spans, _chunks(forward, values, decoding, shard), strict=True):
         own = pack(decoded, as_float=as_float)
         yield (
             slice(0, latents.shape[3]),
@@ -179,7 +183,7 @@ def _pieces(
     if ranks == 1:
         return in_bands(forward, latents, spans, decoding, as_float=as_float)
     shard = RowShard(0, split_evenly(latents.shape[3], ranks), exchange)
-    return over_ranks(forward, latents, spans, decoding.latent_frames_per_chunk, shard, as_float=as_float)
+    return over_ranks(forward, latents, spans, decoding, shard, as_float=as_float)
 
 
 def _complete(
@@ -226,7 +230,7 @@ def decode_whole(
     forward, scaled, spans = context.begin(decoder, latents, config, decoding.latent_frames_per_chunk)
     if world.rank:
         shard = RowShard(world.rank, split_evenly(height, ranks), exchange)
-        deque(over_ranks(forward, scaled, spans, decoding.latent_frames_per_chunk, shard, as_float=as_float), maxlen=0)
+        deque(over_ranks(forward, scaled, spans, decoding, shard, as_float=as_float), maxlen=0)
         return
     size = (spans[-1].stop, height * ratio, width * ratio)
     buffer = FrameBuffer(size, forward.device, context.floats_in(forward))

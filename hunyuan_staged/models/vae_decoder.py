@@ -6,6 +6,7 @@ in, and one pass (`norm_silu_pad`) does all that lies between two of them.
 
 A convolution looks back two frames and never ahead. So behind the mid block, whose attention sees all earlier frames, the
 decoder runs over chunks of frames, and each convolution remembers the last two frames of its input for the next chunk.
+The last level, which takes most memory and gains least from long chunks, may go through a chunk in pieces.
 
 Letters: T frames, H x W positions, C channels of a level; t, h, w of the latents; N = h * w positions of a frame.
 """
@@ -19,48 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE
-
-# -- attention --
-
-
-def frame_causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, queries_per_call: int | None = None
-) -> torch.Tensor:
-    """Attention in which each position sees its own frame and all earlier ones.
-
-    query [B, t, M, C], of some or all of a frame's positions; key, value [B, t, N, C] → [B, t, M, C]. Frame by frame, so
-    that no mask exists: frame i's queries against the keys of frames 0..i. The same sums as diffusers' masked call,
-    without the t*N x t*N mask. queries_per_call: where torch's own kernel computes; its rounding depends on it.
-    """
-    batch, frames, _, channels = query.shape
-    # The products are for decoding alone: one clip, no gradients. Training has batches and goes through here, too.
-    alone = batch == 1 and not torch.is_grad_enabled()
-    products = alone and query.is_cuda and query.dtype != torch.float32
-    attend = _attend_in_products if products else F.scaled_dot_product_attention
-    outputs = []
-    for i in range(frames):
-        keys, values = (x[:, : i + 1].reshape(batch, 1, -1, channels) for x in (key, value))
-        queries = query[:, i : i + 1]
-        parts = [queries] if products or queries_per_call is None else queries.split(queries_per_call, dim=2)
-        outputs.append(torch.cat([attend(part, keys, values) for part in parts], dim=2))
-    return torch.cat(outputs, dim=1)
-
-
-def _attend_in_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[1, 1, N, C] x [1, 1, M, C] → [1, 1, N, C] with the scores in memory, in float32.
-
-    The head is as wide as the level, 1024 channels: no flash kernel takes that, and torch's memory-efficient one leaves
-    all but a few multiprocessors idle with one head and one frame of queries.
-    """
-    keys, values = key[0, 0].mT, value[0, 0]
-    scale = query.shape[-1] ** -0.5
-    outputs = []
-    for rows in query[0, 0].split(max(1, SCORES_AT_ONCE // keys.shape[1])):
-        scores = torch.mm(rows, keys, out_dtype=torch.float32).mul_(scale)
-        outputs.append(torch.softmax(scores, dim=-1).to(values.dtype) @ values)
-    return torch.cat(outputs)[None, None]
-
+from hunyuan_staged.models.vae_attention import frame_causal_attention
 
 # -- between convolutions --
 
@@ -201,8 +161,11 @@ class CausalCoder:
         cache.layout.fill_halo(inputs, first=before is None)
         if cache.last:
             cache.frames.pop(layer, None)
-        else:
+        elif before is None:
             cache.frames[layer] = inputs[-2:].clone()
+        else:
+            before.copy_(inputs[-2:])
+        del before
         return _convolve(inputs, layer.conv.weight), added
 
     def _resnet(self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache) -> PendingSum:
@@ -258,30 +221,59 @@ class Decoder(CausalCoder):
         return x.add()
 
     @torch.no_grad()
-    def chunks(self, values: torch.Tensor, size: int, layout: FrameLayout = ALL_ROWS) -> Iterator[torch.Tensor]:
-        """Frames as __call__ gives them, of `size` latent frames at a time, from what before_chunks gave of all."""
+    def chunks(
+        self, values: torch.Tensor, size: int, layout: FrameLayout = ALL_ROWS, frames_per_piece: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Frames as __call__ gives them, of `size` latent frames at a time, from what before_chunks gave of all.
+
+        frames_per_piece: that go through the last level at a time; None: a chunk's.
+        """
         cache = ConvCache(layout)
         for start in range(0, len(values), size):
             cache.first, cache.last = start == 0, start + size >= len(values)
-            yield self._chunk(values[start : start + size], cache)
+            yield self._chunk(values[start : start + size], cache, frames_per_piece)
 
-    def _chunk(self, values: torch.Tensor, cache: ConvCache) -> torch.Tensor:
-        crop = cache.layout.crop
-        x: PendingSum | torch.Tensor = crop(values, 0)
-        for level, block in enumerate(self.module.up_blocks, start=1):
-            for resnet in block.resnets:
-                x = self._resnet(resnet, x, cache)
-            for upsampler in block.upsamplers or ():
-                x = crop(self._upsample(upsampler, x, cache), level)
+    def _chunk(self, values: torch.Tensor, cache: ConvCache, frames_per_piece: int | None) -> torch.Tensor:
+        crop, last = cache.layout.crop, cache.last
+        *blocks, final = self.module.up_blocks
+        assert blocks and not final.upsamplers, "pieces start behind an upsampler, and none follows"
+        pieces = [crop(values, 0)]
+        for level, block in enumerate(blocks, start=1):
+            size = frames_per_piece if level == len(blocks) else None
+            pieces = [crop(piece, level) for piece in self._level(block, pieces.pop(), cache, size)]
+        pieces.reverse()
+        decoded = []
+        while pieces:
+            cache.last = last and len(pieces) == 1
+            decoded.append(crop(self._final_level(final, pieces.pop(), cache), len(blocks) + 1))
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+
+    def _final_level(self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache) -> torch.Tensor:
+        for resnet in block.resnets:
+            x = self._resnet(resnet, x, cache)
         product, _ = self._convolve(self.module.conv_out, x, self.module.norm_out, cache, keep=False)
-        return crop(product + self.module.conv_out.conv.bias, len(self.module.up_blocks))
+        return product + self.module.conv_out.conv.bias
 
-    def _upsample(self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache) -> torch.Tensor:
+    def _level(
+        self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache, size: int | None
+    ) -> list[torch.Tensor]:
+        """All levels but the last. The output comes in one tensor, or in tensors of `size` frames."""
+        for resnet in block.resnets:
+            x = self._resnet(resnet, x, cache)
+        (upsampler,) = block.upsamplers
+        return self._upsample(upsampler, x, cache, size)
+
+    def _upsample(
+        self, block: Any, x: PendingSum | torch.Tensor, cache: ConvCache, size: int | None
+    ) -> list[torch.Tensor]:
         """Twice as high and wide, and with add_temporal_upsample twice as long but for a video's first frame."""
         product, added = self._convolve(block.conv, x, None, cache)
         bias = block.conv.conv.bias
         if not block.add_temporal_upsample:
-            return spread(product, bias, added, time=1, group=product.shape[-1] // 4, repeats=block.repeats)
+            plain = {"time": 1, "group": product.shape[-1] // 4, "repeats": block.repeats}
+            cut = zip(*(part.split(size or len(part)) for part in (product, added)), strict=True)
+            return [spread(some, bias, of_x, **plain) for some, of_x in cut]
+        assert size is None, "the last upsampler is one in space alone"
         group = product.shape[-1] // 8
         parts = []
         if cache.first:
@@ -291,4 +283,4 @@ class Decoder(CausalCoder):
             product, added = product[1:], added[1:]
         if len(product):
             parts.append(spread(product, bias, added, time=2, group=group, repeats=block.repeats))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return [parts[0] if len(parts) == 1 else torch.cat(parts)]

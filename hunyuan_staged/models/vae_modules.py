@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from hunyuan_staged.models.vae_decoder import frame_causal_attention
+from hunyuan_staged.models.vae_attention import frame_causal_attention
 
 Cache = dict[nn.Module, torch.Tensor]  # the last two frames [B, C, 2, H, W] of each convolution's input
 

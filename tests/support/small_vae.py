@@ -61,9 +61,11 @@ def rough_decoder(layers: int = 1) -> torch.nn.Module:
     return decoder
 
 
-def decode(latents, *, latent_frames_per_chunk=2, bands=1, world=ALONE, decoder=None, **options) -> FrameBatch | None:
+def decode(
+    latents, *, latent_frames_per_chunk=2, bands=1, frames_per_piece=None, world=ALONE, decoder=None, **options
+) -> FrameBatch | None:
     """All batches as one; None on the other ranks."""
-    how = Decoding(None, latent_frames_per_chunk, "", {}, bands)
+    how = Decoding(None, latent_frames_per_chunk, "", {}, bands, frames_per_piece)
     context = DecodeContext(world, as_float=True, **options)
     batches = list(whole.decode_whole(decoder or rough_decoder(), latents, CONFIG, how, context))
     if not batches:

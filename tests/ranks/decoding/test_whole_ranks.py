@@ -13,13 +13,16 @@ from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.parallel.world import World
 
 
-def decode_as(world: World, sizes: tuple[int, ...], height: int, latent_frames_per_chunk: int) -> dict[str, np.ndarray]:
+def decode_as(
+    world: World, sizes: tuple[int, ...], height: int, latent_frames_per_chunk: int, piece: int | None
+) -> dict[str, np.ndarray]:
     """Decode as the first n of these processes would, for each n; rank 0 returns what it got."""
     results = {}
     for size in sizes:
         if world.rank < size:
             part = World(world.rank, size, world.device)
-            video = decode(draw_latents(3, height, 7), world=part, latent_frames_per_chunk=latent_frames_per_chunk)
+            chunks = {"latent_frames_per_chunk": latent_frames_per_chunk, "frames_per_piece": piece}
+            video = decode(draw_latents(3, height, 7), world=part, **chunks)
             assert (video is None) == (world.rank > 0)
             if video is not None:
                 results[json.dumps([size, "frames"])] = video.frames.numpy()
@@ -27,10 +30,10 @@ def decode_as(world: World, sizes: tuple[int, ...], height: int, latent_frames_p
     return results
 
 
-@pytest.mark.parametrize(("height", "latent_frames_per_chunk"), [(11, 2), (5, 1)])
-def test_any_number_of_ranks_gives_the_same_bits(height, latent_frames_per_chunk):
+@pytest.mark.parametrize(("height", "latent_frames_per_chunk", "piece"), [(11, 2, 3), (5, 1, None)])
+def test_any_number_of_ranks_gives_the_same_bits(height, latent_frames_per_chunk, piece):
     """Rows that do not divide, one row each, and more ranks than rows."""
-    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, latent_frames_per_chunk)[0]
+    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, latent_frames_per_chunk, piece)[0]
     assert len(results) == 5 * 2
     for name, array in results.items():
         size, what = json.loads(name)

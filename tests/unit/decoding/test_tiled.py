@@ -11,7 +11,7 @@ from small_vae import ALONE, CONFIG, decode_tiles, decoded, draw_latents, tiny_d
 from hunyuan_staged.decoding import frames, tiled, tiling
 from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.models import vae_decoder
+from hunyuan_staged.models import vae_attention
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.models.vae_modules import FrameCausalAttention, VaeConfig, VaeDecoder
 from hunyuan_staged.weights.key_maps import VAE_MAP, to_diffusers
@@ -117,8 +117,8 @@ def test_scores_in_memory_are_the_same_attention():
     with pytest.MonkeyPatch.context() as patch:
         # A CPU's product takes no out_dtype; and few scores at once, so that the queries are split.
         patch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a, b))
-        patch.setattr(vae_decoder, "SCORES_AT_ONCE", 30)
-        ours = vae_decoder._attend_in_products(q, k, v)
+        patch.setattr(vae_attention, "SCORES_AT_ONCE", 30)
+        ours = vae_attention._attend_in_products(q, k, v)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v))
 
 

@@ -36,6 +36,18 @@ def test_bands_give_the_bits_of_one_piece(bands, latent_frames_per_chunk):
     assert torch.equal(cut.frames, one.frames)
 
 
+@pytest.mark.parametrize("bands", [1, 2])
+@pytest.mark.parametrize("frames_per_piece", [1, 3])
+def test_pieces_give_the_bits_of_whole_chunks(bands, frames_per_piece):
+    """Also where the first chunk, of 5 frames, and the others, of 8, do not divide."""
+    latents, decoder = draw_latents(5, 6, 3), rough_decoder()
+    one, cut = (
+        decode(latents, latent_frames_per_chunk=2, bands=bands, frames_per_piece=n, decoder=decoder)
+        for n in (None, frames_per_piece)
+    )
+    assert torch.equal(cut.floats, one.floats)
+
+
 def test_frames_leave_while_the_next_are_decoded(monkeypatch):
     made, chunk = [], Decoder._chunk
     monkeypatch.setattr(Decoder, "_chunk", lambda *args: made.append(0) or chunk(*args))
@@ -85,8 +97,8 @@ def failing_at(monkeypatch, rows: int, after: int) -> None:
     """A device that holds pictures of more than `rows` rows of px only for the first `after` chunks."""
     made, chunk = [], Decoder._chunk
 
-    def call(self, values, memory):
-        frames = chunk(self, values, memory)
+    def call(self, *args):
+        frames = chunk(self, *args)
         made.append(frames.shape[1] > rows)
         if sum(made) > after and made[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -287,7 +287,8 @@ def test_what_a_chunk_of_whole_frames_takes():
     assert planning.whole_working(2, 1, 1, VIDEO, DECODER, 2) == behind + values
     # Measured on an H100 in chunks of 1, 2 and 4 latent frames: 11.8, 15.4 and 22.5 GiB.
     for latent_frames_per_chunk, peak in ((1, 11.8), (2, 15.4), (4, 22.5)):
-        whole = decoding(80, whole=True, latent_frames_per_chunk=latent_frames_per_chunk)
+        given = {"latent_frames_per_chunk": latent_frames_per_chunk, "frames_per_piece": 16}
+        whole = decoding(80, whole=True, **given)
         assert peak <= whole.total / GIB < peak + 0.2
 
 
@@ -318,13 +319,16 @@ def chosen(free: float, **given) -> tuple[int | None, int, int]:
 
 def test_whole_frames_then_bands_then_tiles():
     """The longest chunk of use, shorter ones, as few bands as fit, tiles of 256 px and of 128."""
-    assert [chosen(free) for free in (80, 16, 12.8)] == [(None, 1, 2), (None, 1, 1), (None, 1, 1)]
-    assert [chosen(free) for free in (12, 9, 7.25, 6)] == [(None, 2, 2), (None, 2, 1), (None, 3, 1), (None, 6, 2)]
+    assert [chosen(free) for free in (80, 13.8, 12.8, 11.5)] == [(None, 1, 2), (None, 1, 2), (None, 1, 1), (None, 1, 1)]
+    assert [decoding(free).frames_per_piece for free in (80, 12.8, 11.5)] == [4, None, 2]
+    assert [chosen(free) for free in (10.5, 8, 7.25, 6)] == [(None, 2, 2), (None, 2, 1), (None, 3, 2), (None, 4, 1)]
     assert [chosen(free) for free in (5.5, 5, 4, 3.5)] == [(256, 1, 4), (256, 1, 2), (128, 1, 8), (128, 1, 4)]
-    # The size of super resolution, on a card of 24 GB.
-    assert chosen(23.25, size=(121, 1072, 1904)) == (None, 2, 1)
+    # The size of super resolution, on a card of 24 GB, in pieces of 2 frames.
+    assert chosen(23.25, size=(121, 1072, 1904)) == (None, 1, 1)
+    assert decoding(23.25, size=(121, 1072, 1904)).frames_per_piece == 2
+    assert chosen(20, size=(121, 1072, 1904)) == (None, 2, 1)
     assert decoding(80).reason == "the default"
-    assert decoding(9).reason == "in one piece they would need 12.0 GiB, 9.0 GiB are free"
+    assert decoding(9).reason == "in one piece they would need 10.6 GiB, 9.0 GiB are free"
     assert decoding(4).reason == "whole frames in 8 bands of rows would need 5.1 GiB, 4.0 GiB are free"
     assert decoding(80).parts["frames"] == 121 * 720 * 1280 * 3
     with pytest.raises(
@@ -337,10 +341,10 @@ def test_several_ranks_decode_rows_or_tiles():
     assert chosen(79, ranks=2) == (None, 1, 4)
     assert chosen(8, ranks=2) == (None, 1, 1), "half of the rows, and no bands of them"
     assert chosen(5, ranks=2) == (256, 1, 2)
-    assert decoding(5, ranks=2).reason == ("whole frames, rows over 2 processes would need 7.1 GiB, 5.0 GiB are free")
+    assert decoding(5, ranks=2).reason == ("whole frames, rows over 2 processes would need 6.4 GiB, 5.0 GiB are free")
     assert decoding(79, ranks=2).describe(2) == "whole frames, rows over 2 processes"
     assert decoding(79, ranks=2, tile_size=256).describe(2) == "tiles of 256 px, tiles over 2 processes"
-    assert decoding(6).describe() == "whole frames in 6 bands of rows"
+    assert decoding(6).describe() == "whole frames in 4 bands of rows"
 
 
 def test_small_frames_go_in_longer_chunks():
@@ -367,7 +371,7 @@ def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
     tiles = decoding(80, tile_size=256)
     assert seconds(tiles) == 8.61
     assert seconds(decoding(80)) == seconds(decoding(80), overlap=0) == 4.936
-    assert seconds(decoding(15)) == 5.133
+    assert seconds(decoding(80, latent_frames_per_chunk=1)) == 5.133
     assert seconds(decoding(80, latent_frames_per_chunk=4)) == 4.858
     assert seconds(decoding(80, size=(49, 720, 1280)), size=(49, 720, 1280)) == 1.997
     assert seconds(decoding(5)) is None, "shorter chunks were not measured"
