@@ -60,7 +60,7 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         group=FILES,
     )
     transformer: str | None = flag(
-        "one safetensors file instead of the model's transformer (default: none)", group=FILES, metavar="FILE"
+        "one safetensors or GGUF file instead of the model's transformer (default: none)", group=FILES, metavar="FILE"
     )
     transformer_version: str | None = flag(
         "of such a file, as 480p_t2v_distilled (default: guessed from its name, else as stage 1)", group=FILES

@@ -11,7 +11,7 @@ from torch import nn
 
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.weights.loading import Destinations
-from hunyuan_staged.weights.quantization.fp8_rows import STORED
+from hunyuan_staged.weights.quantization.stored import KEPT
 
 ALIGNMENT = 256  # bytes; every weight starts where a kernel may load whole vectors
 
@@ -37,10 +37,10 @@ class PackedLayout:
 
 
 def packed_layout(block: nn.Module, dtype: torch.dtype | None = None) -> PackedLayout:
-    """How a block is laid out with its weights in `dtype` (those in float8 stay so); None: as they are."""
+    """How a block is laid out with its weights in `dtype` (those that are stored stay so); None: as they are."""
     pieces, start = [], 0
     for name, tensor in block_tensors(block):
-        own = tensor.dtype if dtype is None or tensor.dtype == STORED else dtype
+        own = tensor.dtype if dtype is None or tensor.dtype in KEPT else dtype
         pieces.append((name, tuple(tensor.shape), own, start))
         start += -(-tensor.numel() * own.itemsize // ALIGNMENT) * ALIGNMENT
     return PackedLayout(tuple(pieces), start)
@@ -101,12 +101,12 @@ class HostBlocks:
         world: World,
         dtype: torch.dtype | None = None,
     ) -> None:
-        layouts = {packed_layout(blocks[index], dtype) for index in which}
-        assert len(layouts) == 1, "blocks of different shapes cannot share their slots"
-        (self.layout,) = layouts
+        # A GGUF file may have blocks of different types; the largest one says what each of them gets.
+        self.layouts = {index: packed_layout(blocks[index], dtype) for index in which}
+        self.size = max(layout.size for layout in self.layouts.values())
         self.which, self.world = list(which), world
-        self.memory, self.leader = shared_memory(len(self.which) * self.layout.size, world)
-        self.flat = dict(zip(self.which, self.memory.split(self.layout.size), strict=True))
+        self.memory, self.leader = shared_memory(len(self.which) * self.size, world)
+        self.flat = dict(zip(self.which, self.memory.split(self.size), strict=True))
         if device.type == "cuda":
             _pin(self.memory)
             release = weakref.finalize(self, _unpin, self.memory.data_ptr())
@@ -114,14 +114,14 @@ class HostBlocks:
 
     def views(self, index: int) -> list[torch.Tensor]:
         """A block's tensors in this memory, parameters before buffers."""
-        return self.layout.views(self.flat[index])
+        return self.layouts[index].views(self.flat[index])
 
     def destinations(self, blocks: str) -> Destinations:
         """Where the loader is to put each tensor of the offloaded blocks; `blocks`: the name of their list in the model."""
         tensors = {
             f"{blocks}.{index}.{name}": view
             for index in self.which
-            for (name, *_), view in zip(self.layout.pieces, self.views(index), strict=True)
+            for (name, *_), view in zip(self.layouts[index].pieces, self.views(index), strict=True)
         }
         return Destinations(tensors, self.leader)
 

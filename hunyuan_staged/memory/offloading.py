@@ -15,21 +15,21 @@ from hunyuan_staged.memory.budget import SLOTS, BlockWeights
 from hunyuan_staged.memory.host import HostBlocks, block_tensors, packed_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.weights.loading import NO_DESTINATIONS, Destinations
-from hunyuan_staged.weights.quantization.fp8_rows import STORED
+from hunyuan_staged.weights.quantization.stored import wide_elements
 
 
 def weights_of(model: nn.Module, blocks: Sequence[nn.Module] | nn.ModuleList, dtype: torch.dtype) -> BlockWeights:
     """The bytes of a model (which may be on the meta device) with its weights in `dtype`, its blocks apart."""
     everything = sum(tensor.numel() for _, tensor in block_tensors(model))
     inside = sum(tensor.numel() for block in blocks for _, tensor in block_tensors(block))
-    return BlockWeights(len(blocks), packed_layout(blocks[0], dtype).size, (everything - inside) * dtype.itemsize)
+    largest = max(packed_layout(block, dtype).size for block in blocks)
+    return BlockWeights(len(blocks), largest, (everything - inside) * dtype.itemsize)
 
 
 def widened_bytes(block: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a block in `dtype` where it is stored in float8, which it takes besides while it is computed; else 0."""
-    tensors = list(block.parameters())
-    stored = any(tensor.dtype == STORED for tensor in tensors)
-    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize if stored else 0
+    """Bytes of a block in `dtype` where it is stored in another form, which it takes besides while it is computed; else
+    0."""
+    return wide_elements(block) * dtype.itemsize
 
 
 def evenly_spaced(offloaded: int, count: int) -> list[int]:
@@ -53,10 +53,10 @@ class StreamedBlocks:
         cuda = device.type == "cuda"
         self.copy_stream = torch.cuda.Stream(device) if cuda else None
         self.slots = [
-            torch.empty(host_blocks.layout.size, dtype=torch.uint8, device=device)
+            torch.empty(host_blocks.size, dtype=torch.uint8, device=device)
             for _ in range(min(SLOTS, len(host_blocks.which)))
         ]
-        self.views = [host_blocks.layout.views(slot) for slot in self.slots]
+        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}  # of a block in a slot
         self.arrived = [torch.cuda.Event() for _ in self.slots] if cuda else []
         self.computed = [torch.cuda.Event() for _ in self.slots] if cuda else []
         if self.copy_stream:
@@ -94,7 +94,9 @@ class StreamedBlocks:
         _, slot = self._ahead.popleft()
         if self.arrived:
             torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
-        self._point(index, self.views[slot])
+        if (index, slot) not in self._views:
+            self._views[index, slot] = self.host_blocks.layouts[index].views(self.slots[slot])
+        self._point(index, self._views[index, slot])
         return slot
 
     def release(self, index: int, slot: int) -> None:

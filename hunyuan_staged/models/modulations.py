@@ -23,6 +23,11 @@ _NAME = re.compile(rf"transformer_blocks\.(\d+)\.({'|'.join(NORMS)})\.linear\.(w
 Times = tuple[float, float | None]  # a step's timestep, and for meanflow the one that it leads to
 
 
+def is_modulation(name: str) -> bool:
+    """Whether a tensor is of a linear map that gives modulations."""
+    return bool(_NAME.fullmatch(name))
+
+
 def modulation(norm: Any, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Six [B, 1, C] from a norm that has its linear map: shift, scale, gate for attention, then for the feed-forward."""
     return norm.linear(F.silu(temb))[:, None].chunk(PARTS, dim=-1)

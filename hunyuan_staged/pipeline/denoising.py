@@ -251,8 +251,6 @@ def assemble(
     resolving.check_widths(job.embeddings, config, version)
     channels = config.get("out_channels", geometry.LATENT_CHANNELS)
     shape = geometry.latent_shape(settings.video_length, settings.height, settings.width, channels)
-    skeleton = components.transformer_skeleton(folder, version.name, weights_dtype=options.weights_dtype)
-    linears = remove_linears(skeleton)
     scale = settings.guidance_scale
     prompts = guidance_branches(job.embeddings, scale, device=torch.device("cpu"), dtype=dtype)
     caching = resolving.resolve_cache(options, settings, layers, folder, report.warn)
@@ -260,6 +258,10 @@ def assemble(
     adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
     for line in adapters.found:
         report.info(line)
+    skeleton = components.transformer_skeleton(
+        folder, version.name, weights_dtype=options.weights_dtype, adapted=adapters.additions
+    )
+    linears = remove_linears(skeleton)
     return kind(
         options=options,
         job=job,

@@ -17,7 +17,7 @@ from hunyuan_staged.weights.part_files import PartFile, PartsFolder, open_part, 
 from hunyuan_staged.weights.published import model_for_plan
 from hunyuan_staged.weights.single_file import guess_version, open_transformer
 
-SUFFIXES = (".safetensors",)
+SUFFIXES = (".safetensors", ".gguf")
 # Where ComfyUI's repositories and its own folder have the files of each part.
 COMFY_FOLDERS = ("diffusion_models", "unet", "text_encoders", "clip_vision", "vae")
 Choose = Callable[[Path, bool], TransformerVersion]  # a version by a transformer's file, and whether it is meanflow's

@@ -3,7 +3,7 @@
 Modules are our own, with diffusers' names; official weights are renamed on the way.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ from hunyuan_staged.weights.part_files import PartsFolder
 from hunyuan_staged.weights.part_tensors import part_content, part_tensors, vae_file_config, vae_file_names
 from hunyuan_staged.weights.published import PublishedModel
 from hunyuan_staged.weights.quantization import fp8_rows
+from hunyuan_staged.weights.quantization.formats import GGUF
+from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear
+from hunyuan_staged.weights.quantization.stored import KEPT, StoredLinear, replace_linears
 from hunyuan_staged.weights.single_file import TransformerFile
 
 GLYPH_IN = "byt5_in.fc1.weight"
@@ -80,14 +83,27 @@ def _glyph_width(folder: ModelFolder, version: str) -> int:
     return shape[-1]
 
 
-def transformer_skeleton(folder: ModelFolder, version: str, *, weights_dtype: str | None = None) -> Any:
+def transformer_skeleton(
+    folder: ModelFolder,
+    version: str,
+    *,
+    weights_dtype: str | None = None,
+    keep: bool = True,
+    adapted: Collection[str] = (),
+) -> Any:
     """TransformerModules for a version, on the meta device: shapes without memory.
 
-    weights_dtype "fp8": the linear weights of its blocks are to be stored in float8 (fp8_rows).
+    weights_dtype "fp8": the linear weights of its blocks are to be stored in float8 (fp8_rows). keep: those that a file
+    has in float8 or GGUF stay as they are, but for those that adapters change, by diffusers' names: these are stored in
+    float8 anew.
     """
     config = transformer_config(folder, version)
     origin = folder.transformer_folder(version) / "config.json"
     model = on_meta(lambda: TransformerModules(TransformerConfig(**config)), origin)
+    if isinstance(folder, TransformerFile) and keep:
+        kept = folder.keeping() if weights_dtype is None or folder.kind.name != GGUF else {}
+        adapt_anew = dict.fromkeys(kept.keys() & set(adapted), Float8Linear)
+        replace_linears(model, kept | adapt_anew)
     if weights_dtype == "fp8":
         fp8_rows.quantise_linears(model.transformer_blocks)
     return model
@@ -95,7 +111,7 @@ def transformer_skeleton(folder: ModelFolder, version: str, *, weights_dtype: st
 
 def transformer_shapes(folder: ModelFolder, version: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a version's weights by diffusers' names; from its config, no weight is read."""
-    return {name: tuple(x.shape) for name, x in transformer_skeleton(folder, version).state_dict().items()}
+    return {name: tuple(x.shape) for name, x in transformer_skeleton(folder, version, keep=False).state_dict().items()}
 
 
 def load_transformer(
@@ -116,7 +132,7 @@ def load_transformer(
         destinations: where some tensors go; those that another process fills are not read.
         adapt: what the tensors, under diffusers' names and in the file's dtype, go through on their way.
     """
-    model = transformer_skeleton(folder, version) if skeleton is None else skeleton
+    model = transformer_skeleton(folder, version, keep=False) if skeleton is None else skeleton
     state = model.state_dict()
 
     def has_destination(name: str) -> bool:
@@ -125,7 +141,12 @@ def load_transformer(
     def stays_on_host(name: str) -> bool:
         return has_destination(name) and not float8_blocks  # which the device quantises, far faster
 
-    float8_blocks = any(tensor.dtype == fp8_rows.STORED for tensor in state.values())
+    float8_blocks = any(tensor.dtype in KEPT for tensor in state.values())
+    kept = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, StoredLinear) and not isinstance(module, Float8Linear)
+    }
     tensors = transformer_tensors(
         folder,
         version,
@@ -133,6 +154,7 @@ def load_transformer(
         wanted=lambda name: destinations.fill or not has_destination(name),
         stays_on_host=stays_on_host,
         progress=progress,
+        kept=kept,
     )
     quantised = fp8_rows.quantised(adapt(tensors), state, dtype)
     return assign_weights(model, quantised, dtype, device, folder.transformer_folder(version), destinations)
@@ -146,13 +168,15 @@ def transformer_tensors(
     wanted: Callable[[str], bool],
     stays_on_host: Callable[[str], bool] = lambda _: False,
     progress: Progress = quiet,
+    kept: Collection[str] = (),
 ) -> Iterator[Named]:
     """A version's tensors under diffusers' names, in the file's dtype; wanted and stays_on_host as in read_tensors, of
-    these names. A tensor that holds several others comes whole if one of them is wanted.
+    these names. A tensor that holds several others comes whole if one of them is wanted. kept: of one file, the weights
+    that come as their stored layers hold them.
     """
     origin = folder.transformer_folder(version)
     if isinstance(folder, TransformerFile):
-        return folder.tensors(device=device, wanted=wanted, stays_on_host=stays_on_host, progress=progress)
+        return folder.tensors(device=device, wanted=wanted, stays_on_host=stays_on_host, progress=progress, kept=kept)
 
     def names(name: str) -> list[str]:
         found = diffusers_names(name, TRANSFORMER_MAP) if folder.official else None

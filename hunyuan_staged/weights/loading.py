@@ -16,7 +16,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights import stream
 from hunyuan_staged.weights.boundary import read_json, require_regular
 from hunyuan_staged.weights.key_maps import Named, refuse_names
-from hunyuan_staged.weights.quantization import fp8_rows
+from hunyuan_staged.weights.quantization.stored import FLOAT8, KEPT
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -188,7 +188,7 @@ def assign_weights(
             destinations.take(name, value)
             missing.pop(name, None)
             continue
-        stored = tensor.dtype if state[name].dtype == fp8_rows.STORED else dtype
+        stored = tensor.dtype if state[name].dtype in KEPT else dtype
         value = tensor.to(device, stored, copy=copy)
         put(name, value)
         finite[name] = are_finite(value)
@@ -204,7 +204,9 @@ def are_finite(values: torch.Tensor) -> torch.Tensor:
     """Whether all numbers of a tensor are finite, as a tensor [] on its device; without a mask as large as the tensor."""
     if not values.numel():
         return torch.tensor(True)
-    if values.dtype == fp8_rows.STORED:  # which has no Inf, and whose NaN is all ones behind the sign
+    if values.dtype == torch.uint8:  # whose reader has looked at it
+        return torch.tensor(True)
+    if values.dtype == FLOAT8:  # which has no Inf, and whose NaN is all ones behind the sign
         return (values.view(torch.uint8) & 0x7F).max() != 0x7F
     least, largest = torch.aminmax(values)
     return torch.isfinite(least) & torch.isfinite(largest)

@@ -4,9 +4,8 @@ What its config would say follows from the shapes (derived_configs.py). A tokeni
 is taken from beside the file, else from the model folder, the glyph encoder's from the model folder.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import PARTS
 from hunyuan_staged.weights.key_maps import Named
-from hunyuan_staged.weights.loading import Progress, read_tensors
-from hunyuan_staged.weights.quantization import scaled_fp8
-from hunyuan_staged.weights.quantization.formats import PLAIN, Format, recognise
+from hunyuan_staged.weights.loading import Progress
+from hunyuan_staged.weights.quantization.contents import Contents, contents
+from hunyuan_staged.weights.quantization.formats import GGUF, PLAIN, Format, recognise
 from hunyuan_staged.weights.quantization.header import Header
 
 # The ending of a tensor's name that tells a part, whatever stands before it; the first that fits counts.
@@ -30,7 +29,6 @@ MARKS = {
     "text": ("layers.0.self_attn.q_proj.weight",),
     "upsampler": ("in_conv.conv.weight", "up.0.block.0.conv1.conv.weight"),
 }
-STORED = (*PLAIN, *scaled_fp8.TYPES)
 
 
 def part_of(names: Iterable[str]) -> str | None:
@@ -42,13 +40,18 @@ def part_of(names: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class PartFile:
-    """A file that was taken for a part. names: its weights, scales not counted."""
+    """A file that was taken for a part. contents: its weights."""
 
     part: str
     path: Path
     header: Header
     kind: Format
-    names: list[str]
+    contents: Contents
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its weights, scales not counted."""
+        return self.contents.names
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -62,10 +65,6 @@ class PartFile:
         title = PARTS[self.part].title
         return f"{self.path.name}: taken for the {title}, {len(self.names)} weights, {' and '.join(stored)}"
 
-    @cached_property
-    def _scales(self) -> dict[str, torch.Tensor]:
-        return scaled_fp8.read_scales(self.header)
-
     def tensors(
         self,
         device: torch.device,
@@ -74,10 +73,9 @@ class PartFile:
         progress: Progress = quiet,
     ) -> Iterator[Named]:
         """The weights by the file's names, those in float8 in float32; arguments as of loading.read_tensors."""
-        own = set(self.names)
-        files = progress([self.path], desc=f"loading {PARTS[self.part].title}", unit="file")
-        read = read_tensors(files, lambda name: name in own and wanted(name), device, stays_on_host, STORED)
-        return scaled_fp8.dequantised(read, self._scales)
+        for _ in progress([self.path], desc=f"loading {PARTS[self.part].title}", unit="file"):
+            for name, weight in self.contents.read(wanted, device, stays_on_host):
+                yield name, weight.wide()
 
 
 def open_part(part: str, path: Path) -> PartFile:
@@ -85,23 +83,24 @@ def open_part(part: str, path: Path) -> PartFile:
     flag = f"--{PARTS[part].option}"
     if not path.exists():
         raise InputError(f"{path} does not exist", option=PARTS[part].option)
-    found = opened(flag, path)
+    found = opened(flag, path, gguf=part == "transformer")
     if found is None or found.part != part:
         held = f"a {PARTS[found.part].title}" if found else "no part of this model by its tensors"
         raise InputError(f"{path} is {held}; allowed is a {PARTS[part].title}", option=PARTS[part].option)
     return found
 
 
-def opened(flag: str, path: Path) -> PartFile | None:
-    """A file with the part it is taken for; None where it is of none. flag: that named it, for messages."""
-    header, kind = recognise(flag, path)
-    names = scaled_fp8.weights(header)
-    part = part_of(names)
+def opened(flag: str, path: Path, *, gguf: bool = True) -> PartFile | None:
+    """A file with the part it is taken for; None where it is of none. flag: that named it, for messages; gguf: whether it
+    may be one."""
+    header, kind = recognise(flag, path, gguf=gguf)
+    held = contents(header)
+    part = part_of(held.names)
     if part is None:
         return None
-    found = PartFile(part, path, header, kind, names)
-    scaled_fp8.read_scales(header)
-    return found
+    if kind.name == GGUF and part != "transformer":
+        recognise(flag, path, gguf=False)
+    return PartFile(part, path, header, kind, held)
 
 
 @dataclass(frozen=True)

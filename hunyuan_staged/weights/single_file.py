@@ -5,9 +5,8 @@ the shapes; the version does not, and is given or guessed from the file's name.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE
+from hunyuan_staged.models.modulations import is_modulation
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.versions import TASKS, SuperResolutionVersion, TransformerVersion, Version, make_version
 from hunyuan_staged.weights.boundary import on_meta
@@ -28,13 +28,13 @@ from hunyuan_staged.weights.key_maps import (
     diffusers_tensors,
     refuse_names,
 )
-from hunyuan_staged.weights.loading import Progress, read_tensors
-from hunyuan_staged.weights.quantization import scaled_fp8
-from hunyuan_staged.weights.quantization.formats import PLAIN, Format, recognise
+from hunyuan_staged.weights.loading import Progress
+from hunyuan_staged.weights.quantization.contents import Contents, contents
+from hunyuan_staged.weights.quantization.formats import GGUF, PLAIN, Format, recognise
 from hunyuan_staged.weights.quantization.header import Header
+from hunyuan_staged.weights.quantization.stored import Replacement
 
 FLAG = "--transformer"
-STORED = (*PLAIN, *scaled_fp8.TYPES)  # what weights may be in
 RULES = (*TRANSFORMER_MAP, *FUSED_RULES, *COMFY_RULES)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 # Of the rotary embedding, by the width of a head; all published transformers have the first.
@@ -64,11 +64,13 @@ class TransformerFile(ModelFolder):
     """A transformer's file that has been recognised, and the version it is taken for: a model of which there is nothing
     else.
 
-    names: what each weight of the file is called without what all have before it. shapes: by diffusers' names.
+    names: what each weight of the file is called without what all have before it. shapes: by diffusers' names. contents:
+    the weights themselves.
     """
 
     header: Header = field(kw_only=True)
     kind: Format = field(kw_only=True)
+    contents: Contents = field(kw_only=True)
     names: Mapping[str, str] = field(kw_only=True)
     shapes: Mapping[str, tuple[int, ...]] = field(kw_only=True)
     version: Version = field(kw_only=True)
@@ -78,8 +80,10 @@ class TransformerFile(ModelFolder):
         config = self.config()
         dtypes = {self.header.dtypes[name] for name in self.names}
         stored = [PLAIN[dtype] for dtype in PLAIN if dtype in dtypes]
-        if self.kind.name != "plain":
-            stored = ["float8, made wider as it is read", *stored]
+        quantised = sorted(dtypes - PLAIN.keys())
+        if quantised:
+            form = f"GGUF {', '.join(quantised)}" if self.kind.name == GGUF else "float8 with its scales"
+            stored = [f"{form}, kept so in the blocks", *stored]
         style = "official or ComfyUI's" if self.official else "diffusers'"
         return (
             f"{self.path.name}: taken for a transformer {self.version.name} of {config['num_layers']} blocks, "
@@ -108,9 +112,15 @@ class TransformerFile(ModelFolder):
         """diffusers' arguments, from the shapes."""
         return derived_config(str(self.path), self.shapes, self.version)
 
-    @cached_property
-    def _scales(self) -> dict[str, torch.Tensor]:
-        return scaled_fp8.read_scales(self.header)
+    def keeping(self) -> dict[str, Replacement]:
+        """What makes the layers of the blocks that keep their weights as the file has them, by diffusers' names."""
+        found = {}
+        for name, plain in self.names.items():
+            make = self.contents.keeping(name)
+            for target in (make and _targets(plain, official=self.official)) or ():
+                if make and target.startswith("transformer_blocks.") and not is_modulation(target):
+                    found[target] = make
+        return found
 
     def tensors(
         self,
@@ -119,20 +129,30 @@ class TransformerFile(ModelFolder):
         wanted: Callable[[str], bool],
         stays_on_host: Callable[[str], bool],
         progress: Progress,
+        kept: Collection[str] = (),
     ) -> Iterator[Named]:
-        """The tensors under diffusers' names, those in float8 in float32; arguments as of
-        components.transformer_tensors."""
+        """The tensors under diffusers' names, made wide but for those that are kept, which come as their layers hold
+        them; the other arguments are those of components.transformer_tensors."""
         targets = {name: _targets(plain, official=self.official) or [] for name, plain in self.names.items()}
 
-        def in_map(name: str) -> bool:
-            # Float8 is made wider on the device, which is faster.
-            return self.header.dtypes[name] in PLAIN and all(map(stays_on_host, targets[name]))
+        def wanted_here(name: str) -> bool:
+            return any(map(wanted, targets.get(name, ())))
 
-        files = progress([self.path], desc="loading transformer", unit="file")
-        tensors = read_tensors(files, lambda name: any(map(wanted, targets.get(name, ()))), device, in_map, STORED)
-        for name, tensor in scaled_fp8.dequantised(tensors, self._scales):
-            plain = self.names[name]
-            yield from (diffusers_tensors(plain, tensor, RULES) or ()) if self.official else [(plain, tensor)]
+        def in_map(name: str) -> bool:
+            return all(map(stays_on_host, targets[name]))
+
+        for _ in progress([self.path], desc="loading transformer", unit="file"):
+            for name, weight in self.contents.read(wanted_here, device, in_map):
+                plain, own = self.names[name], targets[name]
+                if any(target in kept for target in own):
+                    for target, leaves in zip(own, weight.leaves(len(own)), strict=True):
+                        layer = target.removesuffix(".weight")
+                        yield from ((f"{layer}.{leaf}", x) for leaf, x in leaves.items() if target in kept)
+                if not all(target in kept for target in own):
+                    pairs = (
+                        diffusers_tensors(plain, weight.wide(), RULES) if self.official else [(plain, weight.wide())]
+                    )
+                    yield from (pair for pair in pairs or () if pair[0] not in kept)
 
 
 def _are_diffusers(names: Iterable[str]) -> bool:
@@ -172,6 +192,13 @@ def _shapes(what: str, header: Header, names: Mapping[str, str]) -> dict[str, tu
     refuse_names(f"{what} holds tensors of q, k and v that do not divide into three", uneven)
     refuse_names(f"{what} holds tensors for what others have", twice)
     return found
+
+
+def _with_patch_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """GGUF has four axes at most: the patch embedding of patches of one position may have lost those of length 1."""
+    name = "x_embedder.proj.weight"
+    found = shapes.get(name, ())
+    return shapes | ({name: (*found, *[1] * (5 - len(found)))} if 2 <= len(found) < 5 else {})
 
 
 def derived_config(what: str, shapes: Mapping[str, Sequence[int]], version: Version) -> dict[str, Any]:
@@ -235,20 +262,22 @@ def open_transformer(path: Path, choose: Callable[[bool], Version], flag: str = 
     """
     header, kind = recognise(flag, path)
     what = f"{flag} {path}"
-    names = _without_prefix(scaled_fp8.weights(header))
-    shapes = _shapes(what, header, names)
+    held = contents(header)
+    names = _without_prefix(held.names)
+    shapes = _with_patch_axes(_shapes(what, header, names))
     meanflow = _has_meanflow(shapes)
     version = choose(meanflow)
     if version.use_meanflow != meanflow:
         has, allowed = ("has", "a step-distilled version") if meanflow else ("lacks", "another version")
         raise InputError(f"{what} {has} time_r_in, and is no {version.name}; allowed is {allowed}")
     layout = "diffusers" if _are_diffusers(names.values()) else "official"
-    found = TransformerFile(path, layout, header=header, kind=kind, names=names, shapes=shapes, version=version)
+    found = TransformerFile(
+        path, layout, header=header, kind=kind, contents=held, names=names, shapes=shapes, version=version
+    )
     model = on_meta(lambda: TransformerModules(TransformerConfig(**derived_config(what, shapes, version))), path)
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     refuse_names(f"{what} lacks tensors of the transformer", [name for name in expected if name not in shapes])
     refuse_names(f"{what} holds tensors that the model does not have", [n for n in shapes if n not in expected])
     wrong = [f"{name} {list(shapes[name])}, not {list(x)}" for name, x in expected.items() if shapes[name] != x]
     refuse_names(f"{what} holds tensors that do not fit each other", wrong)
-    scaled_fp8.read_scales(header)
     return found

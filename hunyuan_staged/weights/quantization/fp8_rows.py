@@ -3,10 +3,11 @@
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-STORED = torch.float8_e4m3fn  # 3 bits of mantissa, up to 448
+from hunyuan_staged.weights.quantization.stored import FLOAT8, StoredLinear
+
+STORED = FLOAT8
 LARGEST = 448.0
 
 
@@ -46,24 +47,23 @@ def _(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(stored, dtype=scale.dtype)
 
 
-class Float8Linear(nn.Module):
-    """nn.Linear whose weight is stored in float8; `weight` is made anew wherever it is read."""
+class Float8Linear(StoredLinear):
+    """A linear layer that keeps its weight in float8, with a scale [out, 1] of our own in the run's dtype."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear)
         stored, scale = quantise(linear.weight.detach())
         self.stored = nn.Parameter(stored, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = linear.bias
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in] in the dtype of the run."""
         return dequantise(self.stored, self.scale)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] → [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+    @property
+    def row_scale(self) -> torch.Tensor:
+        """[out, 1], float32."""
+        return self.scale.float()
 
 
 def quantise_linears(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:

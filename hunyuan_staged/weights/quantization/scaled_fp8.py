@@ -1,18 +1,17 @@
-"""Weights that a file holds in float8 with a scale, w = q x scale, made float32 as they are read.
+"""Weights that a file holds in float8 with a scale, w = q x scale.
 
 Three conventions: LightX2V's X.weight_scale [out, 1]; ComfyUI's older X.scale_weight, one number, with a tensor scaled_fp8;
 its newer X.weight_scale, with X.comfy_quant or _quantization_metadata in the header. NVIDIA ModelOpt's is the last without
-these. Scales of activations are left out: nothing here is computed in float8.
+these. Scales of activations are left out: those of the run are its own.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from safetensors import safe_open
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights.key_maps import Named, refuse_names
+from hunyuan_staged.weights.key_maps import refuse_names
 from hunyuan_staged.weights.quantization.header import Header
 
 MARKER = "scaled_fp8"
@@ -87,11 +86,9 @@ def read_scales(header: Header) -> dict[str, torch.Tensor]:
     return found
 
 
-def dequantised(tensors: Iterable[Named], scales: Mapping[str, torch.Tensor]) -> Iterator[Named]:
-    """Named tensors of a file, those in float8 in float32 and multiplied by their scales."""
-    for name, tensor in tensors:
-        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            wide = tensor.float()
-            scale = scales.get(name)
-            tensor = wide if scale is None else wide * scale.to(wide.device).view(-1, *[1] * (wide.ndim - 1))
-        yield name, tensor
+def dequantised(tensor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A tensor of a file: in float8, it is made float32 and multiplied by its scale, if there is one."""
+    if tensor.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return tensor
+    wide = tensor.float()
+    return wide if scale is None else wide * scale.to(wide.device).view(-1, *[1] * (wide.ndim - 1))

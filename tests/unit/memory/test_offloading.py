@@ -96,7 +96,7 @@ def test_two_blocks_at_a_time_are_off_the_host():
     blocks = stream_blocks(model, CPU)
     assert len(blocks.slots) == 2
     host = {view.data_ptr() for index in range(4) for view in blocks.host_blocks.views(index)}
-    slots = {view.data_ptr() for views in blocks.views for view in views}
+    slots = {view.data_ptr() for slot in blocks.slots for view in blocks.host_blocks.layouts[0].views(slot)}
     for index, block in enumerate(blocks[:]):
         assert {tensor.data_ptr() for tensor in block.parameters()} <= slots
         others = [other for other in range(4) if other != index]
@@ -125,9 +125,13 @@ def test_a_blocks_tensors_are_aligned_and_apart():
     assert not bias.any() and weight.shape == (5, 3)
 
 
-def test_blocks_of_different_shapes_are_not_streamed():
-    with pytest.raises(AssertionError, match="blocks of different shapes"):
-        HostBlocks(nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 3)]), [0, 1], CPU, ALONE)
+def test_blocks_of_different_sizes_share_the_slots_of_the_largest():
+    """As in GGUF files, whose blocks have weights of different types."""
+    blocks = nn.ModuleList([nn.Linear(3, 5), nn.Linear(50, 30)])
+    host = HostBlocks(blocks, [0, 1], CPU, ALONE)
+    assert host.size == packed_layout(blocks[1]).size > packed_layout(blocks[0]).size
+    assert [view.shape for view in host.views(0)] == [(5, 3), (5,)]
+    assert [view.shape for view in host.views(1)] == [(30, 50), (30,)]
 
 
 @pytest.mark.parametrize("weights_dtype", [None, "fp8"])

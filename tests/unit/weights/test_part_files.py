@@ -119,7 +119,7 @@ def test_files_of_other_parts_and_formats_are_refused(tiny_official, tmp_path):
     refused("vae", path, "is a glyph encoder; allowed is a VAE")
     refused("text", save(path, {"a.weight": torch.ones(2)}), "is no part of this model by its tensors")
     path.write_bytes(b"GGUF\3\0\0\0")
-    refused("text", path, "is a GGUF file; read is safetensors in float32")
+    refused("text", path, "is a GGUF file, which is read for the transformer alone; read here is safetensors in")
     path.write_bytes(b"{}")
     refused("glyph", path, "is not a whole safetensors file")
     refused("glyph", tmp_path / "none", "does not exist")

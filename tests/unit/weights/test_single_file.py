@@ -14,6 +14,7 @@ from hunyuan_staged.versions import parse_version
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.key_maps import FUSED_RULES, TRANSFORMER_MAP, to_diffusers, to_official
+from hunyuan_staged.weights.quantization.scaled_linear import ScaledLinear
 from hunyuan_staged.weights.single_file import guess_version, open_transformer
 
 CPU = torch.device("cpu")
@@ -102,6 +103,48 @@ def test_scaled_float8_is_q_times_its_scale(official, tmp_path, convention):
         assert ((found[name] - x).abs() <= bound).all(), name
 
 
+@pytest.mark.parametrize("convention", FLOAT8)
+def test_scaled_float8_is_kept_in_the_blocks_with_the_files_scales(official, tmp_path, convention):
+    tensors, exact = FLOAT8[convention](official)
+    folder = opened(writer.save(tmp_path / "any.safetensors", tensors))
+    exact = exact if convention == "ModelOpt" else to_diffusers(exact, (*TRANSFORMER_MAP, *FUSED_RULES))
+    for dtype in (BF16, F32):
+        skeleton = components.transformer_skeleton(folder, VERSION.name)
+        model = components.load_transformer(folder, VERSION.name, device=CPU, dtype=dtype, skeleton=skeleton)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLinear)}
+        assert len(layers) == 12 * len(model.transformer_blocks)
+        wide = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+        assert not [name for name, weight in wide.items() if not torch.equal(weight, exact[name].to(dtype))]
+        assert all(layer.stored.dtype == writer.E4M3 and layer.row_scale.dtype == F32 for layer in layers.values())
+    assert "float8 with its scales, kept so in the blocks" in folder.describe()
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    layer = next(iter(layers.values()))
+    compiled = torch.compile(lambda module, x: module(x), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(layer, x), layer(x))
+
+
+def test_latents_of_scaled_float8_are_those_of_its_exact_weights(tiny_official, official, tmp_path):
+    """Kept in float8, on the device or offloaded, or taken as --weights_dtype fp8."""
+    inputs = embed(tmp_path / "in", tiny_official)
+    tensors, exact = writer.by_rows(official)
+    files = {
+        "float8": writer.save(tmp_path / "a_demo_t2v.safetensors", tensors),
+        "plain": writer.save(tmp_path / "b_demo_t2v.safetensors", exact),
+    }
+    found = {}
+    for name, file, *more in (
+        ("plain", "plain"),
+        ("kept", "float8"),
+        ("offloaded", "float8", "--enable_offloading"),
+        ("asked", "float8", "--weights_dtype", "fp8"),
+    ):
+        args = ["--input_dir", inputs, "--output_dir", tmp_path / name, "--transformer", files[file], *more]
+        status, said = run_stage(2, *args, "--video_length", 5, "--num_inference_steps", 2, said=tmp_path / "said")
+        assert status == 0, said
+        found[name] = load_latents(tmp_path / name)[0]
+    assert [name for name, latents in found.items() if not torch.equal(latents, found["plain"])] == []
+
+
 def test_float8_without_scales_and_what_the_header_says(official, tmp_path):
     tensors = {name: x.to(writer.E4M3) if x.ndim == 2 else x for name, x in official.items()}
     check_equal(loaded(writer.save(tmp_path / "a.safetensors", tensors)), {n: x.float() for n, x in tensors.items()})
@@ -122,9 +165,8 @@ def refused(path, message: str) -> None:
 
 def test_other_formats_are_refused_by_name(official, tmp_path):
     path = tmp_path / "any.safetensors"
-    for start, name in ((b"GGUF\3\0\0\0", "a GGUF file"), (b"PK\3\4....", "a pickled PyTorch file")):
-        path.write_bytes(start)
-        refused(path, f"is {name}; read is safetensors in float32")
+    path.write_bytes(b"PK\3\4....")
+    refused(path, "is a pickled PyTorch file; read is safetensors in float32")
     path.write_bytes(b"\0" * 20)
     refused(path, "is not a whole safetensors file")
     (tmp_path / "dcp").mkdir()
