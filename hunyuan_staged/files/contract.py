@@ -3,6 +3,7 @@
 Letters: T frames, H x W px; t = (T-1)/4+1, h = H/16, w = W/16 of the latents; L tokens; W widths of the encoders.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -147,12 +148,14 @@ WRITTEN_BY = {
 
 
 def require_file(path: Path) -> None:
-    """InputError where a stage's file is absent, with the stage that writes it, or is no file."""
+    """InputError where a stage's file is absent, with the stage that writes it, is no file, or may not be read."""
     if not path.is_file():
         where = path if path.parent.is_dir() else path.parent
         if where.exists():
             raise InputError(f"{where} is not a {'file' if where == path else 'folder'}")
         raise InputError(f"{where} does not exist; run {WRITTEN_BY.get(path.name, 'the stage that writes it')} first")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read (Permission denied)")
 
 
 def latents_present(folder: str | Path) -> list[str]:

@@ -5,6 +5,7 @@ layout that of hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-*.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,6 +221,9 @@ class ModelFolder:
 
     def lacks(self, version: str) -> str:
         """What to say where a transformer version is absent: those that are here, and the command that gets it."""
+        folder = self.path / "transformer" / version
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            return f"{folder}: Permission denied"
         said = f"{self.path} has no transformer {version}; it holds {', '.join(self.versions()) or 'none'}"
         if not self.official or parse_version(version).resolution not in PUBLISHED_RESOLUTIONS:
             return said

@@ -323,54 +323,96 @@ def test_a_disk_that_is_full_to_the_last_byte(whole, tmp_path, tiny_official):
     refused(2, argv, folder, f"cannot write to {target}: ", tmp_path / "said", disk=disk)
 
 
-@pytest.mark.parametrize(
-    ("stage", "path", "mode"),
-    [
-        (1, "model", 0),
-        (1, "model/text_encoder", 0),
-        (1, "model/text_encoder/llm/tokenizer.json", 0),
-        (1, "model/text_encoder/llm/model-00001-of-00002.safetensors", 0),
-        (1, "run/generation_config.json", 0),
-        (1, "run", 0o500),
-        (1, "run", 0o300),
-        (2, "run", 0),
-        (2, "run/stage1_embeddings.safetensors", 0),
-        (2, "model/transformer", 0o600),
-        (2, "model/transformer/demo_t2v/diffusion_pytorch_model.safetensors", 0),
-        (3, "run/stage2_latents.safetensors", 0),
-        (3, "run/generation_config.json", 0),
-        (3, "model/vae", 0),
-        (3, "model/vae/config.json", 0),
-        (3, "out", 0o500),
-        (3, "out", 0o600),
-    ],
-)
-def test_permission_denied_anywhere(whole, tmp_path, tiny_official, stage, path, mode):
-    """Of thirteen places each was a traceback."""
+LANGUAGE, DIT = "model/text_encoder/llm", "model/transformer/demo_t2v"
+NO_READING = "{path} cannot be read (Permission denied)"
+# (stage, the place, its rights, the whole line after "error: ", in which {path} is the place).
+DENIED = [
+    (1, "model", 0, "{path}/transformer/config.json: Permission denied"),
+    (1, "model/text_encoder", 0, "{path}/llm: Permission denied"),
+    (1, f"{LANGUAGE}/tokenizer.json", 0, NO_READING),
+    (1, f"{LANGUAGE}/model-00001-of-00002.safetensors", 0, NO_READING),
+    (1, "run/generation_config.json", 0, NO_READING),
+    (1, "run", 0o500, "--output_dir {path}: {path} cannot be written"),
+    (1, "run", 0o300, "cannot write to {path}: Permission denied"),
+    (2, "run", 0, "{path}/generation_config.json: Permission denied"),
+    (2, "run", 0o500, "cannot write to {path}: Permission denied (.lock)"),
+    (2, "run", 0o300, "cannot write to {path}: Permission denied"),
+    (2, "run/generation_config.json", 0, NO_READING),
+    (2, "run/stage1_embeddings.safetensors", 0, NO_READING),
+    (2, "out", 0o500, "--output_dir {path}: {path} cannot be written"),
+    (2, "out", 0o600, "--output_dir {path}: {path} cannot be written"),
+    (2, "model", 0, "{path}/transformer/config.json: Permission denied"),
+    (2, "model/transformer", 0o600, "{path}/config.json: Permission denied"),
+    (2, DIT, 0, "{path}: Permission denied"),
+    (2, f"{DIT}/config.json", 0, NO_READING),
+    (2, f"{DIT}/diffusion_pytorch_model.safetensors", 0, NO_READING),
+    (3, "run/stage2_latents.safetensors", 0, NO_READING),
+    (3, "run/generation_config.json", 0, NO_READING),
+    (3, "model/vae", 0, "{path}/config.json cannot be read (Permission denied)"),
+    (3, "model/vae/config.json", 0, NO_READING),
+    (3, "model/vae/diffusion_pytorch_model.safetensors", 0, NO_READING),
+    (3, "out", 0o500, "--output_video {path}: {path} cannot be written"),
+    (3, "out", 0o600, "--output_video {path}/a.mp4: Permission denied"),
+]
+
+
+def with_rights(
+    whole, tmp_path: Path, tiny_official: Path, stage: int, path: str, mode: int | None
+) -> tuple[int, str, Path]:
+    """(status, what it said, its folder) of a stage that is denied what the rights of files deny.
+
+    path: what gets the rights `mode`, None: those that it has: the model, of which the run then has a copy, the run's
+    folder, or one for its output.
+    """
     after, _ = whole
     folder = shutil.copytree(after[stage - 1], tmp_path / "run")
-    model = Path(shutil.copytree(tiny_official, tmp_path / "model", copy_function=os.link)) if "model" in path else None
-    (tmp_path / "out").mkdir()
-    argv = [*calls(model or tiny_official, folder)[stage], *(["--output_video", tmp_path / "out/a.mp4"] * (stage == 3))]
+    model = tiny_official
+    if path.startswith("model"):
+        model = Path(shutil.copytree(tiny_official, tmp_path / "model", copy_function=os.link))
+    argv = calls(model, folder)[stage]
     if stage == 1:
         (folder / contract.CONFIG_FILE).write_text("{}")
-    elif model:
+    else:
         argv += ["--model_path", model]
+    if path == "out":
+        (tmp_path / "out").mkdir()
+        argv += ["--output_video", tmp_path / "out/a.mp4"] if stage == 3 else ["--output_dir", tmp_path / "out"]
     place = tmp_path / path
-    former = place.stat().st_mode
-    if place.is_file() and model:  # else the shared one's rights would change
+    if place.is_file():  # else the shared one's rights would change
         raw = place.read_bytes()
         place.unlink()
         place.write_bytes(raw)
-    place.chmod(mode)
+    former = place.stat().st_mode
+    place.chmod(former if mode is None else mode)
     try:
         status, told = run_stage(stage, *argv, said=tmp_path / "said", denied=True)
     finally:
         place.chmod(former)
+    return status, told, folder
+
+
+@pytest.mark.parametrize(("stage", "path", "mode", "message"), DENIED)
+def test_permission_denied_anywhere(whole, tmp_path, tiny_official, stage, path, mode, message):
+    """Of thirteen places each was a traceback; of three, later on, the line gave another reason."""
+    status, told, folder = with_rights(whole, tmp_path, tiny_official, stage, path, mode)
     assert status == 2, told
-    assert len(errors(told)) == 1 and str(place) in errors(told)[0], told
-    assert "Traceback" not in told
-    assert contract.LOCK_FILE not in names(folder)
+    assert errors(told) == [f"error: {message.format(path=tmp_path / path)}"]
+    assert "Traceback" not in told and "loading" not in told
+    before = whole[0][stage - 1]
+    if stage > 1:
+        assert_same(folder, before)
+    else:
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {contract.CONFIG_FILE: "{}"}
+    assert not (tmp_path / "out").exists() or not names(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("stage", "path"), sorted({(stage, path.partition("/")[0]) for stage, path, _, _ in DENIED}), ids=str
+)
+def test_with_all_rights_the_same_run_goes_through(whole, tmp_path, tiny_official, stage, path):
+    """Else the cases above could be refused for another reason."""
+    status, told, _ = with_rights(whole, tmp_path, tiny_official, stage, path, None)
+    assert status == 0, told
 
 
 def test_a_folder_in_the_videos_place_is_found_before_the_decoding(whole, tmp_path, tiny_official):
