@@ -1,5 +1,6 @@
 """Whatever happens: killed processes, lost ranks, full disks, two runs at once, files that do not belong together."""
 
+import contextlib
 import json
 import os
 import random
@@ -436,6 +437,54 @@ def test_an_ffmpeg_that_does_not_work_is_found_before_the_decoding(whole, tmp_pa
     ]
     assert "loading" not in forked.said()
     assert names(folder) == names(after[2])
+
+
+def children(parent: int, program: str) -> list[int]:
+    """The ids of a process's children that run a program of this name."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            with contextlib.suppress(OSError):  # it has ended
+                if program in Path(f"/proc/{child}/exe").readlink().name:
+                    found.append(child)
+    return found
+
+
+def runs(process: int) -> bool:
+    """Whether it has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_ffmpeg_outlives_a_killed_run(whole, tmp_path, tiny_official):
+    """Nobody can tell it: it ends because its input does, which no other process holds open."""
+    after, _ = whole
+    folder = shutil.copytree(after[2], tmp_path / "run")
+    argv = calls(tiny_official, folder)[3]
+    moment = Moment("hunyuan_staged.decoding.blending.blend", 1, (), pause=600)
+    killed = Forked(3, *argv, said=tmp_path / "said", moment=moment)
+    while not (found := [child for child in children(killed.pid, "ffmpeg") if is_writing(child, folder)]):
+        assert killed.process.is_alive(), killed.said()
+        time.sleep(0.02)
+    killed.process.kill()
+    assert killed.status() == 137
+    deadline = time.monotonic() + 60
+    while runs(found[0]):
+        assert time.monotonic() < deadline, "it waits for more frames"
+        time.sleep(0.02)
+    status, told = run_stage(3, *argv, said=tmp_path / "said")
+    assert status == 0, told
+    assert_same(folder, after[3])
+
+
+def is_writing(process: int, folder: Path) -> bool:
+    """Whether a program was given a file of this folder; the trial of an encoder is not."""
+    try:
+        return bytes(folder) in Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def test_a_broken_config_is_found_before_the_embeddings_are_replaced(whole, tmp_path, tiny_official):
