@@ -8,7 +8,10 @@ TORCH=torch==2.13.0 # the version that the suite is tested with: a looser reques
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 fail() {
-    echo "error: $1" >&2
+    local text=${1//[[:cntrl:]]/ }
+    # As hunyuan_staged/errors.py: whatever it quotes, a line has an end.
+    if ((${#text} > 1900)); then text="${text:0:940} […] ${text: -940}"; fi
+    printf 'error: %s\n' "$text" >&2
     exit 2
 }
 

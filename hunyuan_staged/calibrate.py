@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hunyuan_staged.errors import InputError, run_tool
+from hunyuan_staged.errors import InputError, one_line, run_tool
 from hunyuan_staged.flags import options_of
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parsing import Parser, make_parser
@@ -89,7 +89,7 @@ def record(options: DenoiseOptions, world: Any) -> None:
 
         def info(self, text: str) -> None:
             if world.is_main:
-                print(text, file=sys.stderr)
+                print(one_line(text), file=sys.stderr)
 
         warn = info
 

@@ -64,6 +64,11 @@ def one_line(text: object) -> str:
     return line[:head] + gap + line[len(line) - (MAX_LINE - len(gap) - head) :]
 
 
+def print_error(text: object) -> None:
+    """Print the one line that says why a run ends, on stderr. Every such line goes through here, and so has a limit."""
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+
+
 def run_tool(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int | None],
@@ -88,10 +93,10 @@ def run_tool(
             raise
         if args.debug:
             traceback.print_exception(error)
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"error: {interrupted}", file=sys.stderr)
+        print_error(interrupted)
         return SIGNALLED + signal.SIGINT
 
 

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged.errors import JOBS_FAILED, SIGNALLED, InputError, write_stdout
+from hunyuan_staged.errors import JOBS_FAILED, SIGNALLED, InputError, print_error, write_stdout
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.event_log import EventLog
 from hunyuan_staged.flags import options_of
@@ -262,7 +262,7 @@ def run_stages(
             groups.append(supervisor.start(words, count, name=name, stdout=stdout, began=began, early=early))
         for group in groups:
             if supervisor.received:
-                print(f"error: the run {Interrupted(supervisor.received)}", file=sys.stderr)
+                print_error(f"the run {Interrupted(supervisor.received)}")
                 return SIGNALLED + supervisor.received
             if (status := supervisor.finish(group)) not in (0, JOBS_FAILED):
                 return status

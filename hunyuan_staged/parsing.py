@@ -18,7 +18,7 @@ LAST_GROUPS = ("many videos", "other")
 
 def refuse(message: str) -> NoReturn:
     """Print one error line, on the first process, and leave with the status of bad input."""
-    say_error(f"error: {one_line(message)}")
+    say_error(message)
     sys.exit(BAD_INPUT)
 
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from hunyuan_staged.errors import BAD_INPUT, FAULT, InputError, one_line
+from hunyuan_staged.errors import BAD_INPUT, FAULT, InputError, print_error
 from hunyuan_staged.parallel.environment import rank_info
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
 
@@ -29,10 +29,10 @@ def is_first() -> bool:
         return True  # each process has the same to say, and nobody knows how many there are
 
 
-def say_error(line: str) -> None:
-    """Print a line to stderr on the first process; another process gives the first the time to do so."""
+def say_error(text: object) -> None:
+    """Print an error on the first process; another process gives the first the time to do so."""
     if is_first():
-        print(line, file=sys.stderr, flush=True)
+        print_error(text)
     else:
         time.sleep(SILENCE_SECONDS)
 
@@ -43,7 +43,7 @@ def status_of_error(name: str, error: BaseException, debug: bool) -> int:
         if debug:
             traceback.print_exception(error)
         # The others fail the same check; one of them speaks.
-        say_error(f"error: {one_line(error)}")
+        say_error(error)
         return BAD_INPUT
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted(signal.SIGINT)
@@ -51,7 +51,7 @@ def status_of_error(name: str, error: BaseException, debug: bool) -> int:
         if debug and error.__cause__:
             traceback.print_exception(error.__cause__)
         if is_first():
-            print(f"error: {name} {one_line(error)}", file=sys.stderr, flush=True)
+            print_error(f"{name} {error}")
         return error.status
     raise error
 
@@ -70,8 +70,7 @@ def leave(name: str, error: BaseException, debug: bool, world: World, interrupts
     if speaks and (status == FAULT or (debug and status == BAD_INPUT)):
         traceback.print_exception(error)
     if speaks and status != FAULT:
-        line = f"{name} {one_line(error)}" if isinstance(error, Interrupted) else one_line(error)
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print_error(f"{name} {error}" if isinstance(error, Interrupted) else error)
     if speaks:
         world.report_error()
     else:

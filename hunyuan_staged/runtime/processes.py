@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
-from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError
+from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError, print_error
 from hunyuan_staged.parallel.environment import STORE_SOCKET
 from hunyuan_staged.runtime.environment import JOB_PIPES, TURN_PIPE, WHOLE_RUN
 from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
@@ -178,12 +178,12 @@ class Supervisor:
             self._send(signal.SIGKILL, group=True)  # an ffmpeg that outlived its process
         self._running = []
         if code < 0 and -code == self.received:
-            print(f"error: {name} {Interrupted(-code)}", file=sys.stderr)
+            print_error(f"{name} {Interrupted(-code)}")
         elif code < 0 or (
             count > 1 and code not in (0, BAD_INPUT, JOBS_FAILED, *(SIGNALLED + number for number in SIGNALS))
         ):
             which = f"{name}: process {rank} of {count}" if count > 1 else name
-            print(f"error: {which} ended with status {code}", file=sys.stderr)
+            print_error(f"{which} ended with status {code}")
         return code if code >= 0 else SIGNALLED - code
 
     def _start(

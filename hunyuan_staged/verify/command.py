@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     start, checks = time.monotonic(), []
     for check in verification.checks():
         checks.append(check)
-        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.part}: {check.what}", file=sys.stderr, flush=True)
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.part}: {one_line(check.what)}", file=sys.stderr, flush=True)
     seconds = time.monotonic() - start
     for line in report.table(checks):
         print(one_line(line) if "\n" in line else line)

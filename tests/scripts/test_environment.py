@@ -82,6 +82,10 @@ def test_a_message_is_cut_whatever_it_quotes(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr) < 2000
     assert result.stderr.startswith("error: --xxx") and result.stderr.endswith("see run_staged.sh --help\n")
+    result = call(BASH, tmp_path, PYTHON="x\n" * 50_000)
+    assert result.returncode == 2
+    assert len(result.stderr) < 2000 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: PYTHON=x x ") and result.stderr.endswith(" is not a program\n")
 
 
 def test_a_working_folder_that_is_gone_or_no_text(tmp_path):

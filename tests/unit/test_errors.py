@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import re
 import sys
 
 import pytest
+from conftest import ROOT
 
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.parsing import tool_parser
@@ -31,6 +33,27 @@ def test_bad_input_is_one_line_and_with_debug_its_traceback_before_it(debug, cap
     *before, line = capsys.readouterr().err.splitlines()
     assert line == "error: --count 9 is odd; allowed are even numbers"
     assert bool(before) == debug and before[:1] == ["Traceback (most recent call last):"] * debug
+
+
+@pytest.mark.parametrize("quoted", ["x", "é", "\x1b", "\n a", "猫"])
+def test_no_line_is_longer_than_2000_characters_whatever_it_quotes(quoted, capsys):
+    """Control characters grow to four each."""
+
+    def run(args):
+        raise InputError(f"{quoted * 100_000} is too much; allowed is less", option="much")
+
+    assert run_tool(parser(), run, []) == 2
+    error = capsys.readouterr().err
+    assert len(error) < 2000 and error.count("\n") == 1
+    assert error.startswith("error: --much ") and error.endswith(" is too much; allowed is less\n")
+
+
+def test_every_error_is_printed_at_one_place():
+    """Which gives it its limit."""
+    sources = [*ROOT.glob("*.py"), *(ROOT / "hunyuan_staged").rglob("*.py")]
+    found = [path.relative_to(ROOT).as_posix() for path in sources if re.search(r"[\"']error: ", path.read_text())]
+    assert found == ["hunyuan_staged/errors.py"]
+    assert (ROOT / "hunyuan_staged" / "errors.py").read_text().count('"error: ') == 1
 
 
 def test_ctrl_c_is_one_line(capsys):

@@ -33,6 +33,18 @@ def test_one_line_keeps_no_control_characters():
     assert utils.one_line("red\x1b[31m") == "red\\x1b[31m"
 
 
+def test_no_line_of_the_log_is_longer_than_2000_characters(capfd):
+    def body(run, _):
+        run.info("a" * 100_000)
+        run.warn("\x1b" * 100_000)
+        run.add_output("b" * 100_000, "nothing [0]")
+
+    assert utils.run_stage("stage x", ARGS, body=body) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len([line for line in lines if " […] " in line]) == 3
+    assert max(map(len, lines)) < 2000
+
+
 def test_dtypes():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert torch_dtype("auto", cpu) == torch.float32
