@@ -1,5 +1,6 @@
 """The configs of the transformer and the VAE: checked, and official ones as diffusers' arguments."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,17 @@ def renamed_keys(config: Mapping[str, Any], names: Mapping[str, str], origin: st
 
 
 def official_transformer_config(
-    config: Mapping[str, Any], glyph_width: int, origin: str | Path = "the transformer's config"
+    given: dict[str, Any], glyph_width: int, origin: str | Path = "the transformer's config"
 ) -> dict[str, Any]:
     """diffusers' arguments from an official transformer config; the glyph encoder's width is not in it, so it is given.
 
     Raises InputError for a key that is missing, for what no published version has and this suite does not run (_ONLY),
     and for an ideal_resolution that is unknown.
     """
+    config = ChainMap(given, _DEFAULTS)
     for name, allowed in _ONLY.items():
         if config.get(name, allowed) != allowed:
             raise InputError(f"{origin}: {name} is {quoted(config[name])}; this suite runs {name} = {allowed!r} only")
-    config = {**_DEFAULTS, **config}
     check(config, OFFICIAL_TRANSFORMER, origin)
     arguments = renamed_keys(config, _OFFICIAL_TRANSFORMER, origin)
     needed = ("in_channels", "hidden_size", "patch_size", "ideal_resolution")

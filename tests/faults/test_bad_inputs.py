@@ -14,7 +14,9 @@ from forked import run_stage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
+from hunyuan_staged.files.config import CONFIG_KEYS, NUMBER, read_config
 from hunyuan_staged.files.tensors import save_latents
 
 CONFIG, EMBEDDINGS, LATENTS = contract.CONFIG_FILE, contract.EMBEDDINGS_FILE, contract.LATENTS_FILE
@@ -357,6 +359,23 @@ def test_bad_models(template, tmp_path_factory, tmp_path, tiny_official, stage, 
     assert message in lines[0], lines[0]
     assert "Traceback" not in said
     assert contents(folder) == before
+
+
+OTHER_KINDS: dict[object, list[object]] = {
+    str: [5, 1.5, True, ["a"], {}, "\ud800"],
+    int: ["5", 1.5, True, [5], {}],
+    NUMBER: ["5", True, [5], {}, float("inf")],
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [entry for keys in CONFIG_KEYS.values() for entry in keys.items()])
+def test_no_entry_of_the_config_is_of_another_kind(tmp_path, name, kind):
+    """Every key that there is, also one that is added."""
+    for value in OTHER_KINDS[kind]:
+        text = json.dumps({name: value}).replace("Infinity", "1e999")
+        (tmp_path / CONFIG).write_text(text)
+        with pytest.raises(InputError, match=rf"{CONFIG}: {name} is (.*; allowed is|not UTF-8 text)"):
+            read_config(tmp_path)
 
 
 def test_the_table_is_as_long_as_promised():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hunyuan_staged.errors import InputError, one_line
-from hunyuan_staged.weights import boundary, components, encoder_components
+from hunyuan_staged.weights import boundary, components, encoder_components, encoder_configs, schema
 from hunyuan_staged.weights.folder import ModelFolder
 
 F32 = {"device": torch.device("cpu"), "dtype": torch.float32}
 VERSION = "demo_t2v"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+OFFICIAL_LANGUAGE = "text_encoder/llm/config.json"
 
 Load = Callable[[ModelFolder], object]
 LOADERS: dict[str, Load] = {
@@ -32,6 +35,9 @@ LOADERS: dict[str, Load] = {
     "vae": lambda folder: components.load_vae_decoder(folder, **F32),
     "vae encoder": lambda folder: components.load_vae_encoder(folder, **F32),
     "text": lambda folder: encoder_components.load_language_model(folder, **F32),
+    "vision": lambda folder: encoder_configs.whole_config(
+        boundary.read_json(folder.path / OFFICIAL_LANGUAGE), folder.path / OFFICIAL_LANGUAGE, image_token=9
+    ),
     "glyph": lambda folder: encoder_components.load_glyph_encoder(folder, **F32),
     "image": lambda folder: encoder_components.load_image_encoder(folder, **F32),
 }
@@ -142,6 +148,7 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
                 f"{temporal}": [*WHOLE, 8],
                 "downsample_match_channel": [*FLAG, None],
                 "upsample_match_channel": [*FLAG, None],
+                **({"shift_factor": ["four", 7, True, -0.5, [1]]} if layout == "official" else {}),
             },
         )
         for layout, spatial, temporal in (
@@ -164,6 +171,10 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
                 "rms_norm_eps": [*NUMBER, 0, None],
                 "hidden_act": [*CHOICE, "relu", None],
                 "use_sliding_window": [*FLAG, True],
+                "layer_types": ["four", 7, {}, [], ["sliding_attention"] * 4, [None]],
+                "rope_theta": [*NUMBER, 0, None],
+                f"{rope}.rope_theta": [*NUMBER, 0, None],
+                f"{rope}.rope_type": [*CHOICE, "yarn", None],
                 f"{rope}.mrope_section": [*TRIPLE, None],
                 f"{rope}.type": [*CHOICE, "yarn", None],
                 "model_type": [*CHOICE, "llama", None],
@@ -173,6 +184,26 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
             ("official", "text_encoder/llm", "rope_scaling"),
             ("diffusers", "text_encoder", "rope_parameters"),
         )
+    ),
+    (
+        "official",
+        "vision",
+        OFFICIAL_LANGUAGE,
+        {
+            **dict.fromkeys(
+                (
+                    f"vision_config.{name}"
+                    for name in (
+                        *("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "in_channels"),
+                        *("in_chans", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size"),
+                    )
+                ),
+                WHOLE,
+            ),
+            "vision_config.hidden_act": [*CHOICE, "relu", None],
+            "vision_config.fullatt_block_indexes": ["four", 7, {}, [-1], [1.5], [256], [True], [0] * 257, None],
+            "vision_config.tokens_per_second": [*NUMBER, 0, None],
+        },
     ),
     *(
         (
@@ -210,39 +241,55 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
         )
         for layout, folder in (("official", f"{OFFICIAL_SIGLIP}/"), ("diffusers", ""))
     ),
-    (
-        "official",
-        "image",
-        f"{OFFICIAL_SIGLIP}/feature_extractor/preprocessor_config.json",
-        {
-            "do_resize": [*FLAG, None],
-            "do_rescale": [*FLAG, None],
-            "do_normalize": [*FLAG, None],
-            "do_convert_rgb": FLAG,
-            "image_mean": [*ANY, [0.5], [0.5, 0.5, "x"], [1e9] * 3, None],
-            "image_std": [*ANY, [0.5], [0.5, 0.5, 0], [-1] * 3, None],
-            "resample": [*ANY, -1, 99, 1.5, None],
-            "rescale_factor": [*NUMBER, 0, None],
-            "size": ["four", [], {}, 28, {"height": 28}, {"height": 28, "width": 0}, {"height": 56, "width": 56}, None],
-        },
+    *(
+        (
+            layout,
+            "image",
+            f"{folder}feature_extractor/preprocessor_config.json",
+            {
+                "do_resize": [*FLAG, None],
+                "do_rescale": [*FLAG, None],
+                "do_normalize": [*FLAG, None],
+                "do_convert_rgb": FLAG,
+                "image_mean": [*ANY, [0.5], [0.5, 0.5, "x"], [1e9] * 3, None],
+                "image_std": [*ANY, [0.5], [0.5, 0.5, 0], [-1] * 3, None],
+                "resample": [*ANY, -1, 99, 1.5, None],
+                "rescale_factor": [*NUMBER, 0, None],
+                "size": [
+                    "four",
+                    [],
+                    {},
+                    28,
+                    {"height": 28},
+                    {"height": 28, "width": 0},
+                    {"height": 56, "width": 56},
+                    None,
+                ],
+            },
+        )
+        for layout, folder in (("official", f"{OFFICIAL_SIGLIP}/"), ("diffusers", ""))
     ),
     ("diffusers", "shift", "scheduler/scheduler_config.json", {"shift": [*NUMBER, 0]}),
     ("diffusers", "versions", "guider/guider_config.json", {"guidance_scale": NUMBER}),
-    (
-        "official",
-        "text",
-        "text_encoder/llm/tokenizer_config.json",
-        {
-            "tokenizer_class": [*CHOICE, "BertTokenizer", "TrustMe"],
-            "added_tokens_decoder": ["four", 7, [1]],
-            "additional_special_tokens": ["four", 7, ["x"] * 20_000],
-        },
-    ),
-    (
-        "official",
-        "glyph",
-        "text_encoder/byt5-small/tokenizer_config.json",
-        {"tokenizer_class": [*CHOICE, "T5Tokenizer"], "extra_ids": [*ANY, -1, 10**12, 1.5]},
+    *(
+        (
+            layout,
+            load,
+            f"{folder}/tokenizer_config.json",
+            {
+                "tokenizer_class": [*CHOICE, "BertTokenizer", "TrustMe"],
+                "added_tokens_decoder": ["four", 7, [1]],
+                "additional_special_tokens": ["four", 7, ["x"] * 20_000],
+                "extra_special_tokens": ["four", 7, ["x"] * 20_000],
+                **({"extra_ids": [*ANY, -1, 10**12, 1.5]} if load == "glyph" else {}),
+            },
+        )
+        for layout, load, folder in (
+            ("official", "text", "text_encoder/llm"),
+            ("official", "glyph", "text_encoder/byt5-small"),
+            ("diffusers", "text", "tokenizer"),
+            ("diffusers", "glyph", "tokenizer_2"),
+        )
     ),
 ]
 CASES = [
@@ -296,8 +343,9 @@ def refused(load: str, folder: ModelFolder, *said: str) -> None:
 def test_the_folders_are_whole(folders):
     """Else all that follows would be refused for another reason."""
     for folder in folders.values():
-        for load in LOADERS.values():
-            load(folder)
+        for name, load in LOADERS.items():
+            if name != "vision" or folder.official:
+                load(folder)
 
 
 def changed(content: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -316,6 +364,99 @@ def test_no_config_says_what_it_may_not(folders, replaced, layout, load, file, k
     content = json.loads(path.read_text())
     replaced(path).write_text(json.dumps(changed(content, key, value)))
     refused(load, folders[layout], str(path), key.rpartition(".")[2])
+
+
+# Which entry of the table holds the cases of a schema: (layout, what loads it, the object inside the file).
+SCHEMAS = {
+    "OFFICIAL_TRANSFORMER": ("official", "skeleton", ""),
+    "DIFFUSERS_TRANSFORMER": ("diffusers", "skeleton", ""),
+    "_VAE": ("official", "vae", ""),
+    "OFFICIAL_VAE": ("official", "vae", ""),
+    "DIFFUSERS_VAE": ("diffusers", "vae", ""),
+    "LANGUAGE": ("official", "text", ""),
+    "ROPE_SCALING": ("official", "text", "rope_scaling."),
+    "VISION": ("official", "vision", "vision_config."),
+    "GLYPH": ("official", "glyph", ""),
+    "GLYPH_TOKENIZER": ("official", "glyph", ""),
+    "LANGUAGE_TOKENIZER": ("official", "text", ""),
+    "IMAGE": ("official", "image", ""),
+    "IMAGE_PROCESSOR": ("official", "image", ""),
+    "SCHEDULER": ("diffusers", "shift", ""),
+    "GUIDER": ("diffusers", "versions", ""),
+}
+
+
+def test_every_key_of_every_schema_has_cases():
+    """A key that is added has to be tried."""
+    schemas = {
+        name: value
+        for name, value in vars(schema).items()
+        if isinstance(value, dict) and value and all(isinstance(rule, schema.Rule) for rule in value.values())
+    }
+    assert schemas.keys() == SCHEMAS.keys()
+    for name, keys in schemas.items():
+        layout, load, inside = SCHEMAS[name]
+        tried = {key for own, how, _, cases in TABLE if (own, how) == (layout, load) for key in cases}
+        assert {f"{inside}{key}" for key in keys} - tried == set(), name
+
+
+class Noting(dict[str, Any]):
+    """A config that notes which of its keys somebody looks for."""
+
+    def __init__(self, content: dict[str, Any], seen: set[str], inside: str = "") -> None:
+        self.seen, self.inside = seen, inside
+        super().__init__(
+            {
+                key: Noting(value, seen, f"{inside}{key}.") if isinstance(value, dict) else value
+                for key, value in content.items()
+            }
+        )
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(f"{self.inside}{key}")
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(f"{self.inside}{key}")
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.seen.add(f"{self.inside}{key}")
+        return super().__contains__(key)
+
+
+# Read as a whole, or only looked at for what kind of object it is; what may be wrong with them is tried elsewhere here.
+OBJECTS = {"text_config", "rope_parameters", "rope_scaling", "vision_config", "weight_map", "_class_name"}
+
+
+def test_every_key_that_is_read_has_cases(folders, monkeypatch):
+    """Also one that no schema names."""
+    read: dict[str, set[str]] = {}
+    genuine, regular = json.loads, boundary.require_regular
+    now: list[str] = []
+
+    def require_regular(path: Path, *limits: int) -> Path:
+        now[:] = [str(path)]
+        return regular(path, *limits)
+
+    def loads(text: str, **how: Any) -> Any:
+        content = genuine(text, **how)
+        return Noting(content, read.setdefault(now[0], set())) if isinstance(content, dict) else content
+
+    monkeypatch.setattr(boundary, "require_regular", require_regular)
+    monkeypatch.setattr(boundary, "json", types.SimpleNamespace(loads=loads))
+    tried: dict[str, set[str]] = {}
+    for layout, _, file, cases in TABLE:
+        tried.setdefault(str(folders[layout].path / file), set()).update(cases)
+    for folder in folders.values():
+        for name, load in LOADERS.items():
+            if name != "vision" or folder.official:
+                load(folder)
+    assert len(read) > 12
+    assert {key for keys in read.values() for key in keys} > {"ideal_resolution", "model_type", "rope_scaling.type"}
+    for path, keys in read.items():
+        left = {key for key in keys - tried.get(path, set()) if key not in OBJECTS}
+        assert left == set(), path
 
 
 def test_the_table_is_as_long_as_promised():
