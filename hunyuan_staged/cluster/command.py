@@ -59,10 +59,10 @@ def build_parser() -> Parser:
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"actors that {what} (default: 1)")
     parser.add_argument(
         "--gpus_per_denoiser",
-        type=int,
+        type=float,
         default=1,
         metavar="N",
-        help="GPUs of one node that make a video together; 0: all stages on the CPU (default: 1)",
+        help="GPUs of one node that make a video together, or a part of one, as 0.5; 0: all stages on the CPU (default: 1)",
     )
     for kind in ("encoder", "decoder"):
         parser.add_argument(
@@ -88,14 +88,17 @@ def check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and not 1 <= given <= MAX_ACTORS:
             raise InputError(f"{given} is outside 1 to {MAX_ACTORS}", option=name)
-    if not 0 <= args.gpus_per_denoiser <= launch.MAX_PROCESSES:
-        raise InputError(f"{args.gpus_per_denoiser} is outside 0 to {launch.MAX_PROCESSES}", option="gpus_per_denoiser")
-    if args.processes_per_denoiser is not None and args.gpus_per_denoiser:
+    gpus = args.gpus_per_denoiser
+    if not 0 <= gpus <= launch.MAX_PROCESSES:
+        raise InputError(f"{gpus:g} is outside 0 to {launch.MAX_PROCESSES}", option="gpus_per_denoiser")
+    if gpus > 1 and gpus != int(gpus):
+        raise InputError(f"{gpus:g} is neither a whole number nor a part of one GPU", option="gpus_per_denoiser")
+    if args.processes_per_denoiser is not None and gpus:
         raise InputError("goes with --gpus_per_denoiser 0; else a process has a GPU", option="processes_per_denoiser")
     for name in ("gpus_per_encoder", "gpus_per_decoder"):
         given = getattr(args, name)
         if given is None:
-            setattr(args, name, float(args.gpus_per_denoiser > 0))
+            setattr(args, name, float(gpus > 0))
         elif not 0 <= given <= 1:
             raise InputError(f"{given} is outside 0 to 1", option=name)
 
@@ -107,21 +110,22 @@ def pools_of(
 
     lists: the flags of all stages; folder: of the logs.
     """
-    processes = args.gpus_per_denoiser or args.processes_per_denoiser or 1
+    gpus = args.gpus_per_denoiser
+    processes = max(1, int(gpus)) if gpus else args.processes_per_denoiser or 1
     kinds = {
         "encoder": (args.encoders, args.gpus_per_encoder, 1),
-        "denoiser": (args.denoisers, float(args.gpus_per_denoiser), processes),
-        "enlarger": (args.enlargers, float(args.gpus_per_denoiser), processes),
+        "denoiser": (args.denoisers, gpus, processes),
+        "enlarger": (args.enlargers, gpus, processes),
         "decoder": (args.decoders, args.gpus_per_decoder, 1),
     }
     names = [kind for kind in kinds if kind != "enlarger" or len(lists) > len(launch.STAGES)]
     pools = []
     for number, kind, words in list(zip(launch.stage_numbers(lists), names, lists, strict=True))[:stages]:
-        count, gpus, size = kinds[kind]
+        count, share, size = kinds[kind]
         script = str(launch.ROOT / f"{launch.STAGES[number - 1]}.py")
         threads = os.environ.get("OMP_NUM_THREADS")
-        command = StageCommand(script, tuple(words), size, str(Path.cwd()), str(folder), gpus > 0, threads)
-        pools.append(Pool(kind, number, min(count, jobs), gpus, command))
+        command = StageCommand(script, tuple(words), size, str(Path.cwd()), str(folder), share > 0, threads)
+        pools.append(Pool(kind, number, min(count, jobs), share, command))
     return pools
 
 

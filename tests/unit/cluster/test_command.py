@@ -17,6 +17,11 @@ JOBS = ("--prompt", "a", "--seeds", "1-3")
         (("--prompt", "a"), "give --jobs FILE, --seeds, or --prompt several times"),
         ((*JOBS, "--denoisers", "0"), "--denoisers 0 is outside 1 to 1000"),
         ((*JOBS, "--gpus_per_denoiser", "-1"), "--gpus_per_denoiser -1 is outside 0 to 64"),
+        (
+            (*JOBS, "--gpus_per_denoiser", "1.5"),
+            "--gpus_per_denoiser 1.5 is neither a whole number nor a part of one GPU",
+        ),
+        ((*JOBS, "--gpus_per_denoiser", "nan"), "--gpus_per_denoiser nan is outside 0 to 64"),
         ((*JOBS, "--gpus_per_decoder", "1.5"), "--gpus_per_decoder 1.5 is outside 0 to 1"),
         ((*JOBS, "--processes_per_denoiser", "2"), "--processes_per_denoiser goes with --gpus_per_denoiser 0"),
         ((*JOBS, "--gpus_per_job", "2"), "--gpus_per_job is for run_staged.sh; here it is --gpus_per_denoiser"),
@@ -69,6 +74,8 @@ def test_each_stage_has_its_actors_and_no_more_than_there_are_jobs():
         ("denoiser", 2, 1, 0.0, 2, False),
         ("decoder", 3, 2, 0.0, 1, False),
     ]
+    shared = pools("--gpus_per_denoiser", "0.5", "--gpus_per_encoder", "0.2", "--gpus_per_decoder", "0.3")
+    assert [(gpus, processes) for *_, gpus, processes, _ in shared] == [(0.2, 1), (0.5, 1), (0.3, 1)]
     assert [one[:3] for one in pools("--super_resolution", "720p", "--enlargers", "2")] == [
         ("encoder", 1, 1),
         ("denoiser", 2, 1),
