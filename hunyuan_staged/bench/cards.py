@@ -25,14 +25,12 @@ def skeleton(layers: int | None = None) -> Any:
 def language_skeleton(layers: int | None = None) -> Any:
     """The language model on the meta device, of the layers that stage 1 runs or of so many."""
     import torch
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+    from hunyuan_staged.models.language import LanguageModel
     from hunyuan_staged.weights.published import published_language_config
 
     with torch.device("meta"):
-        model = Qwen2_5_VLTextModel(published_language_config(layers))
-    model.norm = torch.nn.Identity()
-    return model
+        return LanguageModel(published_language_config(layers))
 
 
 def table() -> list[tuple[str, ...]]:

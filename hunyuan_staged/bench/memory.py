@@ -132,7 +132,7 @@ def stage1(args: argparse.Namespace) -> dict[str, float]:
     with torch.no_grad():
         for _ in range(3):
             started = time.perf_counter()
-            model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            model.eval()(tokens)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
     planned = sum(budget.device_parts(weights, estimates.LANGUAGE_WORKING, weights.count).values())

@@ -4,8 +4,9 @@ Letters: W width of an encoder, L tokens after the crop (1000), B glyph bytes (2
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def encode_prompt(
     tokens = tokenise(tokenizer, prompt, max_tokens=max_tokens)
     # Only valid tokens are run: in a causal model padding on the right cannot change them. The official code keeps
     # what the model gives on the padding; here those rows are zero, and the mask lets nobody read them.
-    return _encode(model, tokens.ids, tokens.crop, max_tokens, use_cache=False)
+    return _encode(model, partial(model, use_cache=False), tokens.ids, tokens.crop, max_tokens)
 
 
 def tokenise(tokenizer: Any, prompt: str, *, max_tokens: int = MAX_TEXT_TOKENS) -> PromptTokens:
@@ -118,7 +119,11 @@ def encode_glyphs(
     assert model is not None, "a prompt with quoted text needs the glyph encoder"
     ids = tokenizer(text, truncation=True, max_length=max_bytes, add_special_tokens=True)["input_ids"]
     # T5's attention sees positions only relative to each other and never the padding, so it is left out here too.
-    embeds, mask = _encode(model, ids, 0, max_bytes)
+
+    def run(input_ids: torch.Tensor) -> Any:
+        return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+
+    embeds, mask = _encode(model, run, ids, 0, max_bytes)
     if embeds.shape[2] != width:
         raise InputError(f"the glyph encoder is {embeds.shape[2]} wide, the transformer takes {width}")
     return embeds.to(dtype), mask
@@ -150,13 +155,12 @@ def _chat_ids(tokenizer: Any, user: str) -> list[int]:
 
 @torch.no_grad()
 def _encode(
-    model: nn.Module, ids: Sequence[int], crop: int, length: int, **options: Any
+    model: nn.Module, run: Callable[[torch.Tensor], Any], ids: Sequence[int], crop: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run ids, drop the first crop rows, pad with zeros: [1, length, W] and the mask [1, length] of what is not."""
     device = next(model.parameters()).device
     input_ids = torch.tensor([list(ids)], device=device)
-    output = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
-    hidden = output.last_hidden_state[:, crop:].cpu()
+    hidden = run(input_ids).last_hidden_state[:, crop:].cpu()
     padding = length - hidden.shape[1]
     mask = F.pad(torch.ones(1, hidden.shape[1], dtype=torch.int64), (0, padding))
     return F.pad(hidden, (0, 0, 0, padding)), mask

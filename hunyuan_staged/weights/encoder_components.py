@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.language import LanguageModel
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.boundary import on_meta, read_json, refusing, require_regular
 from hunyuan_staged.weights.derived_configs import SIGLIP_PROCESSOR
@@ -139,14 +140,10 @@ def _unpacked_bytes(path: Path) -> int:
 
 def language_skeleton(folder: ModelFolder) -> Any:
     """The language model that load_language_model loads, on the meta device: shapes without memory."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
     published = isinstance(folder, PublishedModel) and "text" not in folder.files
     content, origin = ({}, folder.path) if published else part_content(folder, "text")
     config = published_language_config() if published else language_config(content, origin)[0]
-    model = on_meta(lambda: Qwen2_5_VLTextModel(config), origin)
-    model.norm = nn.Identity()
-    return model
+    return on_meta(lambda: LanguageModel(config), origin)
 
 
 def load_language_model(

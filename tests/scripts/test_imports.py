@@ -16,6 +16,7 @@ from hunyuan_staged.weights.quantization import fp8_rows
 
 # diffusers and transformers take seconds; torch._dynamo, torch's compiler, as well, and it brings sympy.
 HEAVY = ["diffusers", "transformers", "torch._dynamo", "torch._inductor", "sympy"]
+MODELLING = ["diffusers", "transformers.modeling_utils", "torch._dynamo", "sympy", "scipy"]
 RUN = """
 import atexit, json, pathlib, runpy, sys
 report, script, heavy = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
@@ -26,9 +27,9 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def imported_by(script: str, *flags: object, report: Path) -> list[str]:
-    """What of HEAVY is there when a stage has done its work."""
-    command = [sys.executable, "-c", RUN, report, ROOT / script, json.dumps(HEAVY), *flags]
+def imported_by(script: str, *flags: object, report: Path, among: list[str] = HEAVY) -> list[str]:
+    """What of these is there when a stage has done its work."""
+    command = [sys.executable, "-c", RUN, report, ROOT / script, json.dumps(among), *flags]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(report.read_text())
@@ -53,6 +54,14 @@ def test_nor_does_it_with_float8_a_cache_or_offloading(done, tmp_path, flags):
     flags += ["--output_dir", tmp_path, "--video_length", "9", "--num_inference_steps", "3"]
     report = tmp_path / "imported.json"
     assert imported_by("stage2_transformer.py", "--input_dir", done[0], *flags, report=report) == []
+
+
+def test_stage_1_imports_no_modelling_of_transformers_for_text(tiny_official, tmp_path):
+    """Its tokenizers and configs are all that is wanted of it; a prompt with quoted text needs T5, too."""
+    flags = ["--model_path", tiny_official, "--prompt", "a red circle", "--output_dir", tmp_path]
+    report = tmp_path / "imported.json"
+    assert imported_by("stage1_text_encoder.py", *flags, report=report, among=MODELLING) == []
+    assert (tmp_path / "stage1_embeddings.safetensors").is_file()
 
 
 def test_stage_3_imports_no_diffusers_and_no_compiler(done, tmp_path):

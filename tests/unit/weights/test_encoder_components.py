@@ -27,22 +27,19 @@ def whole_language_model(official: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def padded_prompt(vocab: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(vocab, (1, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[:, 9:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+def tokens(vocab: int) -> torch.Tensor:
+    return torch.randint(vocab, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def test_the_cut_language_model_ends_where_the_official_one_reads(either_layout, tiny_official):
     tokenizer, model = encoder_components.load_language_model(either_layout, **F32)
-    inputs = padded_prompt(len(tokenizer))
+    ids = tokens(len(tokenizer))
     whole = whole_language_model(tiny_official)
-    expected = whole(**inputs, output_hidden_states=True).hidden_states
+    expected = whole(input_ids=ids, output_hidden_states=True).hidden_states
     assert len(model.layers) == len(whole.layers) - 2
     assert len(expected) == len(whole.layers) + 1
-    assert torch.equal(model(**inputs).last_hidden_state, expected[-3])
+    assert torch.equal(model(ids).last_hidden_state, expected[-3])
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
