@@ -148,7 +148,7 @@ def at(place: str, error: InputError) -> str:
 def options_of_job(options: Options, job: Job) -> Options:
     """A stage's options for one job: the job's own values, else those of the command line."""
     own = {option.name for option in options_of(type(options))}
-    if getattr(options, "super_resolution", None):
+    if isinstance(options, UpscaleOptions) and options.super_resolution:
         # The values are the base run's; those that both have are given on the command line.
         own -= {option.name for option in options_of(type(options)) if option.flag.group == CACHE}
         own -= {*UpscaleOptions.of_the_base, *UpscaleOptions.of_its_own}

@@ -54,7 +54,7 @@ def pick_version(options: EncodeOptions, folder: ModelFolder, report: Reporter =
     """The version that the options name; without a resolution the default one, else the first that the folder has.
 
     A folder of a single resolution has that one taken, with a warning. Where super resolution is to follow, those it can
-    follow come first; InputError for one that it cannot.
+    follow come first; InputError for one that it cannot, and for a size.
     """
     if isinstance(folder, PartsFolder):
         return _version_of_files(options, folder)
@@ -78,7 +78,10 @@ def pick_version(options: EncodeOptions, folder: ModelFolder, report: Reporter =
     )
     if version.name not in folder.versions():
         raise InputError(folder.lacks(version.name))
-    if larger:
+    given = geometry.check_size(options.width, options.height)
+    if larger and given:
+        larger_sizes(version.resolution, larger, *given)
+    elif larger:
         versions.super_resolution_chain(version.resolution, larger)
     return version
 
@@ -276,7 +279,10 @@ def encode_image(setup: EncodeSetup, encoders: LoadedEncoders, report: Reporter 
 
 
 def larger_sizes(base: str, target: str | None, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """(height, width) by the resolutions that lead from a base run's size to a larger one; none where there is none."""
+    """(height, width) by the resolutions that lead from a base run's size to a larger one; none where there is none.
+
+    InputError where none does, and for a size that is no bucket of the base.
+    """
     sizes = {}
     for version in versions.super_resolution_chain(base, target) if target else ():
         height, width = sizes[version.resolution] = geometry.enlarged_size(

@@ -56,6 +56,9 @@ def made_from(setup: EncodeSetup) -> str:
         "weights": setup.folder.fingerprint(setup.parts),
         "image": provenance.sha256(options.image_path) if options.image_path else None,
     }
+    if options.image_path:  # what decides its sizes
+        sizes = {name: getattr(options, name) for name in ("width", "height", "super_resolution")}
+        source |= {name: value for name, value in sizes.items() if value is not None}
     return provenance.digest({**about(setup), **source})
 
 
