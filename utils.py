@@ -22,6 +22,7 @@ from hunyuan_staged.runtime.environment import (
     check_environment,
     job_pipes,
     process_age,
+    set_library_settings,
     started_by_launcher,
 )
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
@@ -295,6 +296,7 @@ def run_stage(
         try:
             interrupts.unblock()
             check_environment()
+            set_library_settings()
             if not is_first() and not every_rank:
                 return 0
             checked = check(options) if check else None

@@ -191,19 +191,10 @@ def _make(mode: str, gpu: Gpu) -> Callable[[Sequence[int]], Kernel]:
     return dense(makers[mode]())
 
 
-def trial_tokens(gpu: Gpu) -> torch.Tensor:
-    """[1, N, 2, D], all alike, so that attention over them is they themselves."""
-    return torch.full((1, TRIAL_TOKENS, 2, gpu.head_width), 0.5, device=gpu.device, dtype=gpu.dtype)
-
-
 def _failure(mode: str, gpu: Gpu) -> str | None:
     """Why a mode's kernel gives no attention here, from one short call; None where it does."""
-    try:
-        x = trial_tokens(gpu)
-        right = torch.allclose(_make(mode, gpu)(())(x, x, x), x, atol=0.05)
-    except Exception as error:  # packages, compilers and drivers raise whatever they like
-        return f"its kernel fails here ({packages.reason_of(error)})"
-    return None if right else "its kernel gives wrong numbers here"
+    x = packages.trial_tokens(gpu.device, gpu.dtype, TRIAL_TOKENS, gpu.head_width)
+    return packages.failure(lambda: _make(mode, gpu)(())(x, x, x), x)
 
 
 def _fastest(gpu: Gpu) -> AttentionMode:
@@ -223,6 +214,6 @@ def _fastest(gpu: Gpu) -> AttentionMode:
             if mode == "cudnn" and not installed(PACKAGES["flash4"][0]) and not remarks:
                 remarks.append(f"flash4 would be faster: {PACKAGES['flash4'][1]}")
             return AttentionMode(mode, "; ".join([why, *remarks]), _make(mode, gpu))
-        if mode not in PACKAGES or packages.obstacle(PACKAGES[mode][0]) != "is not installed":
+        if mode not in PACKAGES or packages.obstacle(PACKAGES[mode][0]) != packages.ABSENT:
             remarks.append(f"{mode}: {why_not}")
     return AttentionMode("torch", "; ".join(["no flash kernel runs here", *remarks]), dense(sdpa()))

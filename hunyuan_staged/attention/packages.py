@@ -1,5 +1,6 @@
 """Which attention packages and GPUs there are."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
@@ -9,6 +10,7 @@ FLASH4_PACKAGE = "flash_attn.cute"
 FLASH4_HEAD_WIDTHS = (64, 96, 128)
 AMPERE = (8, 0)
 HOPPER = (9, 0)
+ABSENT = "is not installed"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,7 +29,7 @@ def obstacle(package: str) -> str | None:
         import_module(package)
     except ModuleNotFoundError as error:
         if error.name and (package == error.name or package.startswith(f"{error.name}.")):
-            return "is not installed"
+            return ABSENT
         return f"does not load ({reason_of(error)})"
     except Exception as error:
         return f"does not load ({reason_of(error)})"
@@ -37,6 +39,20 @@ def obstacle(package: str) -> str | None:
 def installed(package: str) -> bool:
     """Whether a package, or one inside another, can be imported."""
     return obstacle(package) is None
+
+
+def failure(call: Callable[[], torch.Tensor], right: torch.Tensor) -> str | None:
+    """Why a kernel's short call does not give what is right, in a phrase; None where it does."""
+    try:
+        same = torch.allclose(call(), right, atol=0.05)
+    except Exception as error:  # packages, compilers and drivers raise whatever they like
+        return f"its kernel fails here ({reason_of(error)})"
+    return None if same else "its kernel gives wrong numbers here"
+
+
+def trial_tokens(device: torch.device, dtype: torch.dtype, count: int, head_width: int) -> torch.Tensor:
+    """[1, count, 2, D], all alike, so that attention over them is they themselves."""
+    return torch.full((1, count, 2, head_width), 0.5, device=device, dtype=dtype)
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hunyuan_staged.attention.packages import FLASH4_HEAD_WIDTHS, FLASH4_PACKAGE, HALF, HOPPER, installed, output_alone
+from hunyuan_staged.attention import packages
+from hunyuan_staged.attention.packages import FLASH4_HEAD_WIDTHS, FLASH4_PACKAGE, HALF, HOPPER, output_alone
 
 TILE = (6, 8, 8)  # frames, rows, columns of the latents
 WINDOW = (3, 3, 3)  # tiles around each tile
@@ -23,6 +24,7 @@ IMAGE_TILE, IMAGE_WINDOW = (1, 16, 24), (1, 1, 1)  # of a single frame (official
 TOP_K = 64  # tiles by importance beside the window; half of it for short videos
 SHORT_VIDEO = 31  # latent frames
 SIMILARITY_WEIGHT = 0.7  # of the importance; the rest counts against tiles that resemble all others
+TRIAL_GRID, TRIAL_TEXT = (12, 16, 16), 200  # tokens of a short call; whole tiles, and text whose last block is ragged
 FLASH4_KEYS = 128  # keys of a block in flash-attn-4's kernel on Hopper; a tile is several of them
 
 Grid = tuple[int, int, int]
@@ -219,16 +221,33 @@ KERNELS: dict[str, Callable[[SstaGrid], SstaKernel]] = {
 
 
 def fastest_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[str, str]:
-    """(name in CORES, reason) of what computes SSTA on this device, in this dtype, with heads so wide."""
+    """(name in KERNELS, reason) of what computes SSTA on this device, in this dtype, with heads so wide.
+
+    A package that does not load, or whose kernel fails in a short call, is passed over, and the reason says so.
+    """
     if device.type != "cuda":
         return "torch", "no GPU: tile by tile in torch, slow"
-    if installed("flex_block_attn"):
-        return "flex_block_attn", "the flex_block_attn package is installed"
+    candidates = [("flex_block_attn", "flex_block_attn", "the flex_block_attn package is installed")]
     # The kernel's blocks of 128 keys are Hopper's; elsewhere it was never run.
     takes = dtype in HALF and head_width in FLASH4_HEAD_WIDTHS
-    if takes and torch.cuda.get_device_capability(device)[0] == HOPPER[0] and installed(FLASH4_PACKAGE):
-        return "flash4", "flash-attn-4 over the blocks that are kept"
-    return "flex", "torch's flex_attention over the blocks that are kept"
+    if takes and torch.cuda.get_device_capability(device)[0] == HOPPER[0]:
+        candidates.append(("flash4", FLASH4_PACKAGE, "flash-attn-4 over the blocks that are kept"))
+    remarks: list[str] = []
+    for kernel, package, reason in candidates:
+        why_not = packages.obstacle(package)
+        if why_not == packages.ABSENT:
+            continue
+        why_not = f"the package {package} {why_not}" if why_not else _failure(kernel, device, dtype, head_width)
+        if not why_not:
+            return kernel, "; ".join([reason, *remarks])
+        remarks.append(f"{kernel}: {why_not}")
+    return "flex", "; ".join(["torch's flex_attention over the blocks that are kept", *remarks])
+
+
+def _failure(kernel: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why a kernel gives no attention here, from one short call; None where it does."""
+    x = packages.trial_tokens(device, dtype, math.prod(TRIAL_GRID) + TRIAL_TEXT, head_width)
+    return packages.failure(lambda: SparseAttention(TRIAL_GRID, x.device, kernel)(x, x, x), x)
 
 
 class SparseAttention:

@@ -48,6 +48,8 @@ def duration(least: float, most: float, to: str = " to ") -> tuple[str, str]:
     """Seconds for a reader, ("78 to 124", "min"): the unit follows from the larger."""
     unit, factor = ("s", 1) if most < 60 else ("min", 60) if most < HOURS_FROM else ("hours", 3600)
     ends = [end / factor for end in (least, most)]
+    if most < 0.1:
+        return "under 0.1", unit
     if least == most:
         return f"{ends[0]:.1f}", unit
     return to.join(f"{end:.0f}" if end >= 10 else f"{end:.1f}" for end in ends), unit

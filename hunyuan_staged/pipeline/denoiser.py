@@ -16,7 +16,7 @@ from hunyuan_staged.memory.offloading import StreamedBlocks
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modulations import Modulations
-from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
+from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import SILENT, Reporter, quiet
 from hunyuan_staged.sampling import cache, loop
@@ -80,7 +80,7 @@ class Denoiser:
         recorder: stands in the place of a cache, which the setup then has none of.
         """
         settings, dtype, device = setup.settings, setup.dtype, setup.world.device
-        layout = self._layout(setup)
+        layout = setup.layout(self.layouts)
         started = time.perf_counter()
         times = step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)
         if self.modulations and not self.modulations.cover(times):
@@ -112,14 +112,6 @@ class Denoiser:
             report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
         counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
         return Denoised(latents, time.perf_counter() - started, counts)
-
-    def _layout(self, setup: "DenoiseSetup") -> Layout:
-        """The layout of a run; its groups are made once."""
-        world, branches = setup.world, setup.settings.branches
-        kind = plan_layout(world.size, branches, setup.cfg_parallel)
-        if kind not in self.layouts:
-            self.layouts[kind] = make_layout(world, branches, setup.cfg_parallel)
-        return self.layouts[kind]
 
     def forward(
         self, attention: AttentionMode, latent_size: Sequence[int], layout: Layout, *, compile: bool = False

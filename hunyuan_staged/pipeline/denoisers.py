@@ -8,6 +8,7 @@ import torch
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import BlockPlan, FreeMemory
+from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import free_memory
 from hunyuan_staged.pipeline.denoiser import Denoiser
@@ -16,18 +17,27 @@ from hunyuan_staged.runtime.progress import SILENT, Reporter
 
 
 class Denoisers:
-    """One loaded transformer at a time: that of the last setup serves the next one of the same model."""
+    """One loaded transformer at a time: that of the last setup serves the next one of the same model.
+
+    The processes' groups serve all of them.
+    """
 
     def __init__(self) -> None:
         self._denoiser: Denoiser | None = None
         self._model: tuple[Any, ...] = ()
         self._offloaded = 0
+        self._layouts: dict[tuple[int, int], Layout] = {}
         self._free: FreeMemory | None = None  # before anything was loaded
 
-    def free(self, world: World) -> FreeMemory:
-        """The memory that is free but for the transformer; every rank calls it."""
+    def free(self, setup: DenoiseSetup) -> FreeMemory:
+        """The memory that is free but for the transformer; every rank calls it.
+
+        The groups are made first: on GPUs each takes memory of its own.
+        """
         if self._free is None:
-            self._free = free_memory(world)
+            setup.world.barrier("settings resolved")  # where another has failed, nobody waits for it in a group
+            setup.layout(self._layouts)
+            self._free = free_memory(setup.world)
         return self._free
 
     def load(self, setup: DenoiseSetup, plan: BlockPlan, report: Reporter = SILENT) -> Denoiser:
@@ -36,7 +46,7 @@ class Denoisers:
         # More offloaded than a shorter video needs costs little; fewer would not leave a longer one its memory.
         if self._denoiser is None or model != self._model or plan.offloaded > self._offloaded:
             self.drop()
-            self._denoiser = setup.load(plan, report)
+            self._denoiser = setup.load(plan, report, self._layouts)
             self._model, self._offloaded = model, plan.offloaded
         return self._denoiser
 

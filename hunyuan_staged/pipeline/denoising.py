@@ -25,7 +25,7 @@ from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models.modulations import remove_linears, table_bytes
 from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
-from hunyuan_staged.parallel.layout import make_layout, plan_layout
+from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.common import attention_for, torch_dtype
@@ -179,10 +179,21 @@ class DenoiseSetup:
             ),
         )
 
-    def load(self, plan: budget.BlockPlan, report: Reporter = SILENT) -> Denoiser:
-        """Load the transformer as planned. Every rank calls it."""
+    def layout(self, known: dict[tuple[int, int], Layout]) -> Layout:
+        """The layout of a run, whose groups are made once. Every rank calls it. known: by branches side by side, shards."""
+        branches = self.settings.branches
+        kind = plan_layout(self.world.size, branches, self.cfg_parallel)
+        if kind not in known:
+            known[kind] = make_layout(self.world, branches, self.cfg_parallel)
+        return known[kind]
+
+    def load(
+        self, plan: budget.BlockPlan, report: Reporter = SILENT, layouts: dict[tuple[int, int], Layout] | None = None
+    ) -> Denoiser:
+        """Load the transformer as planned. Every rank calls it. layouts: whose groups there are already, see layout."""
         world = self.world
-        layout = make_layout(world, self.settings.branches, self.cfg_parallel)
+        layouts = {} if layouts is None else layouts
+        layout = self.layout(layouts)
         report.info(f"attention: {self.attention_text}; layout: {layout.describe()}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
@@ -210,7 +221,7 @@ class DenoiseSetup:
                 dtype=self.dtype,
                 world=world,
             )
-        return Denoiser(model, modulations, blocks, {(layout.branches, layout.shards): layout})
+        return Denoiser(model, modulations, blocks, layouts)
 
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:

@@ -4,12 +4,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.environment import rank_info
 
+MAX_COMPILE_THREADS = 32  # as Inductor's own default
 # Set by the launcher, which runs this stage as one of all three: when it began, by the machine's own clock.
 WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"
 # Set by the launcher: the end of a pipe that a stage reads a byte from before it begins, while the one before it works.
@@ -22,6 +23,26 @@ def started_by_launcher() -> float | None:
     """When the whole run began that this stage is one of, as time.monotonic() counts; None for a stage by itself."""
     started = os.environ.get(WHOLE_RUN)
     return None if started is None else float(started)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def library_settings(share: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What an environment is to tell torch, beside what it does; share: of the cores that a process has."""
+    settings = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(share, MAX_COMPILE_THREADS))}
+    # Texts of two lengths make allocations of two sizes, which otherwise splits the memory into pieces that fit neither.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: value for name, value in settings.items() if name not in environment}
+
+
+def set_library_settings() -> None:
+    """Give torch, before it is imported, the settings that the launcher gives it, whoever started this process."""
+    info = rank_info()
+    os.environ.update(library_settings(max(1, cores() // (info.local_size or info.size)), os.environ))
 
 
 def process_age() -> float | None:

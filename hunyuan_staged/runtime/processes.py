@@ -18,20 +18,14 @@ from typing import Any
 
 from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError, print_error
 from hunyuan_staged.parallel.environment import STORE_SOCKET
-from hunyuan_staged.runtime.environment import JOB_PIPES, TURN_PIPE, WHOLE_RUN
+from hunyuan_staged.runtime.environment import JOB_PIPES, TURN_PIPE, WHOLE_RUN, cores, library_settings
 from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
 # What another launcher may have left in the environment.
 LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE, JOB_PIPES)
 LEFT_OVER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-MAX_COMPILE_THREADS = 32  # as Inductor's own default
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def child_environment(count: int, began: float | None = None) -> dict[str, str]:
@@ -42,14 +36,11 @@ def child_environment(count: int, began: float | None = None) -> dict[str, str]:
         if name not in LEFT_OVER and not name.startswith(LEFT_OVER_PREFIXES)
     }
     share = max(1, cores() // count)
-    defaults = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(share, MAX_COMPILE_THREADS))}
+    defaults = library_settings(share, os.environ)
     if count > 1:
         defaults["OMP_NUM_THREADS"] = str(share)
         # The store ends with rank 0: the others' pages about that would hide the line that says why.
         defaults["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    # Texts of two lengths make allocations of two sizes, which otherwise splits the memory into pieces that fit neither.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if kept.get("PYTHONOPTIMIZE", "").isdecimal() and int(kept["PYTHONOPTIMIZE"]) > 1:
         kept["PYTHONOPTIMIZE"] = "1"  # transformers needs its docstrings
     return defaults | kept | ({} if began is None else {WHOLE_RUN: repr(began)})

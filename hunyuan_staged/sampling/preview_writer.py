@@ -1,7 +1,7 @@
 """A look at a video while it is denoised: preview.mp4 and preview.png, which no step waits for."""
 
 import contextlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from hunyuan_staged.files import contract
 from hunyuan_staged.files.atomic import replacing
 from hunyuan_staged.files.encoding import Encoding
 from hunyuan_staged.files.video import write_video
+from hunyuan_staged.parallel.threads import device_threads
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.runtime.signals import Interrupted
 from hunyuan_staged.sampling import preview
@@ -50,7 +51,7 @@ class PreviewWriter(contextlib.AbstractContextManager["PreviewWriter"]):
         self._told = False
 
     def __enter__(self) -> "PreviewWriter":
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="preview")
+        self._thread = device_threads(1, "preview", self.weights.device)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

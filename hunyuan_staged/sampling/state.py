@@ -17,6 +17,7 @@ import torch
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.tensors import load_state, save_state
+from hunyuan_staged.parallel.threads import device_threads
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 
@@ -168,7 +169,7 @@ class StateSaver:
         """Have a thread that writes, on rank 0, while the block runs, and wait for it at the end."""
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
-                self._writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="state"))
+                self._writer = stack.enter_context(device_threads(1, "state", self.world.device))
             yield
             self._wait()
 

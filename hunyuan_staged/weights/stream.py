@@ -9,12 +9,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from hunyuan_staged.parallel.threads import device_threads
 
 WORKERS = 16  # at most: one core reads 3 to 10 GB/s from the page cache
 PIECE_BYTES = 2**24
@@ -116,15 +118,6 @@ class _Reader:
         self.cuda = device.type == "cuda"
         self.own = threading.local()
 
-    def take_device(self) -> None:
-        """What a new thread does first.
-
-        Its current device is 0, and leaving torch.cuda.stream goes back to it: each rank would open a context on GPU 0,
-        some 500 MB each.
-        """
-        if self.cuda:
-            torch.cuda.set_device(self.device)
-
     def read(
         self, start: int, end: int, parts: Sequence[tuple[Entry, torch.Tensor]], free: torch.cuda.Event | None
     ) -> None:
@@ -161,7 +154,7 @@ def tensors(
     workers = workers or min(WORKERS, len(os.sched_getaffinity(0)))
     with path.open("rb") as opened:
         reader = _Reader(opened.fileno(), device, piece)
-        with ThreadPoolExecutor(workers, "reading", initializer=reader.take_device) as pool:
+        with device_threads(workers, "reading", device) as pool:
             allocated: dict[str, torch.Tensor] = {}
             under_way: deque[tuple[Future, list[Entry]]] = deque()
             coming = pieces(wanted, piece)

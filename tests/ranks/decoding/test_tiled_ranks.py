@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pytest
+import torch.distributed as dist
 from ranks import run_ranks
 from small_vae import CONFIG, decode_tiles, decoded, draw_latents, tiny_decoder
 
@@ -47,3 +49,39 @@ def test_any_number_of_ranks_gives_the_same_bits():
         # Equal to the bit: the ranks only decode, and rank 0 does all later arithmetic.
         assert np.array_equal(array, results[json.dumps([1, *rest])]), f"{size} ranks, {rest}"
     assert results[json.dumps([1, 64, "frames"])].std() > 1
+
+
+def transfers(world: World) -> tuple[int, int]:
+    """(in batches, by themselves) of the tensors that a rank sends and receives while it decodes tiles."""
+    counts, inside = [0, 0], []
+    batch = dist.batch_isend_irecv
+
+    def batched(operations):
+        inside.append(True)
+        try:
+            return batch(operations)
+        finally:
+            inside.pop()
+
+    def counted(send):
+        def call(*args, **options):
+            counts[0 if inside else 1] += 1
+            return send(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", batched)
+        for name in ("isend", "irecv"):
+            own = counted(getattr(dist, name))
+            for module in (dist, dist.distributed_c10d):
+                patch.setattr(module, name, own)
+        decode_as(world, (world.size,))
+    return counts[0], counts[1]
+
+
+def test_pieces_travel_in_batches_alone():
+    """What is sent by itself, torch puts in a queue with all else, and warns of it on every rank."""
+    (received, *rest), *others = run_ranks(3, transfers)
+    assert rest == [0] and received == sum(sent for sent, _ in others) > 0
+    assert [alone for _, alone in others] == [0, 0]

@@ -45,10 +45,10 @@ def hopper(monkeypatch, *present: str) -> None:
     """A Hopper GPU that does not exist, on which these packages are installed."""
     monkeypatch.setenv(kernel_cache.ENABLED, "0")  # the user's cache folder stays out of it
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for module in (choose, ssta):
-        monkeypatch.setattr(module, "installed", lambda package: package in present)
+    monkeypatch.setattr(choose, "installed", lambda package: package in present)
     # What is tried there is tried here.
-    monkeypatch.setattr(choose, "trial_tokens", lambda gpu: torch.full((1, 256, 2, gpu.head_width), 0.5))
+    tokens = packages.trial_tokens
+    monkeypatch.setattr(packages, "trial_tokens", lambda _, __, *size: tokens(CPU, torch.float32, *size))
     monkeypatch.setattr(choose, "sdpa", lambda *backends: dense.sdpa())
     packages.obstacle.cache_clear()
 
@@ -230,8 +230,31 @@ def test_what_an_ampere_gpu_takes(monkeypatch, mode, runs):
     ],
 )
 def test_what_computes_ssta_on_hopper(monkeypatch, dtype, width, present, kernel):
-    hopper(monkeypatch, *present)
+    hopper(monkeypatch)
+    monkeypatch.setattr(packages, "obstacle", lambda package: None if package in present else packages.ABSENT)
+    for name in ("flash4", "flex_block_attn"):  # what runs there runs here as if it did
+        monkeypatch.setitem(ssta.KERNELS, name, ssta.gathered)
     assert ssta.fastest_kernel(CUDA, dtype, width)[0] == kernel
+
+
+def test_ssta_passes_over_a_package_that_does_not_load_or_whose_kernel_fails(monkeypatch):
+    """Its modes were taken as soon as the package was found, and failed at the first step."""
+
+    def failing(tiles):
+        raise RuntimeError("no kernel image\nis available")
+
+    hopper(monkeypatch)
+    monkeypatch.setattr(packages, "obstacle", {"flex_block_attn": "does not load (ImportError: x)"}.get)
+    monkeypatch.setitem(ssta.KERNELS, "flash4", ssta.gathered)
+    unloaded = "flex_block_attn: the package flex_block_attn does not load (ImportError: x)"
+    found = ssta.fastest_kernel(CUDA, torch.bfloat16, 128)
+    assert found == ("flash4", f"flash-attn-4 over the blocks that are kept; {unloaded}")
+    monkeypatch.setitem(ssta.KERNELS, "flash4", failing)
+    failed = "flash4: its kernel fails here (RuntimeError: no kernel image is available)"
+    reason = f"torch's flex_attention over the blocks that are kept; {unloaded}; {failed}"
+    assert choose_attention("flex-block-attn", CUDA, torch.bfloat16).reason == reason
+    monkeypatch.setitem(ssta.KERNELS, "flash4", lambda tiles: lambda q, k, v, mask: 2 * q)
+    assert ssta.fastest_kernel(CUDA, torch.bfloat16, 128)[1].endswith("flash4: its kernel gives wrong numbers here")
 
 
 def test_blocks_outside_the_range_run_the_other_kernel():

@@ -1,5 +1,6 @@
 """Processes of a launcher: what each is started in, and what becomes of them."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
+import utils
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.parallel.world import check_devices
-from hunyuan_staged.runtime import processes
+from hunyuan_staged.parallel.world import World, check_devices
+from hunyuan_staged.runtime import environment, processes
 from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN, await_turn
 from hunyuan_staged.runtime.processes import Supervisor, child_environment
 
@@ -40,6 +43,31 @@ def test_what_the_user_set_stays_and_what_a_launcher_left_goes(clean):
     own = child_environment(4)
     assert own["OMP_NUM_THREADS"] == "7"
     assert not {"PYTORCH_ALLOC_CONF", "RANK", "LOCAL_RANK"} & own.keys()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_torchrun_and_python_give_torch_the_launchers_settings(clean, count):
+    """They did only where run_staged.sh started the stage: four ranks by torchrun began 48 compilers."""
+    clean.setattr(environment, "cores", lambda: 12)
+    clean.setattr(os, "environ", dict(os.environ))
+    if count > 1:
+        os.environ.update({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+        os.environ.update({"MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    started = child_environment(count)
+    found = {}
+
+    def body(run, _):
+        found.update(os.environ)
+
+    clean.setattr(utils, "check_environment", lambda: None)
+    clean.setattr("hunyuan_staged.parallel.world.start_world", lambda: World(0, 1, torch.device("cpu")))
+    assert utils.run_stage("stage x", argparse.Namespace(debug=False, log_json=None), body=body) == 0
+    for name in ("TORCHINDUCTOR_COMPILE_THREADS", "PYTORCH_ALLOC_CONF"):
+        assert found[name] == started[name]
+    os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="7", PYTORCH_CUDA_ALLOC_CONF="x")
+    del os.environ["PYTORCH_ALLOC_CONF"]
+    environment.set_library_settings()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7" and "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_the_first_failure_ends_the_others_and_its_status_is_kept(capfd):

@@ -1,5 +1,9 @@
 """A hub id in the place of a folder: the wanted parts alone are downloaded."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import pytest
 from checkpoints import F32
 
@@ -48,6 +52,31 @@ def test_of_the_hubs_transformers_only_the_version_that_is_read_is_downloaded(hu
     components.load_transformer(model, "demo_i2v", **F32)
     # From the same snapshot, whatever was pushed since.
     assert set(map(str, hub[1:])) == {str(("owner/model", ["transformer/demo_i2v/*"], tiny_official.name))}
+
+
+def test_one_shape_costs_a_header_and_not_33_gb(hub, monkeypatch, tiny_official, tmp_path):
+    """Stage 1 needs the glyph encoder's width, which no official config names."""
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(tiny_official, snapshot, ignore=shutil.ignore_patterns("*.safetensors*"))
+    ours = "transformer/demo_t2v"
+    index = {"weight_map": {"byt5_in.fc1.weight": "part-2.safetensors", "img_in.proj.weight": "part-1.safetensors"}}
+    (snapshot / ours / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: hub.append(allow_patterns) or snapshot
+    )
+    asked = []
+
+    def headers(repo, file, revision):
+        asked.append((repo, file, revision))
+        return SimpleNamespace(tensors={"byt5_in.fc1.weight": SimpleNamespace(shape=[2048, 77])})
+
+    monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", headers)
+    model = open_model("owner/model", ("text", "transformer"))
+    assert components.transformer_config(model, "demo_t2v")["text_embed_2_dim"] == 77
+    assert asked == [("owner/model", f"{ours}/part-2.safetensors", "snapshot")]
+    assert [pattern for patterns in hub for pattern in patterns if pattern.startswith("transformer")] == []
 
 
 def test_a_hub_that_does_not_answer_is_one_line(hub):

@@ -1,5 +1,7 @@
 """Reading tensors by many threads: the same bytes as safetensors gives, whatever the pieces."""
 
+import threading
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -43,6 +45,25 @@ def check(read: dict[str, torch.Tensor], content: dict[str, torch.Tensor]) -> No
 def test_whatever_the_pieces_all_bytes_arrive(tmp_path, piece, workers):
     content = sample(tmp_path / "x.safetensors")
     check(dict(tensors(tmp_path / "x.safetensors", list(content), CPU, workers=workers, piece=piece)), content)
+
+
+def test_loader_threads_take_their_ranks_gpu_first(tmp_path, monkeypatch):
+    """A new thread's is GPU 0: every rank opened a context there, some 500 MB each, beside the memory that was planned."""
+    content, taken, read = sample(tmp_path / "x.safetensors"), {}, stream._Reader.read
+
+    def set_device(device) -> None:
+        taken.setdefault(threading.get_ident(), device)
+
+    def checked(self, *args) -> None:
+        assert threading.get_ident() in taken, "it reads before it has a GPU"
+        read(self, *args)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(stream._Reader, "read", checked)
+    pool = stream.device_threads
+    monkeypatch.setattr(stream, "device_threads", lambda count, name, _: pool(count, name, torch.device("cuda", 3)))
+    check(dict(tensors(tmp_path / "x.safetensors", list(content), CPU, workers=2, piece=64)), content)
+    assert set(taken.values()) == {torch.device("cuda", 3)} and threading.get_ident() not in taken
 
 
 @pytest.mark.gpu
