@@ -1,6 +1,6 @@
 """`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
-device; `… memory CLAIM`: what is said about memory (memory.py); `… checkpoint FOLDER`: weights to time runs on;
-`… run FLAGS`: run_staged.sh by part.
+device; `… encoding …`: the VAE's encoding of a video; `… memory CLAIM`: what is said about memory (memory.py);
+`… checkpoint FOLDER`: weights to time runs on; `… run FLAGS`: run_staged.sh by part.
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
@@ -16,7 +16,7 @@ from hunyuan_staged.attention import modes
 from hunyuan_staged.bench import checkpoint, memory, step
 from hunyuan_staged.bench import run as whole_run
 from hunyuan_staged.bench.stage2 import bench_stage2
-from hunyuan_staged.bench.stage3 import bench_stage3
+from hunyuan_staged.bench.stage3 import bench_encoding, bench_stage3
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.parsing import Parser, add_debug, tool_parser
@@ -101,6 +101,18 @@ def add_stage3(stages: Any) -> None:
     stage3.set_defaults(run=bench_stage3)
 
 
+def add_encoding(stages: Any) -> None:
+    encoding = stages.add_parser("encoding", help="the full-size VAE's encoding of a video")
+    encoding.add_argument("--resolution", default=versions.DEFAULT_RESOLUTION, choices=tuple(geometry.BUCKET_BASE))
+    encoding.add_argument("--aspect_ratio", default=options.DEFAULT_ASPECT_RATIO)
+    encoding.add_argument("--video_length", type=int, default=121)
+    encoding.add_argument("--at_once", type=int, help="latent frames of a chunk (default: as --input_video)")
+    encoding.add_argument("--one_piece", action="store_true", help="also how far that is from encoding in one piece")
+    encoding.add_argument("--channels", type=int, nargs=5, help="narrower levels than the real ones, for a quick look")
+    encoding.add_argument("--steps", type=int, default=2, help="timed encodings (default: %(default)s)")
+    encoding.set_defaults(run=bench_encoding)
+
+
 class BenchParser(Parser):
     """A parser that leaves the flags that it does not know to a benchmark that takes them."""
 
@@ -117,6 +129,7 @@ def build_parser() -> Parser:
     stages = parser.add_subparsers(dest="stage", required=True)
     add_stage2(stages)
     add_stage3(stages)
+    add_encoding(stages)
     memory.add_parser(stages)
     checkpoint.add_parser(stages)
     whole_run.add_parser(stages)
@@ -129,7 +142,7 @@ def check_device(args: argparse.Namespace) -> None:
     """InputError where the full-size model would be measured without a GPU."""
     import torch
 
-    fewer = {"stage2": "layers", "stage3": "channels"}.get(args.stage)
+    fewer = {"stage2": "layers", "stage3": "channels", "encoding": "channels"}.get(args.stage)
     if fewer and not getattr(args, fewer) and not torch.cuda.is_available():
         raise InputError(
             f"bench {args.stage} measures the full-size model and needs a GPU; --{fewer} makes a smaller one"

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from hunyuan_staged.parallel.world import World
 
 
-def random_decoder(channels: list[int] | None, device: "torch.device", dtype: "torch.dtype") -> tuple[Any, dict]:
-    """(the VAE's decoder with random weights, its config), of full size or of so many channels a level."""
+def random_coder(
+    coder: str, channels: list[int] | None, device: "torch.device", dtype: "torch.dtype"
+) -> tuple[Any, dict]:
+    """(the VAE's "encoder" or "decoder" with random weights, its config), of full size or of so many channels a level."""
     import torch
 
-    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+    from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
 
     config = VaeConfig(block_out_channels=tuple(channels)) if channels else VaeConfig()
     with torch.device("meta"):
-        module: Any = VaeDecoder(config)
+        module: Any = {"encoder": VaeEncoder, "decoder": VaeDecoder}[coder](config)
     module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for tensor in module.parameters():
@@ -149,6 +151,53 @@ def described(args: argparse.Namespace, world: "World", decoding: planning.Decod
     }
 
 
+def bench_encoding(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory of encoding a video with the full-size VAE chunk by chunk.
+
+    With --one_piece also how far the latents are from those of one piece: ||difference|| / ||latents||.
+    """
+    import torch
+
+    from hunyuan_staged.models.vae_encoder import Encoder
+    from hunyuan_staged.parallel.world import lone_world
+    from hunyuan_staged.pipeline import input_video
+
+    device = lone_world().device
+    cuda = device.type == "cuda"
+    dtype = torch.float16 if cuda else torch.float32
+    module, config = random_coder("encoder", args.channels, device, dtype)
+    height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
+    size = (args.video_length, height, width)
+    video = torch.empty(1, 3, *size, dtype=dtype).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    encoder = Encoder(module)
+    weights = sum(tensor.nbytes for tensor in module.parameters())
+    chunk, moments = args.at_once or input_video.LATENT_FRAMES_PER_CHUNK, []
+
+    def work() -> None:
+        moments[:] = [encoder(video, chunk)]
+
+    first = timed(work)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(timed(work) for _ in range(args.steps))
+    result = {
+        "bench": "encoding",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "resolution": f"{width}x{height}",
+        "video_length": args.video_length,
+        "latent_frames_at_once": chunk,
+        "seconds": round(seconds, 3),
+        "first_extra_seconds": round(first - seconds, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0,
+        "planned_gib": round((weights + input_video.encoder_working(size, config, dtype.itemsize)) / 2**30, 2),
+        "finite": bool(torch.isfinite(moments[0]).all()),
+    }
+    if args.one_piece:
+        parts, whole = moments[0].float(), encoder(video).float()
+        result["distance_from_one_piece"] = float((parts - whole).norm() / whole.norm())
+    return result
+
+
 def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of decoding a video with the full-size VAE, and of one full tile of it alone."""
     import resource
@@ -163,7 +212,7 @@ def bench_stage3(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--share_of takes 2 or more ranks, and neither --gpus, --tile_size nor --output_video")
     device, cuda = world.device, world.device.type == "cuda"
     dtype = torch.float16 if cuda else torch.float32
-    module, config = random_decoder(args.channels, device, dtype)
+    module, config = random_coder("decoder", args.channels, device, dtype)
     height, width = geometry.size_for_ratio(args.resolution, args.aspect_ratio)
     shape = geometry.latent_shape(args.video_length, height, width, config["latent_channels"])
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * config["scaling_factor"]

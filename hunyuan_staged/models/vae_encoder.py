@@ -62,6 +62,7 @@ class Encoder(CausalCoder):
         """A chunk of frames [T, H, W, 3] through the levels."""
         product, _ = self._convolve(self.module.conv_in, chunk, None, cache, keep=False)
         x: Any = PendingSum(product, self.module.conv_in.conv.bias)
+        del product  # gigabytes, of which the sum lets go
         for block in self.module.down_blocks:
             for resnet in block.resnets:
                 x = self._resnet(resnet, x, cache)

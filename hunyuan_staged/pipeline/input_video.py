@@ -1,10 +1,11 @@
 """A video of the user's as what super resolution enlarges: its frames through the VAE's encoder, in the latents' place."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from hunyuan_staged.geometry import (
     nearest_size,
     size_for_ratio,
 )
+from hunyuan_staged.memory import available
+from hunyuan_staged.memory.budget import FreeMemory, gib, refusal
+from hunyuan_staged.models.vae_constants import VAE_CHANNELS, VAE_LAYERS
 from hunyuan_staged.models.vae_encoder import Encoder
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parallel.world import World
@@ -37,6 +41,41 @@ MAX_SIDE = 8192  # px, of a video that is read
 DEFAULT_FRAMES = 121  # that are taken at most: as many as the published versions make
 # So many frames of latents at a time: what the encoder needs does not grow with the video.
 LATENT_FRAMES_PER_CHUNK = 1
+
+
+# Tensors of the first level's width for each frame of a chunk, at its peak: a sum's two parts, its result, the padded input
+# of the next convolution, and what lies in wait. Counted: tests/unit/decoding/test_decoder_memory.py.
+ENCODER_TENSORS = 5
+
+
+def encoder_working(size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes beside the weights while a video (T, H, W) is encoded chunk by chunk."""
+    frames, height, width = size
+    channels = list(config.get("block_out_channels") or VAE_CHANNELS)
+    convolutions = (
+        2 * int(config.get("layers_per_block") or VAE_LAYERS) + 1
+    )  # of a level: resnets', and the downsampler's
+    remembered = sum(2 * convolutions * wide / 4**level for level, wide in enumerate(channels))
+    chunk = min(frames, LATENT_FRAMES_PER_CHUNK * TEMPORAL_RATIO)
+    values = ((ENCODER_TENSORS * chunk + 2) * channels[0] + remembered) * height * width
+    latents = channels[-1] * math.prod(latent_shape(*size, 1))
+    return int(values + latents) * itemsize
+
+
+def plan_encoding(
+    size: tuple[int, int, int], config: Mapping[str, Any], weights: int, itemsize: int, free: FreeMemory
+) -> dict[str, int]:
+    """What encoding a video (T, H, W) takes, by part, in bytes; InputError where a GPU has less.
+
+    What it takes on a CPU was never measured, so that nothing is refused there.
+    """
+    parts = {"weights": weights, "working memory": encoder_working(size, config, itemsize)}
+    total = sum(parts.values())
+    if free.device is not None and total > free.device:
+        what = f"encoding {size[0]} frames of {size[2]}x{size[1]}"
+        remedies = ["a GPU with more memory", "a --super_resolution that starts from smaller frames"]
+        raise InputError(refusal(what, f"{gib(total)} of GPU memory", parts, free, remedies), option="input_video")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -126,13 +165,23 @@ def _write_latents(
     if path.is_file() and tensors.latents_metadata(path.parent, contract.INPUT).get(contract.MADE_FROM) == made_from:
         report.info(f"{path} is there, made from the same: taken as it is")
         return
+    config = components.vae_config(folder)
+    weights = sum(tensor.numel() for tensor in components.vae_skeleton(folder, "encoder").parameters()) * dtype.itemsize
+    free = available.free_memory(world.device)
+    parts = plan_encoding((video.frames, video.height, video.width), config, weights, dtype.itemsize, free)
+    report.info(
+        f"{video.path} is encoded {LATENT_FRAMES_PER_CHUNK * TEMPORAL_RATIO} frames at a time: {gib(sum(parts.values()))}"
+    )
     with report.timed("load"):
         encoder, config = components.load_vae_encoder(
             folder, device=world.device, dtype=dtype, progress=report.progress
         )
     with report.timed("compute"):
         pictures = report.progress(video.pictures(), desc="reading video", unit="frame", total=video.frames)
-        pixels = torch.stack(list(pictures), dim=1)[None]
+        # In the encoder's dtype, which it would be brought to: of 121 frames of 720p 0.6 GiB.
+        pixels = torch.empty(1, 3, video.frames, video.height, video.width, dtype=dtype)
+        for number, picture in enumerate(pictures):
+            pixels[0, :, number] = picture
         mean, _ = Encoder(encoder)(pixels, LATENT_FRAMES_PER_CHUNK).chunk(2, dim=1)
         latents = (mean * config["scaling_factor"]).float().cpu()
     about = {"height": str(video.height), "width": str(video.width), "num_frames": str(video.frames)}

@@ -10,7 +10,7 @@ from hunyuan_staged.bench.step import asked_run
 from hunyuan_staged.sampling.schedule import flow_sigmas
 
 
-@pytest.mark.parametrize(("stage", "flag"), [("stage2", "layers"), ("stage3", "channels")])
+@pytest.mark.parametrize(("stage", "flag"), [("stage2", "layers"), ("stage3", "channels"), ("encoding", "channels")])
 def test_the_full_size_model_on_a_cpu_is_refused(monkeypatch, capsys, stage, flag):
     """It filled the memory until the kernel ended it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -66,3 +66,13 @@ def test_super_resolution_is_timed_with_its_upsampler_and_a_share(monkeypatch, c
     assert result["run_seconds"] == pytest.approx(6 * result["step_seconds"], abs=0.01)
     assert result["share_run_seconds"] == pytest.approx(6 * result["share_seconds"], abs=0.01)
     assert result["upsampler_seconds"] > 0 and result["upsampler_peak_gib"] is None
+
+
+def test_encoding_in_chunks_is_compared_with_one_piece(monkeypatch, capsys):
+    words = ["encoding", "--resolution", "demo", "--video_length", "5", "--steps", "1", "--one_piece"]
+    channels = ["32", "32", "32", "64", "64"]
+    monkeypatch.setattr(sys, "argv", ["bench", *words, "--channels", *channels])
+    assert command.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["resolution"], result["latent_frames_at_once"], result["finite"]) == ("160x96", 1, True)
+    assert result["distance_from_one_piece"] < 1e-6

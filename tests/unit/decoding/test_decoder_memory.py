@@ -1,4 +1,4 @@
-"""What the full-size decoder holds at most, counted on tensors without data, against what is planned."""
+"""What the full-size decoder and encoder hold at most, counted on tensors without data, against what is planned."""
 
 import weakref
 
@@ -8,8 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hunyuan_staged.decoding import planning
-from hunyuan_staged.models import vae_decoder
-from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory.budget import FreeMemory
+from hunyuan_staged.models import vae_decoder, vae_encoder
+from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
+from hunyuan_staged.pipeline import input_video
 
 GIB = 2**30
 CONFIG = {"spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
@@ -68,10 +71,21 @@ def peak(height: int, width: int, latent_frames: int, chunk: int, piece: int | N
     return held.peak
 
 
+def encoder_peak(size: tuple[int, int, int], chunk: int) -> int:
+    with torch.device("meta"):
+        encoder = vae_encoder.Encoder(VaeEncoder(VaeConfig()).half().requires_grad_(False))
+        video = torch.empty(1, 3, *size, dtype=torch.float16)
+        held = Held()
+        with held:
+            encoder(video, chunk)
+    return held.peak
+
+
 @pytest.fixture(autouse=True)
 def allocations(monkeypatch):
     for name, instead in (("norm_silu_pad", norm_silu_pad), ("spread", spread), ("_convolve", convolve)):
         monkeypatch.setattr(vae_decoder, name, instead)
+    monkeypatch.setattr(vae_decoder, "frame_causal_attention", lambda query, *_, **__: torch.empty_like(query))
 
 
 @pytest.mark.parametrize(
@@ -89,3 +103,24 @@ def test_pieces_bring_720p_down_to_12_gib():
     """Beside 1.6 GiB of weights; a chunk in one piece, measured at 15.4 GiB with them, is counted at 13.5."""
     whole, pieces = (peak(45, 80, 6, 2, piece) / GIB for piece in (None, 4))
     assert (whole, pieces) == pytest.approx((13.47, 10.83), abs=0.01)
+
+
+@pytest.mark.parametrize("size", [(121, 720, 1280), (121, 480, 848), (25, 1072, 1904)])
+def test_the_plan_is_what_the_encoder_holds(size):
+    held = encoder_peak(size, input_video.LATENT_FRAMES_PER_CHUNK)
+    planned = input_video.encoder_working(size, CONFIG, 2)
+    assert held <= planned <= 1.09 * held
+
+
+def test_a_video_of_720p_is_encoded_in_12_gib():
+    weights = 2 * sum(parameter.numel() for parameter in VaeEncoder(VaeConfig()).parameters())
+    parts = input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(12 * GIB, GIB))
+    assert sum(parts.values()) / GIB == pytest.approx(10, abs=0.1)
+    message = (
+        r"^--input_video encoding 121 frames of 1280x720 needs 10\.\d GiB of GPU memory "
+        r"\(weights 743 MiB, working memory 9\.\d GiB\); free: GPU 8\.0 GiB, host 1\.0 GiB\. "
+        r"What would help: a GPU with more memory, a --super_resolution"
+    )
+    with pytest.raises(InputError, match=message):
+        input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(8 * GIB, GIB))
+    assert input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(None, GIB)) == parts
