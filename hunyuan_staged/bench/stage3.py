@@ -171,7 +171,8 @@ def bench_encoding(args: argparse.Namespace) -> dict[str, Any]:
     video = torch.empty(1, 3, *size, dtype=dtype).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(module)
     weights = sum(tensor.nbytes for tensor in module.parameters())
-    chunk, moments = args.at_once or input_video.LATENT_FRAMES_PER_CHUNK, []
+    chunk = args.at_once or input_video.LATENT_FRAMES_PER_CHUNK
+    moments: list[torch.Tensor] = []
 
     def work() -> None:
         moments[:] = [encoder(video, chunk)]
