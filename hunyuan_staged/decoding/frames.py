@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,26 +93,40 @@ def _to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
 
 
 class FrameBuffer:
-    """A video while its parts come in, as 8-bit frames on the device, and where asked for as floats on the host."""
+    """A video while its parts come in, as 8-bit frames on the device, and where asked for as floats on the host.
+
+    Where frames come whole, the device holds those alone that are on their way out.
+    """
 
     def __init__(self, size: tuple[int, int, int], device: torch.device, floats: torch.dtype | None) -> None:
-        self.frames = torch.empty(*size, 3, dtype=torch.uint8, device=device)
+        self.size, self.device = size, device
+        self._whole: dict[int, torch.Tensor] = {}  # by the first frame
         self.floats = None if floats is None else torch.empty(*size, 3, dtype=floats)
         self.left = 0  # frames that have left
         self._leaving: deque[tuple[FrameBatch, torch.cuda.Event | None]] = deque()
 
     def put(self, place: tuple[slice, ...], frames: torch.Tensor, floats: torch.Tensor | None) -> None:
         """A part of the video, place being its frames, rows and columns: uint8 [n, y, x, 3], and floats where kept."""
-        self.frames[place] = frames
+        if frames.shape[1:3] == self.size[1:]:
+            self._whole[place[0].start] = frames
+        else:
+            self.frames[place] = frames
         if self.floats is not None:
             assert floats is not None
             self.floats[place] = floats.to(self.floats.dtype).cpu()
 
+    @cached_property
+    def frames(self) -> torch.Tensor:
+        """uint8 [T, H, W, 3], for frames that come in parts."""
+        return torch.empty(*self.size, 3, dtype=torch.uint8, device=self.device)
+
     def leave(self, now: slice) -> None:
         """These frames are complete: they start for the host, and nothing waits for them."""
+        whole = self._whole.pop(now.start, None)
         for start in range(now.start, now.stop, BATCH_FRAMES):
             some = slice(start, min(start + BATCH_FRAMES, now.stop))
-            frames, event = _to_host(self.frames[some])
+            frames = self.frames[some] if whole is None else whole[some.start - now.start : some.stop - now.start]
+            frames, event = _to_host(frames)
             self._leaving.append((FrameBatch(frames, None if self.floats is None else self.floats[some]), event))
         self.left = now.stop
 

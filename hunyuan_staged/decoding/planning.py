@@ -157,6 +157,12 @@ def _chunks_of_whole(asked: Request, latents: int, temporal_ratio: int) -> list[
     return tried
 
 
+def _frames_held(size: tuple[int, int, int], chunk: int, bands: int) -> int:
+    """Bytes of 8-bit frames on the device. Of those that come whole, a chunk's leave while the next one's come."""
+    frames, height, width = size
+    return 3 * (frames if bands > 1 else min(frames, 2 * chunk)) * height * width
+
+
 def fit_decoding(
     config: Mapping[str, Any],
     weights: int,
@@ -179,7 +185,8 @@ def fit_decoding(
 
     def whole(bands: int, chunk: int, reason: str, piece: int | None = None) -> Decoding:
         working = whole_working(chunk, bands, ranks, size, config, itemsize, piece)
-        return Decoding(None, chunk, reason, around | {"working memory": working}, bands, piece)
+        parts = around | {"frames": _frames_held(size, chunk * temporal, bands), "working memory": working}
+        return Decoding(None, chunk, reason, parts, bands, piece)
 
     def tiled(tile: int, chunk: int, reason: str) -> Decoding:
         cut = tiling.tile_plan(
@@ -212,8 +219,7 @@ def fit_decoding(
         tried += [tiled(tile, chunk, reason) for tile, reason in wanted if tile for chunk in sizes]
     chosen = next((one for one in tried if one.total + RESERVE <= room), tried[-1])
     if chosen.total > room:
-        fits = tiled(SMALL_TILE_SIZE, 1, "").total <= room
-        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if fits else "fewer frames"]
+        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if tiled(SMALL_TILE_SIZE, 1, "").total <= room else "fewer frames"]
         what = chosen.describe(ranks if chosen.tile_size is None else 1)
         raise InputError(refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies))
     return chosen

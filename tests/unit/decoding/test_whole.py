@@ -60,6 +60,17 @@ def test_frames_leave_while_the_next_are_decoded(monkeypatch):
     assert seen == [(1, 3 + 2), (4, 3 + 3), (4, 3 + 3)]
 
 
+def test_frames_that_come_whole_do_not_stay_on_the_device(monkeypatch):
+    """A long video's frames took more there than its latents."""
+    buffers, init = [], whole.FrameBuffer.__init__
+    monkeypatch.setattr(whole.FrameBuffer, "__init__", lambda self, *args: buffers.append(self) or init(self, *args))
+    for bands in (1, 2):
+        decode(draw_latents(3, 6, 3), latent_frames_per_chunk=1, bands=bands)
+    one, cut = buffers
+    assert "frames" not in vars(one) and not one._whole
+    assert vars(cut)["frames"].shape == (9, 96, 48, 3)
+
+
 # What is refused
 
 

@@ -285,11 +285,11 @@ def test_what_a_chunk_of_whole_frames_takes():
     behind = ((4 * 8 + 2) * 128 + remembered) * 720 * 1280 * 2
     values = 1024 * 31 * 3600 * 2
     assert planning.whole_working(2, 1, 1, VIDEO, DECODER, 2) == behind + values
-    # Measured on an H100 in chunks of 1, 2 and 4 latent frames: 11.8, 15.4 and 22.5 GiB.
+    # Measured on an H100 in chunks of 1, 2 and 4 latent frames, all frames staying there: 11.8, 15.4 and 22.5 GiB.
     for latent_frames_per_chunk, peak in ((1, 11.8), (2, 15.4), (4, 22.5)):
         given = {"latent_frames_per_chunk": latent_frames_per_chunk, "frames_per_piece": 16}
         whole = decoding(80, whole=True, **given)
-        assert peak <= whole.total / GIB < peak + 0.2
+        assert peak <= (whole.total - whole.parts["frames"] + 121 * 720 * 1280 * 3) / GIB < peak + 0.2
 
 
 def test_what_a_band_takes():
@@ -328,9 +328,11 @@ def test_whole_frames_then_bands_then_tiles():
     assert decoding(23.25, size=(121, 1072, 1904)).frames_per_piece == 2
     assert chosen(20, size=(121, 1072, 1904)) == (None, 2, 1)
     assert decoding(80).reason == "the default"
-    assert decoding(9).reason == "in one piece they would need 10.6 GiB, 9.0 GiB are free"
+    assert decoding(9).reason == "in one piece they would need 10.4 GiB, 9.0 GiB are free"
     assert decoding(4).reason == "whole frames in 8 bands of rows would need 5.1 GiB, 4.0 GiB are free"
-    assert decoding(80).parts["frames"] == 121 * 720 * 1280 * 3
+    # A chunk's frames leave while the next come; in bands they wait for the last band.
+    assert decoding(80).parts["frames"] == 2 * 8 * 720 * 1280 * 3
+    assert decoding(9).parts["frames"] == 121 * 720 * 1280 * 3
     with pytest.raises(
         InputError, match=r"tiles of 128 px, 121 frames, needs 2\.5 GiB .*What would help: fewer frames"
     ):
@@ -341,7 +343,7 @@ def test_several_ranks_decode_rows_or_tiles():
     assert chosen(79, ranks=2) == (None, 1, 4)
     assert chosen(8, ranks=2) == (None, 1, 1), "half of the rows, and no bands of them"
     assert chosen(5, ranks=2) == (256, 1, 2)
-    assert decoding(5, ranks=2).reason == ("whole frames, rows over 2 processes would need 6.4 GiB, 5.0 GiB are free")
+    assert decoding(5, ranks=2).reason == ("whole frames, rows over 2 processes would need 6.1 GiB, 5.0 GiB are free")
     assert decoding(79, ranks=2).describe(2) == "whole frames, rows over 2 processes"
     assert decoding(79, ranks=2, tile_size=256).describe(2) == "tiles of 256 px, tiles over 2 processes"
     assert decoding(6).describe() == "whole frames in 4 bands of rows"
