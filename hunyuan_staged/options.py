@@ -158,6 +158,11 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         group=SPEED,
         choices=WEIGHTS_DTYPES,
     )
+    fp8_matmul: bool = flag(
+        "with --weights_dtype fp8: also compute the blocks' products in float8 (Hopper and newer)",
+        group=SPEED,
+        default=False,
+    )
     enable_offloading: bool = flag(offload_help("blocks"), group=SPEED, default=False, either="offloading")
     disable_offloading: bool = flag(DISABLE_OFFLOADING, group=SPEED, default=False, either="offloading")
     offload_blocks: int | None = flag(
@@ -208,6 +213,8 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         self.sage_blocks()
         self.attention_schedule()
         self._check_cache()
+        if self.fp8_matmul and not self.weights_dtype:
+            raise InputError("needs --weights_dtype fp8", option="fp8_matmul")
         self.adapter_files()
         if self.video_length is not None:
             geometry.check_video_length(self.video_length)

@@ -73,6 +73,9 @@ def add_stage2(stages: Any) -> None:
     offload.add_argument("--disable_offloading", action="store_true", help="all weights on the device (default)")
     offload.add_argument("--offload_blocks", type=int, help="stream so many blocks from host memory")
     stage2.add_argument("--weights_dtype", choices=options.WEIGHTS_DTYPES, help="store the blocks' weights so")
+    stage2.add_argument(
+        "--fp8_matmul", action="store_true", help="with --weights_dtype fp8: as in stage 2; also how far that is off"
+    )
     stage2.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
     stage2.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     stage2.set_defaults(run=bench_stage2)

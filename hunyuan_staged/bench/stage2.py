@@ -78,6 +78,7 @@ def described(args: argparse.Namespace, setup: Setup, tokens: int) -> dict[str, 
         "compiled": setup.compile,
         "offloaded": setup.offloaded,
         "weights_dtype": args.weights_dtype or str(torch.bfloat16),
+        "fp8_matmul": args.fp8_matmul,
         "guidance_branches": setup.run.branches,
     }
 
@@ -151,6 +152,20 @@ def velocity_error(against: str, setup: Setup, step: Step) -> float:
     return error
 
 
+def float8_error(setup: Setup, step: Step) -> float:
+    """How far the velocity of products in float8 is from that of the same weights made wide: ||difference|| / ||wide||.
+
+    Random weights average nothing out, as trained ones do: an upper bound rather than what a video loses.
+    """
+    from hunyuan_staged.weights.quantization.fp8_matmul import compute_in_float8
+
+    found = step.latents() - step.inputs.noise
+    compute_in_float8(setup.model.transformer_blocks, on=False)
+    wide = step.latents() - step.inputs.noise
+    compute_in_float8(setup.model.transformer_blocks)
+    return measures.latent_errors(found, wide)[0]
+
+
 def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, TFLOP/s and memory of a denoising step of the full-size transformer, over whole guided steps."""
     import torch
@@ -180,6 +195,8 @@ def bench_stage2(args: argparse.Namespace) -> dict[str, Any]:
     if args.against:
         result["against"] = args.against
         result["velocity_error"] = round(velocity_error(args.against, setup, step), 6)
+    if args.fp8_matmul:
+        result["fp8_matmul_velocity_error"] = round(float8_error(setup, step), 6)
     if setup.cuda and not args.no_parts:
         result["seconds_by_part"] = parts.parts_of_a_step(step, forward)
     if setup.cuda and setup.attention.name == modes.SPARSE_ATTN_MODE:

@@ -134,7 +134,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
     from hunyuan_staged.parallel.layout import make_layout
     from hunyuan_staged.sampling import precompute
     from hunyuan_staged.weights.published import super_resolution_config
-    from hunyuan_staged.weights.quantization import fp8_rows
+    from hunyuan_staged.weights.quantization import fp8_matmul, fp8_rows
 
     run = asked_run(args)
     device, dtype = world.device, torch.bfloat16
@@ -146,6 +146,11 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
     table = modulations.hoist(model, precompute.step_times(run.sigmas, use_meanflow=model.config.use_meanflow))
     if args.weights_dtype == "fp8":
         fp8_rows.quantise_linears(model.transformer_blocks)
+    if args.fp8_matmul:
+        if not args.weights_dtype:
+            raise InputError("needs --weights_dtype fp8", option=fp8_matmul.OPTION)
+        fp8_matmul.check(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, dtype)
+        fp8_matmul.compute_in_float8(model.transformer_blocks)
     block_weights = offloading.weights_of(model, model.transformer_blocks, dtype)
     offloaded = block_weights.count if args.enable_offloading else args.offload_blocks or 0
     blocks = offloading.stream_blocks(model, device, offloaded, world=world) if offloaded else None

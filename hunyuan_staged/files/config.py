@@ -43,6 +43,7 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "seed": int,
         "attn_mode": str,
         "weights_dtype": str,
+        "fp8_matmul": str,
         "transformer_file": str,
         "transformer_file_version": str,
         "preset": str,

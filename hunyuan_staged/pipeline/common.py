@@ -73,6 +73,13 @@ def attention_for(
     return choose_attention(mode, device, dtype, options.sage_blocks(), head_width=head_width)
 
 
+def capability_for(options: DenoiseOptions, device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of this device, or of the card that --assume_gpu names; None for a CPU, or where unknown."""
+    if options.assume_gpu is not None:
+        return assumed_card(options.assume_gpu).capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def gpu_name(device: torch.device) -> str | None:
     """The name of a GPU as its driver has it; None for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -64,7 +64,7 @@ def model_of(setup: DenoiseSetup) -> tuple[Any, ...]:
     options, version = setup.options, setup.settings.version.name
     offloading = options.enable_offloading, options.disable_offloading, options.offload_blocks
     where = setup.model_path, str(setup.folder.path)
-    more = options.weights_dtype, options.lora, options.cfg_parallel, setup.enlarges_to
+    more = options.weights_dtype, options.fp8_matmul, options.lora, options.cfg_parallel, setup.enlarges_to
     return *where, version, setup.dtype, *more, offloading
 
 

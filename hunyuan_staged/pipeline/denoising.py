@@ -23,7 +23,7 @@ from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
-from hunyuan_staged.models.modulations import remove_linears, table_bytes
+from hunyuan_staged.models.modulations import table_bytes
 from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
@@ -32,7 +32,7 @@ from hunyuan_staged.pipeline.common import attention_for, torch_dtype
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
-from hunyuan_staged.pipeline.transformers import choose_transformer
+from hunyuan_staged.pipeline.transformers import choose_transformer, planned_skeleton
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling import conditions, schedule
 from hunyuan_staged.sampling.cache_settings import CacheSettings
@@ -269,10 +269,7 @@ def assemble(
     adapters = lora.load(files, components.transformer_shapes(folder, version.name)) if files else lora.Adapters()
     for line in adapters.found:
         report.info(line)
-    skeleton = components.transformer_skeleton(
-        folder, version.name, weights_dtype=options.weights_dtype, adapted=adapters.additions
-    )
-    linears = remove_linears(skeleton)
+    skeleton, linears = planned_skeleton(options, folder, version.name, adapters, (world.device, dtype))
     return kind(
         options=options,
         job=job,

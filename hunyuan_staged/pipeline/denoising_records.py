@@ -59,6 +59,7 @@ def identity(setup: DenoiseSetup) -> RunIdentity:
         }
         # Only where there are any: a state that was saved before there were caches, adapters and float8 stays good.
         | ({"weights_dtype": options.weights_dtype} if options.weights_dtype else {})
+        | ({"fp8_matmul": True} if options.fp8_matmul else {})
         | ({"cache": caching.record()} if caching else {})
         | ({"attn_schedule": setup.by_step.record()} if setup.by_step else {})
         | ({"guidance": setup.guidance.record()} if setup.guidance else {})
@@ -103,6 +104,7 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
     settings, options, world = setup.settings, setup.options, setup.world
     layout = Layout(*plan_layout(world.size, settings.branches, setup.cfg_parallel))
     caching = setup.caching
+    computed = f"float8 and {setup.dtype}" if options.fp8_matmul else setup.dtype
     steps = (
         f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
         setup.guidance and setup.guidance.describe(),
@@ -113,7 +115,7 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{setup.size.video_tokens} of the video, {setup.text_tokens} of the text",
         "steps": ", ".join(word for word in steps if word),
-        "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {setup.dtype}",
+        "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {computed}",
         "attention": setup.attention_text,
         "ranks": f"{world.size}: {layout.describe()}",
         **plan.rows(setup.weights.count, free),
@@ -149,6 +151,7 @@ def describe(setup: DenoiseSetup) -> str:
     more = [
         options.preset and f"preset {options.preset}",
         options.weights_dtype and f"weights in {options.weights_dtype}",
+        options.fp8_matmul and "products in float8",
         setup.caching and setup.caching.type,
         setup.guidance and setup.guidance.describe(),
     ]
@@ -167,6 +170,8 @@ def optional_settings(setup: DenoiseSetup) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if setup.options.weights_dtype:
         found["weights_dtype"] = setup.options.weights_dtype
+    if setup.options.fp8_matmul:
+        found["fp8_matmul"] = "on"
     if isinstance(setup.folder, TransformerFile):
         found["transformer_file"] = setup.folder.path.name
         found["transformer_file_version"] = setup.settings.version.name

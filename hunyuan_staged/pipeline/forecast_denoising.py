@@ -138,7 +138,7 @@ def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected
         layers=setup.weights.count,
         branches=settings.branches,
         ranks=setup.world.size,
-        steps=most if least == most and not setup.by_step else None,
+        steps=most if least == most and not setup.by_step and not setup.options.fp8_matmul else None,
         float8=bool(setup.options.weights_dtype),
     )
     if found is not None:

@@ -15,7 +15,7 @@ from hunyuan_staged.run_options import PART_FILES
 # What decides which weights are loaded: jobs that agree in it follow each other.
 MODEL_OPTIONS = (
     *PART_FILES,
-    *("model_path", "transformer", "transformer_version", "resolution", "dtype", "weights_dtype", "lora"),
+    *("model_path", "transformer", "transformer_version", "resolution", "dtype", "weights_dtype", "fp8_matmul", "lora"),
     *("cfg_distilled", "step_distilled", "sparse_attn", "super_resolution"),
 )
 MAX_RECORD_BYTES = 2**20

@@ -5,16 +5,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.modulations import remove_linears
 from hunyuan_staged.options import DenoiseOptions
-from hunyuan_staged.pipeline.common import chosen_model
+from hunyuan_staged.pipeline.common import capability_for, chosen_model
 from hunyuan_staged.pipeline.opening import expanded, is_files, open_for, transformer_file, version_of_file
 from hunyuan_staged.pipeline.settings import pick_version
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import TransformerVersion
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import diffusers_repository
+from hunyuan_staged.weights.quantization import fp8_matmul
 from hunyuan_staged.weights.single_file import open_transformer
 
 
@@ -45,3 +50,25 @@ def _transformer_file(options: DenoiseOptions, config: Mapping[str, Any], report
     path = options.model_path or (None if options.transformer_version and options.dry_run else config.get("model_path"))
     place = expanded(path) if path else None
     return transformer_file(place, report) if place and is_files(place) else None
+
+
+def planned_skeleton(
+    options: DenoiseOptions,
+    folder: ModelFolder,
+    version: str,
+    adapters: lora.Adapters,
+    computed: tuple[torch.device, torch.dtype],
+) -> tuple[Any, dict[str, torch.Size]]:
+    """(the transformer on the meta device without the linear maps of its modulations, the shapes of these).
+
+    computed: where and in what. InputError where that does not compute in float8, and the options ask for it.
+    """
+    if options.fp8_matmul:
+        fp8_matmul.check(capability_for(options, computed[0]), computed[1])
+    model = components.transformer_skeleton(
+        folder, version, weights_dtype=options.weights_dtype, adapted=adapters.additions
+    )
+    linears = remove_linears(model)
+    if options.fp8_matmul:
+        fp8_matmul.compute_in_float8(model.transformer_blocks)
+    return model, linears

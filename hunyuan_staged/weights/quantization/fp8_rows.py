@@ -5,7 +5,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from hunyuan_staged.weights.quantization.stored import FLOAT8, StoredLinear
+from hunyuan_staged.weights.quantization.fp8_matmul import RowScaledLinear
+from hunyuan_staged.weights.quantization.stored import FLOAT8
 
 STORED = FLOAT8
 LARGEST = 448.0
@@ -47,7 +48,7 @@ def _(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(stored, dtype=scale.dtype)
 
 
-class Float8Linear(StoredLinear):
+class Float8Linear(RowScaledLinear):
     """A linear layer that keeps its weight in float8, with a scale [out, 1] of our own in the run's dtype."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -62,7 +63,6 @@ class Float8Linear(StoredLinear):
 
     @property
     def row_scale(self) -> torch.Tensor:
-        """[out, 1], float32."""
         return self.scale.float()
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from hunyuan_staged.weights.quantization.stored import FLOAT8, StoredLinear
+from hunyuan_staged.weights.quantization.fp8_matmul import RowScaledLinear
+from hunyuan_staged.weights.quantization.stored import FLOAT8
 
 SCALE_BYTES = 4  # of a float32
 
@@ -30,7 +31,7 @@ def _(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return torch.empty_like(stored, dtype=dtype)
 
 
-class ScaledLinear(StoredLinear):
+class ScaledLinear(RowScaledLinear):
     """`stored` [out, in] in float8, `scale` the bytes of float32 [out, 1]."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -45,5 +46,4 @@ class ScaledLinear(StoredLinear):
 
     @property
     def row_scale(self) -> torch.Tensor:
-        """[out, 1], float32."""
         return self.scale.view(torch.float32)

@@ -15,6 +15,7 @@ from hunyuan_staged.demo.checkpoint_writer import any_version
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights import components, encoder_configs
 from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.part_tensors import part_content
 from hunyuan_staged.weights.published import PublishedModel, published_language_config
 
 CPU = torch.device("cpu")
@@ -43,11 +44,11 @@ def test_the_full_size_is_the_published_one(tmp_path):
     published = PublishedModel(tmp_path, "official", offered=("720p_t2v",), missing="")
     own, theirs = components.transformer_config(model, "720p_t2v"), published.transformer_config("720p_t2v")
     assert {name: theirs[name] for name in own} == own
-    language = encoder_configs.language_config(tmp_path / "text_encoder/llm/config.json")[0]
+    language = encoder_configs.language_config(*part_content(model, "text"))[0]
     expected = published_language_config()
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
         assert getattr(language, name) == getattr(expected, name)
-    glyphs = encoder_configs.glyph_config(tmp_path / "text_encoder/byt5-small/config.json")
+    glyphs = encoder_configs.glyph_config(*part_content(model, "glyph"))
     assert (glyphs.d_model, glyphs.d_kv, glyphs.d_ff, glyphs.num_layers, glyphs.num_heads) == (1472, 64, 3584, 12, 6)
 
 
