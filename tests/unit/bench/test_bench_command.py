@@ -7,6 +7,7 @@ import pytest
 
 from hunyuan_staged.bench import command
 from hunyuan_staged.bench.step import asked_run
+from hunyuan_staged.files.video import read_video
 from hunyuan_staged.sampling.schedule import flow_sigmas
 
 
@@ -76,3 +77,13 @@ def test_encoding_in_chunks_is_compared_with_one_piece(monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["resolution"], result["latent_frames_at_once"], result["finite"]) == ("160x96", 1, True)
     assert result["distance_from_one_piece"] < 1e-6
+
+
+def test_a_benchmark_that_encodes_says_how_long_the_file_took_after_the_last_frame(monkeypatch, capsys, tmp_path):
+    words = ["stage3", "--resolution", "demo", "--video_length", "5", "--steps", "1"]
+    words += ["--output_video", str(tmp_path / "made.mp4"), "--channels", "32", "32", "32", "64", "64"]
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    assert command.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < result["tail_seconds"] <= result["seconds"]
+    assert read_video(tmp_path / "made.mp4")[0].shape == (5, 96, 160, 3)
