@@ -26,11 +26,22 @@ PAGES = (
     "README.zh.md",
     *(
         f"docs/{name}.md"
-        for name in ("architecture", "benchmarks", "demo", "first_video", "flags", "memory", "model", "presets")
+        for name in (
+            "architecture",
+            "benchmarks",
+            "demo",
+            "first_video",
+            "flags",
+            "memory",
+            "model",
+            "presets",
+            "weights",
+        )
     ),
 )
 BLOCK = re.compile(r"(<!-- built: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STEPS = 50  # of the published base versions
+LONG = 121  # frames
 # README's rows: what is said of a card, and which row of the memory table (GB) it is
 README_CARDS = (
     ("NVIDIA GeForce RTX 3060", "RTX 3060, 12 GB"),
@@ -267,6 +278,34 @@ def memory_table() -> str:
     return table((*columns, "stage 3, 720p"), memory_rows())
 
 
+# Of each size in the table of files, the slowest card that is listed.
+FILE_CARDS = {
+    8: "NVIDIA GeForce RTX 3070",
+    12: "NVIDIA GeForce RTX 3060",
+    16: "NVIDIA GeForce RTX 4060 Ti",
+    24: "NVIDIA GeForce RTX 3090",
+    80: "NVIDIA H100 80GB HBM3",
+}
+
+
+def weights_table() -> str:
+    """What stage 2 takes by the transformer's file, and the minutes of its loop."""
+    from hunyuan_staged.bench import file_cards
+
+    assert tuple(FILE_CARDS) == file_cards.CARDS
+    rows: list[tuple[object, ...]] = [(name, code(flags), *cells) for name, flags, *cells in file_cards.table(STEPS)]
+    for what, flags, steps, branches in (
+        ("minutes, 4 steps", "--four_steps", 4, 1),
+        ("minutes, 50 steps", "", STEPS, 2),
+    ):
+        times = [duration(*minutes_of(card, "480p", LONG, steps, branches), False) for card in FILE_CARDS.values()]
+        rows.append((what, code(flags) if flags else "", *times))
+    columns = [
+        f"{size} GB ({name.removeprefix('NVIDIA ').removeprefix('GeForce ')})" for size, name in FILE_CARDS.items()
+    ]
+    return table(("file", "command", *columns), rows)
+
+
 def headline(chinese: bool = False) -> str:
     """README's five numbers."""
     step, slow = measured_step("720p", 121), figures()["other_software"][0]
@@ -447,6 +486,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cards_zh": lambda: readme_cards(chinese=True),
     "all_cards": all_cards,
     "memory_table": memory_table,
+    "weights_table": weights_table,
     "first_video": first_video,
     "headline": headline,
     "headline_zh": lambda: headline(chinese=True),

@@ -77,10 +77,10 @@ def table() -> list[tuple[str, ...]]:
     for size in budget.CARDS:
         free = budget.card(size)
         cells = [
-            _cell(layers, estimates.LANGUAGE_WORKING, free, "layers"),
-            _cell(in_bf16, working("720p"), free, "blocks"),
-            _cell(in_float8, working("720p", in_bf16.each), free, "blocks"),
-            _cell(in_bf16, working("480p"), free, "blocks"),
+            plan_cell(layers, estimates.LANGUAGE_WORKING, free, "layers"),
+            plan_cell(in_bf16, working("720p"), free, "blocks"),
+            plan_cell(in_float8, working("720p", in_bf16.each), free, "blocks"),
+            plan_cell(in_bf16, working("480p"), free, "blocks"),
         ]
         try:
             decoding = planning.fit_decoding(asdict(vae), decoder, 2, (LONG, 720, 1280), free)
@@ -91,7 +91,8 @@ def table() -> list[tuple[str, ...]]:
     return rows
 
 
-def _cell(weights: budget.BlockWeights, working: int, free: budget.FreeMemory, what: str) -> str:
+def plan_cell(weights: budget.BlockWeights, working: int, free: budget.FreeMemory, what: str) -> str:
+    """Where the weights of a model of blocks are, and what that takes; what: its blocks are called."""
     try:
         fit = budget.plan_blocks("it", weights, working, free)
     except InputError:
