@@ -115,11 +115,17 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         "video": f"{settings.width}x{settings.height}, {settings.video_length} frames",
         "tokens": f"{setup.size.video_tokens} of the video, {setup.text_tokens} of the text",
         "steps": ", ".join(word for word in steps if word),
-        "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or setup.dtype}; computed in {computed}",
+        "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or _held(setup)}; computed in {computed}",
         "attention": setup.attention_text,
         "ranks": f"{world.size}: {layout.describe()}",
         **plan.rows(setup.weights.count, free),
     }
+
+
+def _held(setup: DenoiseSetup) -> str:
+    """What the weights are in, as the model or the file has them."""
+    folder = setup.folder
+    return folder.kind.name if isinstance(folder, TransformerFile) and folder.kind.name != "plain" else str(setup.dtype)
 
 
 def finished(setup: DenoiseSetup, made_from: str) -> Path | None:
