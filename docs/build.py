@@ -130,10 +130,11 @@ def decodings() -> str:
     rows = []
     for row in figures()["decodings"]:
         tile = f"tiles of {row['tile_size']} px" if row["tile_size"] else "whole frames"
+        piece = f", in pieces of {row['frames_per_piece']} frames" if row.get("frames_per_piece") else ""
         rows.append(
             (
                 f"{row['width']}x{row['height']}, {row['num_frames']} frames",
-                f"{tile}, {row['latent_frames_at_once']} latent frames at once",
+                f"{tile}, {row['latent_frames_at_once']} latent frames at once{piece}",
                 number(row["seconds"]),
                 number(row["tile_seconds"]),
                 percent(row["share_of_peak"]),

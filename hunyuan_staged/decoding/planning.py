@@ -239,7 +239,11 @@ def decoding_seconds(
         return None
     if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
         return None
-    return measured_decoding(gpu, size, decoding.tile_size, decoding.latent_frames_per_chunk)
+    chunk = decoding.latent_frames_per_chunk
+    piece = decoding.frames_per_piece
+    if piece is not None and piece >= min(size[0], chunk * int(config["temporal_compression_ratio"])):
+        piece = None  # a chunk's
+    return measured_decoding(gpu, size, decoding.tile_size, chunk, piece)
 
 
 def decoding_flops(

@@ -54,16 +54,22 @@ def measured_steps() -> tuple[MeasuredStep, ...]:
 
 
 def measured_decoding(
-    gpu: str, size: tuple[int, int, int], tile_size: int | None, latent_frames_per_chunk: int
+    gpu: str,
+    size: tuple[int, int, int],
+    tile_size: int | None,
+    latent_frames_per_chunk: int,
+    frames_per_piece: int | None = None,
 ) -> float | None:
     """Seconds of decoding a video of (T, H, W) with the published VAE in float16 on one GPU, tiles at an overlap of 0.25.
 
-    tile_size: None for whole frames; latent_frames_per_chunk: latent frames. None where just that has not been measured.
+    tile_size: None for whole frames; frames_per_piece: None where a chunk goes through all levels in one. None where just
+    that has not been measured.
     """
     for row in benchmarks()["decodings"]:
-        measured = (row["num_frames"], row["height"], row["width"]), row["tile_size"], row["latent_frames_at_once"]
+        video = (row["num_frames"], row["height"], row["width"])
+        measured = video, row["tile_size"], row["latent_frames_at_once"], row.get("frames_per_piece")
         on = benchmarks()["machines"][row["machine"]]["gpu"]
-        if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, latent_frames_per_chunk):
+        if row["in_plan"] and (on, *measured) == (gpu, size, tile_size, latent_frames_per_chunk, frames_per_piece):
             return float(row["seconds"])
     return None
 

@@ -372,10 +372,13 @@ def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
 
     tiles = decoding(80, tile_size=256)
     assert seconds(tiles) == 8.61
-    assert seconds(decoding(80)) == seconds(decoding(80), overlap=0) == 4.936
+    in_one = decoding(80, frames_per_piece=8)
+    assert seconds(in_one) == seconds(in_one, overlap=0) == 4.936
+    assert seconds(decoding(80)) is None, "pieces were not measured"
     assert seconds(decoding(80, latent_frames_per_chunk=1)) == 5.133
-    assert seconds(decoding(80, latent_frames_per_chunk=4)) == 4.858
-    assert seconds(decoding(80, size=(49, 720, 1280)), size=(49, 720, 1280)) == 1.997
+    assert seconds(decoding(80, latent_frames_per_chunk=4, frames_per_piece=16)) == 4.858
+    short = decoding(80, size=(49, 720, 1280), frames_per_piece=8)
+    assert seconds(short, size=(49, 720, 1280)) == 1.997
     assert seconds(decoding(5)) is None, "shorter chunks were not measured"
     assert seconds(decoding(9)) is None, "bands were not measured"
     narrow = DECODER | {"block_out_channels": [16, 32, 32, 64, 64]}
