@@ -224,7 +224,9 @@ def _load_coder(
     origin = folder.origin("vae")
     model = vae_skeleton(folder, coder)
     other = {"encoder": "decoder.", "decoder": "encoder."}[coder]
-    tensors = part_tensors(folder, "vae", device, lambda name: other not in name, progress=progress)
+    tensors = part_tensors(
+        folder, "vae", device, lambda name: other not in name, progress=progress, what=f"VAE {coder}"
+    )
     renamed = vae_file_names(tensors) if "vae" in folder.files else _renamed(tensors, VAE_MAP, folder, origin)
     own = ((name.removeprefix(f"{coder}."), tensor) for name, tensor in renamed)
     return assign_weights(model, own, dtype, device, origin)

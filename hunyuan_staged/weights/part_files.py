@@ -73,7 +73,7 @@ class PartFile:
         progress: Progress = quiet,
     ) -> Iterator[Named]:
         """The weights by the file's names, those in float8 in float32; arguments as of loading.read_tensors."""
-        for _ in progress([self.path], desc=f"loading {PARTS[self.part].title}", unit="file"):
+        for _ in progress([self.path], unit="file"):
             for name, weight in self.contents.read(wanted, device, stays_on_host):
                 yield name, weight.wide()
 

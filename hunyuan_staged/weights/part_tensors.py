@@ -1,6 +1,7 @@
 """A part of a model beside the transformer, in a folder or one file: what it says of itself, and its tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ def part_tensors(
     wanted: Callable[[str], bool] = lambda _: True,
     stays_on_host: Callable[[str], bool] = lambda _: False,
     progress: Progress = quiet,
+    what: str | None = None,
 ) -> Iterator[Named]:
-    """The tensors of a part by its own names; wanted and stays_on_host as in loading.read_tensors."""
+    """The tensors of a part by its own names; wanted and stays_on_host as in loading.read_tensors. what: is loaded, for
+    the progress, where it is not the whole part."""
     file = folder.files.get(part)
+    named = partial(progress, desc=f"loading {what or PARTS[part].title}")
     if file is not None:
-        return file.tensors(device, wanted, stays_on_host, progress)
-    files = progress(weight_files(folder.require(part)[0]), desc=f"loading {PARTS[part].title}", unit="shard")
+        return file.tensors(device, wanted, stays_on_host, named)
+    files = named(weight_files(folder.require(part)[0]), unit="shard")
     return read_tensors(files, wanted, device, stays_on_host)
 
 

@@ -100,6 +100,7 @@ def load_whole(
         lambda name: whole_key(name, vision=vision) is not None,
         lambda name: whole_key(name, vision=vision) in destinations.tensors,
         progress,
+        "language model",
     )
     renamed = ((whole_key(name, vision=vision) or "", tensor) for name, tensor in tensors)
     return assign_weights(skeleton, renamed, dtype, device, folder.origin("text"), destinations)
