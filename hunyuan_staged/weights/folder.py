@@ -225,8 +225,10 @@ class ModelFolder:
         if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"{folder}: Permission denied"
         said = f"{self.path} has no transformer {version}; it holds {', '.join(self.versions()) or 'none'}"
-        if not self.official or parse_version(version).resolution not in PUBLISHED_RESOLUTIONS:
+        if parse_version(version).resolution not in PUBLISHED_RESOLUTIONS:
             return said
+        if not self.official:  # such a folder holds one version
+            return f"{said}; get it: python -m hunyuan_staged.download {version} --model_path DIR"
         return f"{said}; get it: {official_fetch(f'transformer/{version}').format(path=self.path)}"
 
     def transformer_folder(self, version: str) -> Path:

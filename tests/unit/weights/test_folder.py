@@ -80,6 +80,16 @@ def test_a_version_that_the_folder_lacks_is_refused_with_those_it_holds(tiny_off
         components.load_transformer(open_model(tiny_official, ()), "720p_t2v", **F32)
 
 
+def test_another_version_than_a_diffusers_folder_holds_is_named_with_its_command(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    config = {"target_size": 960, "task_type": "t2v"}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanVideo15Pipeline"}))
+    said = f"{tmp_path} has no transformer 720p_i2v; it holds 720p_t2v; get it: python -m hunyuan_staged.download "
+    with pytest.raises(InputError, match=f"^{re.escape(said)}720p_i2v --model_path DIR$"):
+        open_model(tmp_path, ()).transformer_folder("720p_i2v")
+
+
 PUBLISHED = (
     *(f"{size}_{task}{kind}" for size in ("480p", "720p") for task in ("t2v", "i2v") for kind in ("", "_distilled")),
     "480p_i2v_step_distilled",
