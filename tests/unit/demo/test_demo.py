@@ -176,12 +176,12 @@ def test_a_video_shows_what_its_prompt_says_and_dropping_the_mask_ruins_it(pipel
 
 
 @pytest.mark.parametrize(
-    ("ablation", "steps", "numbers"), [("guidance_1", None, (0, 4)), ("timesteps_off_by_one", 12, (0, 6))]
+    ("ablation", "steps", "numbers"), [("guidance_1", None, (3, 7)), ("timesteps_off_by_one", 12, (0, 6))]
 )
 def test_broken_sampling_gets_less_right(pipeline, ablation, steps, numbers):
     """Of two prompts nobody trained on everything is right, and with guidance 1, or timesteps off by one, of neither.
 
-    Of 12 it is 10 and 8 with guidance 1; at 12 steps, where one step is far from the next, 11 and 9 with the timesteps.
+    Of 13 guidance 1 has 8 right; at 12 steps, where one step is far from the next, the timesteps show.
     """
     prompts = evaluate.held_out_prompts("single", 40, new_wording=False)
     for number in numbers:
