@@ -89,7 +89,8 @@ def read_tensors(
     works ahead by as much, on a thread of its own. Raises InputError for a file that is none, and for other dtypes
     than these, as a file calls them.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
+    try:
         for path in files:
             read = 0
             require_regular(path)
@@ -117,6 +118,9 @@ def read_tensors(
                 raise
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+    finally:
+        # Nobody waits for it: what is left of this after a refusal may be cleared away on that very thread.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def require_float(what: str, dtype: str, allowed: Collection[str] = FLOATS) -> None:

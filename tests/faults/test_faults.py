@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import embed
-from forked import Forked, Moment, SmallDisk, heed_interrupts, run_stage
+from forked import Forked, Moment, SmallDisk, alive, heed_interrupts, run_ranks, run_stage
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic, contract, provenance
@@ -173,11 +173,23 @@ def test_a_signal_to_the_launcher_stops_all_ranks_after_the_same_step(tmp_path, 
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("function", [STEP, "hunyuan_staged.weights.loading.require_float"])
+def test_a_signal_to_a_whole_group_leaves_no_lock(tmp_path, tiny_official, function):
+    """As a terminal's Ctrl-C, or a scheduler: each process gets it at the same moment, in its loop or as it loads."""
+    folder = embed(tmp_path / "run", tiny_official)
+    moments = {rank: Moment(function, 2, (signal.SIGTERM,)) for rank in range(2)}
+    ranks = run_ranks(2, 2, "--input_dir", folder, *SMALL, said=tmp_path / "said", moments=moments)
+    assert [rank.status() for rank in ranks] == [143, 143], [rank.said() for rank in ranks]
+    told = [line for rank in ranks for line in errors(rank.said())]
+    assert len(told) == 1 and told[0].startswith("error: stage 2 was interrupted by SIGTERM"), told
+    assert "Traceback" not in "".join(rank.said() for rank in ranks)
+    saved = [contract.STATE_FILE] if function == STEP else []
+    assert names(folder) == sorted([contract.CONFIG_FILE, contract.EMBEDDINGS_FILE, *saved])
+
+
 @pytest.mark.parametrize("fault", ["refusal", "fault of ours"])
 def test_one_ranks_error_is_said_once_and_ends_all(tmp_path, tiny_official, fault):
     """Rank 1 alone fails; it was silent, for the first rank to speak, which knew of nothing."""
-    from forked import run_ranks
-
     folder = embed(tmp_path / "run", tiny_official)
     said = tmp_path / "said"
     if fault == "refusal":
@@ -450,14 +462,6 @@ def children(parent: int, program: str) -> list[int]:
     return found
 
 
-def runs(process: int) -> bool:
-    """Whether it has not ended; one that nobody has waited for has."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_no_ffmpeg_outlives_a_killed_run(whole, tmp_path, tiny_official):
     """Nobody can tell it: it ends because its input does, which no other process holds open."""
     after, _ = whole
@@ -471,7 +475,7 @@ def test_no_ffmpeg_outlives_a_killed_run(whole, tmp_path, tiny_official):
     killed.process.kill()
     assert killed.status() == 137
     deadline = time.monotonic() + 60
-    while runs(found[0]):
+    while alive(found[0]):
         assert time.monotonic() < deadline, "it waits for more frames"
         time.sleep(0.02)
     status, told = run_stage(3, *argv, said=tmp_path / "said")

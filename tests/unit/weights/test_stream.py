@@ -1,13 +1,15 @@
 """Reading tensors by many threads: the same bytes as safetensors gives, whatever the pieces."""
 
 import threading
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hunyuan_staged.weights import stream
+from hunyuan_staged.weights import loading, stream
 from hunyuan_staged.weights.stream import Entry, entries, pieces, tensors
 
 CPU = torch.device("cpu")
@@ -139,3 +141,24 @@ def test_a_dtype_that_torch_cannot_hold(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
     with pytest.raises(ValueError, match=r"x is of dtype F4; read are BOOL, .*, F64"):
         entries(path)
+
+
+def test_what_is_left_of_reading_may_be_cleared_away_on_any_thread(tmp_path, monkeypatch):
+    """After a refusal it now and then was on its own read-ahead thread: a page about a thread that cannot join itself."""
+    save_file({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    reading: list[Any] = []
+    goes_on, raised = threading.Event(), SimpleQueue[BaseException | None]()
+
+    def close_it(*_: object) -> None:
+        goes_on.wait(60)
+        try:
+            reading[0].close()
+            raised.put(None)
+        except BaseException as error:
+            raised.put(error)
+
+    monkeypatch.setattr(loading, "_read_ahead", close_it)
+    reading.append(loading.read_tensors([tmp_path / "model.safetensors"], lambda _: True, torch.device("cpu")))
+    assert next(reading[0])[0] == "a"
+    goes_on.set()
+    assert raised.get(timeout=60) is None
