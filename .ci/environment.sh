@@ -3,7 +3,7 @@
 # shellcheck shell=bash
 
 RUNTIME_MODULES="torch diffusers transformers safetensors einops loguru tqdm imageio_ffmpeg PIL huggingface_hub"
-TEST_MODULES="$RUNTIME_MODULES skimage matplotlib pytest pytest_timeout xdist hypothesis ray"
+TEST_MODULES="$RUNTIME_MODULES skimage matplotlib pytest pytest_timeout xdist hypothesis ray gguf"
 TORCH=torch==2.13.0 # the version that the suite is tested with: a looser request takes whatever is newest
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 

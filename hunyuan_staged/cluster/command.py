@@ -8,7 +8,6 @@ at the same place. All other flags are those of run_staged.sh. The same command,
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hunyuan_staged import launch
 from hunyuan_staged.cluster.actor import StageCommand
 from hunyuan_staged.cluster.driver import Driver, Pool, connected, say
 from hunyuan_staged.cluster.queues import Queues
-from hunyuan_staged.errors import InputError, run_tool
+from hunyuan_staged.errors import InputError, print_error, run_tool
 from hunyuan_staged.jobs.outcomes import closing_lines, status_of
 from hunyuan_staged.jobs.reading import Jobs
 from hunyuan_staged.launch_jobs import conclude, jobs_of_run, take_request, written_queue
@@ -168,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return make(args, jobs, options, lists)
     except Interrupted as signalled:
-        print(f"error: the run {signalled}", file=sys.stderr)
+        print_error(f"the run {signalled}")
         return signalled.status
 
 
