@@ -5,7 +5,6 @@ All that a t2v run reads. Weights are drawn on the GPU where there is one, tenso
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.disk import free_space
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,7 @@ def draw_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
 
 def require_space(root: Path, size: int) -> None:
     """InputError where the disk has no room for so many bytes."""
-    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_space(root)
     if free < size:
         raise InputError(f"{place} has {free / 1e9:.1f} GB free; {size / 1e9:.1f} GB are needed")
 

@@ -183,17 +183,9 @@ def _save_qwen(folder: Path, modules: Modules, dtype: torch.dtype) -> None:
         "visual.merger.mlp.0.bias": torch.zeros(8, dtype=dtype),
     }
     names = list(weights)
-    shards = (
-        {name: weights[name] for name in names[: len(names) // 2]} | unread,
-        {name: weights[name] for name in names[len(names) // 2 :]},
-    )
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_tensors(folder / file, shard)
-        files |= dict.fromkeys(shard, file)
-    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+    half = len(names) // 2
+    files = shard_files("model", [[*names[:half], *unread], names[half:]])
+    _save_files(folder, "model", weights | unread, files)
 
 
 def write_glyph_configs(folder: Path, config: Any, colors: Mapping[str, int], fonts: Mapping[str, int]) -> None:
@@ -330,11 +322,17 @@ def write_index(folder: Path, stem: str, files: Mapping[str, Sequence[str]], siz
 def _save_sharded(folder: Path, stem: str, weights: Mapping[str, torch.Tensor], limit: int | None) -> None:
     """One file, or where that would pass the limit several and the index that lists them."""
     sizes = {name: tensor.nbytes for name, tensor in weights.items()}
-    files = shard_files(stem, shards_of(sizes, limit))
+    _save_files(folder, stem, weights, shard_files(stem, shards_of(sizes, limit)))
+
+
+def _save_files(
+    folder: Path, stem: str, weights: Mapping[str, torch.Tensor], files: Mapping[str, Sequence[str]]
+) -> None:
+    """The files of some weights, as shard_files names them, and of several the index."""
     for file, names in files.items():
         _save_tensors(folder / file, {name: weights[name] for name in names})
     if len(files) > 1:
-        write_index(folder, stem, files, sum(sizes.values()))
+        write_index(folder, stem, files, sum(tensor.nbytes for tensor in weights.values()))
 
 
 def _save_module(folder: Path, module: Any, weights: Mapping[str, torch.Tensor], stem: str) -> None:

@@ -1,6 +1,5 @@
 """What is to be fetched into a model folder, what is there already, and the fetching itself."""
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from hunyuan_staged.download.remote import FETCH, LIST, AccessRefused, RemoteFile
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.disk import free_space
 from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.hub import Source
 
@@ -32,10 +32,7 @@ class Download:
 
     def free_bytes(self) -> int:
         """Free space where the folder lies or is to lie."""
-        place = self.folder
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        return free_space(self.folder)[1]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(folder, size, repository) of each part, for people."""

@@ -139,9 +139,9 @@ def load_transformer(
         return fp8_rows.stored_name(name, state) in destinations.tensors
 
     def stays_on_host(name: str) -> bool:
-        return has_destination(name) and not float8_blocks  # which the device quantises, far faster
+        return has_destination(name) and not keeps_stored  # which the device quantises, far faster
 
-    float8_blocks = any(tensor.dtype in KEPT for tensor in state.values())
+    keeps_stored = any(tensor.dtype in KEPT for tensor in state.values())
     kept = {
         f"{name}.weight"
         for name, module in model.named_modules()

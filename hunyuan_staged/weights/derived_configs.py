@@ -31,7 +31,7 @@ SIGLIP_PROCESSOR = {
 }
 
 
-def _by_ending(shapes: Shapes, endings: Iterable[str], what: str) -> list[Sequence[int]]:
+def _by_ending(shapes: Shapes, endings: Iterable[str], what: Path) -> list[Sequence[int]]:
     """The shape of the tensor with each of these endings; InputError where one is absent, or is no matrix."""
     endings = list(endings)
     found = [next((shape for name, shape in shapes.items() if name.endswith(ending)), None) for ending in endings]
@@ -60,7 +60,7 @@ def text_config(shapes: Shapes, known: Mapping[str, Any], what: Path) -> dict[st
     embed, gate, query, key = _by_ending(
         language,
         ("embed_tokens.weight", *(f"layers.0.{leaf}.weight" for leaf in _TEXT_LEAVES)),
-        f"{what}",
+        what,
     )
     derived = {
         "hidden_size": embed[1],
@@ -101,11 +101,11 @@ def glyph_config(shapes: Shapes, known: Mapping[str, Any], what: Path) -> dict[s
     query, bias, out = _by_ending(
         shapes,
         (f"{layer}.0.SelfAttention.{leaf}.weight" for leaf in ("q", "relative_attention_bias", "o")),
-        f"{what}",
+        what,
     )
     gated = any(name.endswith("DenseReluDense.wi_1.weight") for name in shapes)
     wide = f"{layer}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"
-    (inner,) = _by_ending(shapes, (wide,), f"{what}")
+    (inner,) = _by_ending(shapes, (wide,), what)
     embed = next((shapes[n] for n in shapes if n.endswith(("embed_tokens.weight", "shared.weight"))), None)
     if embed is None or len(embed) != 2 or not bias[1]:
         raise InputError(f"{what} lacks the embeddings of a glyph encoder's tokens (shared.weight)")
@@ -133,7 +133,7 @@ def image_config(shapes: Shapes, known: Mapping[str, Any], what: Path) -> dict[s
             "embeddings.position_embedding.weight",
             "encoder.layers.0.mlp.fc1.weight",
         ),
-        f"{what}",
+        what,
     )
     if len(patch) != 4:
         raise InputError(f"{what}: embeddings.patch_embedding.weight is {list(patch)}; it has 4 axes")
@@ -166,7 +166,7 @@ def vae_config(shapes: Shapes, known: Mapping[str, Any], what: Path) -> dict[str
             "decoder.conv_in.conv.weight",
             *(f"decoder.up_blocks.{level}.resnets.0.conv2.conv.weight" for level in levels),
         ),
-        f"{what}",
+        what,
     )
     derived = {
         "latent_channels": first[1],

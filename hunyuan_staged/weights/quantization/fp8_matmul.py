@@ -8,12 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from hunyuan_staged.attention.packages import HOPPER
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights.quantization.stored import FLOAT8, StoredLinear
+from hunyuan_staged.weights.quantization.stored import FLOAT8, LARGEST, StoredLinear
 
 OPTION = "fp8_matmul"
-HOPPER = (9, 0)
-LARGEST = 448.0  # that FLOAT8 holds
 _SMALLEST = 2.0**-100  # of a scale: rows of zeros stay zeros
 
 

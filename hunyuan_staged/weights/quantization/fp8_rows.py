@@ -6,10 +6,7 @@ import torch
 from torch import nn
 
 from hunyuan_staged.weights.quantization.fp8_matmul import RowScaledLinear
-from hunyuan_staged.weights.quantization.stored import FLOAT8
-
-STORED = FLOAT8
-LARGEST = 448.0
+from hunyuan_staged.weights.quantization.stored import FLOAT8, LARGEST
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,12 +16,12 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     subnormals; a power of two, so that scaling rounds nothing, here or in bf16 on the way back. Rows of zeros get 1.
     """
     if weight.is_meta:  # the arithmetic would import torch's compiler
-        return weight.new_empty(weight.shape, dtype=STORED), weight.new_empty(len(weight), 1)
+        return weight.new_empty(weight.shape, dtype=FLOAT8), weight.new_empty(len(weight), 1)
     largest = weight.float().abs().amax(dim=1, keepdim=True)
     # largest <= 448 x 2^e, for the smallest such e
     exponent = torch.ceil(torch.log2(largest.clamp(min=2.0**-100) / LARGEST))
     scale = torch.where(largest > 0, torch.exp2(exponent), torch.ones_like(largest))
-    return (weight.float() / scale).to(STORED), scale.to(weight.dtype)
+    return (weight.float() / scale).to(FLOAT8), scale.to(weight.dtype)
 
 
 def dequantise(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FLOAT8 = torch.float8_e4m3fn  # 3 bits of mantissa, up to 448
+FLOAT8 = torch.float8_e4m3fn  # 3 bits of mantissa
+LARGEST = 448.0  # that FLOAT8 holds
 # What such layers hold. These dtypes stay as they are wherever weights take the run's dtype.
 KEPT = (FLOAT8, torch.uint8)
 

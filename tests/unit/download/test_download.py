@@ -12,6 +12,7 @@ from hunyuan_staged.download import plan, remote, transfer
 from hunyuan_staged.download.command import main
 from hunyuan_staged.download.sources import sources_of
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import disk
 
 TENCENT, QWEN, GLYPH = "tencent/HunyuanVideo-1.5", "Qwen/Qwen2.5-VL-7B-Instruct", "AI-ModelScope/Glyph-SDXL-v2"
 REDUX = "black-forest-labs/FLUX.1-Redux-dev"
@@ -258,7 +259,7 @@ def test_a_gated_repository_without_another_source_is_named(hub, tmp_path, capsy
 
 def test_too_little_space_is_said_before_anything_is_fetched(hub, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage(10_000, 0, 9_000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(10_000, 0, 9_000))
     assert run(hub, tmp_path / "model") == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/model: 14.1 kB are to be fetched, and 9.0 kB are free\n"
     assert not (tmp_path / "model").exists()

@@ -9,8 +9,8 @@ from torch import nn
 
 from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.models.transformer import Transformer
-from hunyuan_staged.weights.quantization import fp8_rows
 from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear, dequantise, quantise, quantise_linears
+from hunyuan_staged.weights.quantization.stored import FLOAT8
 
 CPU = torch.device("cpu")
 
@@ -94,4 +94,4 @@ def test_a_compiler_takes_the_weights_in_one_graph():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(linear, x), own(linear, x))
-    assert linear.stored.dtype == fp8_rows.STORED
+    assert linear.stored.dtype == FLOAT8
