@@ -17,6 +17,7 @@ import utils
 from hunyuan_staged.jobs.outcomes import ALREADY_DONE, DONE
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
+from hunyuan_staged.runtime.environment import Early, IsDue
 
 if TYPE_CHECKING:
     from hunyuan_staged.pipeline.denoiser import Denoised
@@ -108,11 +109,11 @@ def group_size(run: utils.Run, options: DenoiseOptions, jobs: Sequence[DenoiseOp
     return options.gpus_per_job or groups.denoising_size(run.world, jobs)
 
 
-def get_ready(options: DenoiseOptions) -> None:
+def get_ready(options: DenoiseOptions, is_due: IsDue) -> Early:
     """What can be done while the stage before works."""
     from hunyuan_staged.pipeline import warming
 
-    warming.warm_denoising(options)
+    return warming.warm_denoising(options, is_due)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import utils
 from hunyuan_staged.jobs.outcomes import ALREADY_DONE
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parsing import Parser, make_parser, parse
+from hunyuan_staged.runtime.environment import Early, IsDue
 
 EXAMPLE = """\
 examples:
@@ -70,11 +71,11 @@ def group_size(run: utils.Run, options: DecodeOptions, jobs: Sequence[DecodeOpti
     return options.gpus_per_job or groups.decoding_size(run.world, jobs)
 
 
-def get_ready(options: DecodeOptions) -> None:
+def get_ready(options: DecodeOptions, is_due: IsDue) -> Early:
     """What can be done while the stage before works."""
     from hunyuan_staged.pipeline import warming
 
-    warming.warm_decoding(options)
+    return warming.warm_decoding(options, is_due)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

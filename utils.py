@@ -18,6 +18,8 @@ from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
 from hunyuan_staged.runtime.environment import (
+    Early,
+    IsDue,
     await_turn,
     check_environment,
     job_pipes,
@@ -34,16 +36,17 @@ if TYPE_CHECKING:
 
 MIB_PER_KIB = 1 / 1024
 Kept = TypeVar("Kept")
+Ready = Callable[[Any, IsDue], Early]
 
 
 class Run(Reporter):
     """A stage under way: its processes and device, a logger, progress bars, timed parts, and what it wrote.
 
-    events: where --log_json wants what is said here, too. As a context it ends the bars and lets go of the folders that
-    were claimed.
+    events: where --log_json wants what is said here, too. kept: what is loaded already, see keep. As a context it ends the
+    bars and lets go of the folders that were claimed.
     """
 
-    def __init__(self, name: str, world: World, interrupts: Interrupts, events: EventLog) -> None:
+    def __init__(self, name: str, world: World, interrupts: Interrupts, events: EventLog, kept: object = None) -> None:
         from loguru import logger
 
         self.name, self.world, self.device, self.log = name, world, world.device, logger
@@ -56,7 +59,7 @@ class Run(Reporter):
         self.many = False  # jobs: those that are done are left out, and their states are gone on from
         self.outcome = DONE  # what became of the job
         self._job, self._told = "", set[str]()
-        self._kept: Any = None
+        self._kept: Any = kept
         self.started = time.perf_counter()
         self._last: list[str] = []
         self._video: tuple[Path, str] | None = None
@@ -266,20 +269,21 @@ def run_stage(
     check: Callable[[Any], Any] | None = None,
     body: Callable[[Run, Any], None],
     every_rank: bool = True,
-    ready: Callable[[Any], None] | None = None,
+    ready: Ready | None = None,
     joined: bool = True,
 ) -> int:
     """Check the flags, start the processes, run body(run, checked), report; the exit status of the script.
 
     check(options) runs before anything heavy is imported; what it returns goes to body. every_rank=False: a stage for
-    one process, in which any others that torchrun started have nothing to do. ready(options): what can be done early
-    by a stage that the launcher starts before its turn. joined=False: body makes the process groups. InputError
+    one process, in which any others that torchrun started have nothing to do. ready(options, is_due): what can be done
+    early by a stage that the launcher starts before its turn. joined=False: body makes the process groups. InputError
     becomes one line and status 2, with --debug its traceback before it; SIGTERM and Ctrl-C one line and 143 or 130;
     every other exception is our fault and keeps its traceback. On several processes the first that fails says so, and
     all of them end. The events of --log_json are the first process's.
     """
     ages: dict[str, float | None] = {"exec": process_age()}
-    if not await_turn(partial(ready, options) if ready else None, ages):
+    early = await_turn(partial(ready, options) if ready else None, ages)
+    if early is None:
         return 0
     ages["turn"] = process_age()
     world, events = None, NO_LOG
@@ -307,8 +311,9 @@ def run_stage(
             world = (start_world() if joined else open_world()) if every_rank else lone_world()
             interrupts.patience = PATIENCE_SECONDS if world.size > 1 else None
             about = {"options": vars(options), "processes": world.size, "device": str(world.device)}
+            about |= {"early": early.told} if early.told else {}
             events.write("start", **about, age=ages | {"start": process_age()})
-            with Run(name, world, interrupts, events) as run:
+            with Run(name, world, interrupts, events, early.kept) as run:
                 body(run, checked)
                 world.barrier("end")
                 run.report()
@@ -324,7 +329,7 @@ def run_jobs(
     options: Any,
     body: Callable[[Run, Any], None],
     size: Callable[[Run, Any, Any], int] | None = None,
-    ready: Callable[[Any], None] | None = None,
+    ready: Ready | None = None,
 ) -> int:
     """Run a stage: body(run, options) for one video, or, where the options ask for many, or a cluster does, for each.
 
@@ -368,15 +373,10 @@ def run_jobs(
 
 def plan_script(argv: Sequence[str]) -> int:
     """`python utils.py GPUS STAGE1 STAGE2 [ENLARGING] STAGE3`, flags as JSON: what run_staged.sh --dry_run runs."""
-    from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
-    from hunyuan_staged.parsing import make_parser, parse
-
-    def options_of(cls: Any, flags: str) -> Any:
-        return parse(cls, make_parser(cls, "run_staged.sh", "", ""), json.loads(flags))
+    from hunyuan_staged.parsing import options_of_run
 
     processes, *flags = argv
-    encode, decode = options_of(EncodeOptions, flags[0]), options_of(DecodeOptions, flags[-1])
-    denoise, *enlarge = (options_of(DenoiseOptions, words) for words in flags[1:-1])
+    encode, denoise, *enlarge, decode = options_of_run([json.loads(words) for words in flags])
 
     def body(run: Run, _: object) -> None:
         from hunyuan_staged.pipeline import forecast

@@ -27,7 +27,7 @@ from hunyuan_staged.launch_jobs import JOBS, Request, jobs_of_run, run_many, tak
 from hunyuan_staged.options import DEFAULT_OUTPUT_DIR, DenoiseOptions
 from hunyuan_staged.parsing import parse, refuse
 from hunyuan_staged.run_options import CACHE, LARGER
-from hunyuan_staged.runtime.environment import check_working_folder
+from hunyuan_staged.runtime.environment import check_working_folder, told_flags
 from hunyuan_staged.runtime.gpus import visible_gpus
 from hunyuan_staged.runtime.processes import Supervisor
 from hunyuan_staged.runtime.signals import Interrupted
@@ -256,8 +256,8 @@ def run_stages(
             stage = STAGES[number - 1]
             count = 1 if stage in ALONE else command.gpus
             words = [python, str(ROOT / f"{stage}.py"), *argv]
-            # All at once: what a later stage imports is there when its turn comes.
-            early = place > 0
+            # All at once: what a later stage imports, and maybe loads, is there when its turn comes.
+            early = told_flags(place, lists[: len(numbers)]) if place else None
             name = f"{stage}.py"
             groups.append(supervisor.start(words, count, name=name, stdout=stdout, began=began, early=early))
         for group in groups:

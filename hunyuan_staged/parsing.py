@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hunyuan_staged.errors import BAD_INPUT, InputError, one_line, write_stdout
 from hunyuan_staged.flags import Option, options_of
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.runtime.failure import is_first, say_error
 
 Options = TypeVar("Options")
@@ -106,3 +107,12 @@ def parse(cls: type[Options], parser: Parser, argv: Sequence[str] | None = None)
     """The options that a command line gives; bad flags end the process as Parser.error does."""
     given = vars(parser.parse_args(argv))
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def options_of_run(flags: Sequence[Sequence[str]]) -> list[Any]:
+    """The options of a whole run's stages from the flags of each: stage 1, stage 2, that again for super resolution,
+    stage 3, or the first so many of them."""
+    classes = [EncodeOptions, *[DenoiseOptions] * max(1, len(flags) - 2), DecodeOptions][: len(flags)]
+    return [
+        parse(cls, make_parser(cls, "run_staged.sh", "", ""), words) for cls, words in zip(classes, flags, strict=True)
+    ]

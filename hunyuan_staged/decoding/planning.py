@@ -130,6 +130,11 @@ class Decoding:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def resident(self) -> int:
+        """Of the weights."""
+        return self.parts["weights"]
+
     def describe(self, ranks: int = 1) -> str:
         """One phrase, e.g. "whole frames in 3 bands of rows" or "tiles of 256 px over 4 processes"."""
         what = "whole frames" if self.tile_size is None else f"tiles of {self.tile_size} px"

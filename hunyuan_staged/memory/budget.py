@@ -62,6 +62,11 @@ class BlockPlan:
     def total(self) -> int:
         return sum(self.device.values())
 
+    @property
+    def resident(self) -> int:
+        """Of the weights that stay on the device."""
+        return self.device["weights"]
+
     def describe(self, count: int, what: str = "blocks") -> str:
         """One line on how many of `count` blocks are offloaded, and why."""
         chosen = f"{self.offloaded} of {count}" if self.offloaded else "none"

@@ -56,10 +56,12 @@ def encoder_dtypes(name: str, device: torch.device) -> EncoderDtypes:
     return EncoderDtypes(dtype, dtype, dtype)
 
 
-def free_memory(world: World) -> FreeMemory:
-    """What is free for each process of the run: the least that any of them has."""
+def free_memory(world: World, loaded: bool = False) -> FreeMemory:
+    """What is free for each process of the run: the least that any of them has. loaded: but for what torch has allocated
+    on the device."""
     own = available.free_memory(world.device)
-    words = world.all_gather_text("free memory", f"{-1 if own.device is None else own.device} {own.host}")
+    taken = torch.cuda.memory_allocated(world.device) if loaded and own.device is not None else 0
+    words = world.all_gather_text("free memory", f"{-1 if own.device is None else own.device + taken} {own.host}")
     device, host = (min(numbers) for numbers in zip(*(map(int, word.split()) for word in words), strict=True))
     return FreeMemory(None if own.device is None else device, host)
 

@@ -29,7 +29,7 @@ from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model
-from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
+from hunyuan_staged.pipeline.loaded_decoder import Decoder, LoadedDecoder
 from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
 from hunyuan_staged.runtime.processes import cores
@@ -177,6 +177,11 @@ class DecodeSetup:
         """One phrase on how the frames are decoded, and why."""
         return f"{plan.describe(len(set(self.owners(plan))))} ({plan.reason})"
 
+    def load(self, decoders: LoadedDecoder, report: Reporter = SILENT) -> Decoder:
+        """(decoder, the VAE's config), loaded unless it is among the decoders."""
+        load = partial(components.load_vae_decoder, self.model, device=self.world.device, dtype=self.dtype)
+        return decoders.get((self.model.identity, self.dtype), partial(load, progress=report.progress))
+
     def rows(self, plan: planning.Decoding, free: FreeMemory, ranks: int) -> dict[str, object]:
         """The rows that --dry_run prints."""
         held = ", ".join(f"{part} {gib(number)}" for part, number in plan.parts.items())
@@ -234,10 +239,7 @@ def run(
     if world.rank not in owners:
         return Written()
     with report.timed("load"):
-        load = partial(components.load_vae_decoder, setup.model, device=world.device, dtype=setup.dtype)
-        decoder, config = (decoders or LoadedDecoder()).get(
-            (setup.model.identity, setup.dtype), partial(load, progress=report.progress)
-        )
+        decoder, config = setup.load(decoders or LoadedDecoder(), report)
     count = "" if plan.tile_size is None else f"{len(owners)} "
     report.info(f"latents {list(latents.shape)}: {count}{setup.method(plan)}, {setup.dtype}")
     context = DecodeContext(world, report.progress, report.warn, options.save_frames)

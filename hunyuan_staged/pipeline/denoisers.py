@@ -26,6 +26,7 @@ class Denoisers:
         self._denoiser: Denoiser | None = None
         self._model: tuple[Any, ...] = ()
         self._offloaded = 0
+        self._early = False  # whether it was loaded before anybody asked for it
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._free: FreeMemory | None = None  # before anything was loaded
 
@@ -37,8 +38,12 @@ class Denoisers:
         if self._free is None:
             setup.world.barrier("settings resolved")  # where another has failed, nobody waits for it in a group
             setup.layout(self._layouts)
-            self._free = free_memory(setup.world)
+            self._free = free_memory(setup.world, self._early)
         return self._free
+
+    def load_early(self, setup: DenoiseSetup) -> None:
+        """Have the setup's transformer on the device, all of it, for a `load` to come. No rank need call it."""
+        self._denoiser, self._model, self._early = setup.load_resident(), model_of(setup), True
 
     def load(self, setup: DenoiseSetup, plan: BlockPlan, report: Reporter = SILENT) -> Denoiser:
         """The setup's transformer, laid out as planned. Every rank calls it."""
@@ -48,6 +53,9 @@ class Denoisers:
             self.drop()
             self._denoiser = setup.load(plan, report, self._layouts)
             self._model, self._offloaded = model, plan.offloaded
+        elif self._early:
+            self._denoiser = setup.load(plan, report, self._layouts, self._denoiser)
+        self._early = False
         return self._denoiser
 
     def drop(self) -> None:

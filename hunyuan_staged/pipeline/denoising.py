@@ -188,40 +188,47 @@ class DenoiseSetup:
         return known[kind]
 
     def load(
-        self, plan: budget.BlockPlan, report: Reporter = SILENT, layouts: dict[tuple[int, int], Layout] | None = None
+        self,
+        plan: budget.BlockPlan,
+        report: Reporter = SILENT,
+        layouts: dict[tuple[int, int], Layout] | None = None,
+        early: Denoiser | None = None,
     ) -> Denoiser:
-        """Load the transformer as planned. Every rank calls it. layouts: whose groups there are already, see layout."""
-        world = self.world
+        """Load the transformer as planned. Every rank calls it. layouts: whose groups there are already, see layout. early:
+        what load_resident has loaded."""
         layouts = {} if layouts is None else layouts
         layout = self.layout(layouts)
         report.info(f"attention: {self.attention_text}; layout: {layout.describe()}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
-            reader = self.modulations
-            modulations = reader.begin(self.sigmas)
+            denoiser = early or self._load(plan.offloaded, report)
+        denoiser.layouts = layouts
+        return denoiser
 
-            def load(destinations: loading.Destinations) -> Any:
-                return components.load_transformer(
-                    self.folder,
-                    self.settings.version.name,
-                    device=world.device,
-                    dtype=self.dtype,
-                    progress=report.progress,
-                    skeleton=self.skeleton,
-                    destinations=reader.destinations(modulations, destinations),
-                    adapt=self.adapters.fused,
-                )
+    def load_resident(self) -> Denoiser:
+        """The transformer with all its blocks on the device, not yet on a layout. No rank waits for another."""
+        return self._load(0, SILENT)
 
-            model, blocks = load_offloaded(
-                self.skeleton,
-                "transformer_blocks",
-                plan.offloaded,
-                load,
+    def _load(self, offloaded: int, report: Reporter) -> Denoiser:
+        reader, world = self.modulations, self.world
+        modulations = reader.begin(self.sigmas)
+
+        def load(destinations: loading.Destinations) -> Any:
+            return components.load_transformer(
+                self.folder,
+                self.settings.version.name,
                 device=world.device,
                 dtype=self.dtype,
-                world=world,
+                progress=report.progress,
+                skeleton=self.skeleton,
+                destinations=reader.destinations(modulations, destinations),
+                adapt=self.adapters.fused,
             )
-        return Denoiser(model, modulations, blocks, layouts)
+
+        model, blocks = load_offloaded(
+            self.skeleton, "transformer_blocks", offloaded, load, device=world.device, dtype=self.dtype, world=world
+        )
+        return Denoiser(model, modulations, blocks)
 
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:

@@ -4,7 +4,7 @@ What an earlier stage has not written yet is assumed; of a model that is not on 
 rows of a plan say so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,18 @@ from hunyuan_staged.memory import expected as times
 from hunyuan_staged.memory import operations
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import decoding, encoding, low_resolution
+from hunyuan_staged.pipeline import decoding, encoding, encoding_records, low_resolution
 from hunyuan_staged.pipeline.forecast_denoising import assume_denoising, larger_options, likely_config
-from hunyuan_staged.pipeline.forecast_target import Rows, StagePlan, Target, figures, finished, planned, target_of
+from hunyuan_staged.pipeline.forecast_target import (
+    FindTarget,
+    Rows,
+    StagePlan,
+    Target,
+    figures,
+    finished,
+    planned,
+    target_of,
+)
 from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights.hub import diffusers_repository
@@ -33,9 +42,11 @@ TEMPLATE_TOKENS = 108  # of the chat round a prompt, which the language model re
 # -- stage 1 --
 
 
-def plan_encoding(options: EncodeOptions, world: World, report: Reporter = SILENT) -> StagePlan:
+def plan_encoding(
+    options: EncodeOptions, world: World, report: Reporter = SILENT, find_target: FindTarget = target_of
+) -> StagePlan:
     """The plan of stage 1."""
-    target = target_of(options, world)
+    target = find_target(options, world)
     setup = encoding.resolve(options, encoding.read_image(options), target.world, report)
     plan = planned(setup, target)
     tokens = 2 * (TEMPLATE_TOKENS + operations.TEXT_TOKENS)  # of the prompt and of the negative one
@@ -43,12 +54,12 @@ def plan_encoding(options: EncodeOptions, world: World, report: Reporter = SILEN
     expected = times.estimated(flops, flops, target.card) if target.card else None
     rows = finished(setup.rows(plan, target.free), expected, target, figures(setup.folder, setup.version.name))
     config = {
-        "model_path": setup.model_path,
+        "model_path": encoding_records.recorded_model(setup),
         "transformer_version": setup.version.name,
         "prompt": options.prompt,
         "dtype": options.dtype,
     }
-    return StagePlan(rows, expected, config)
+    return StagePlan(rows, expected, config, (), setup, plan)
 
 
 # -- stage 3 --
@@ -74,11 +85,16 @@ def plan_decoding(options: DecodeOptions, world: World, report: Reporter = SILEN
 
 
 def assume_decoding(
-    options: DecodeOptions, config: Mapping[str, Any], shape: tuple[int, ...], world: World, report: Reporter
+    options: DecodeOptions,
+    config: Mapping[str, Any],
+    shape: tuple[int, ...],
+    world: World,
+    report: Reporter,
+    find_target: FindTarget = target_of,
 ) -> StagePlan:
     """The plan of stage 3 for latents [1, C, t, h, w] that are not there."""
     job = decoding.DecodeJob(torch.zeros(1, 1, 1, 1, 1).expand(shape), "", dict(config), None)
-    return _plan_decoding(options, job, target_of(options, world), report, f"latents {list(shape)}")
+    return _plan_decoding(options, job, find_target(options, world), report, f"latents {list(shape)}")
 
 
 def _plan_decoding(
@@ -95,7 +111,7 @@ def _plan_decoding(
     rows = setup.rows(plan, target.free, target.world.size)
     version = str(job.config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
     rows = finished(rows, expected, target, ("assumed", assumed), figures(setup.model, version))
-    return StagePlan(rows, expected, job.config, tuple(job.latents.shape))
+    return StagePlan(rows, expected, job.config, tuple(job.latents.shape), setup, plan)
 
 
 # -- all three --
@@ -124,16 +140,9 @@ def plan_run(
     """
     if denoise.transformer_version and not denoise.transformer and not denoise.model_path:
         encode = _of_version(encode, denoise.transformer_version)
-    first = plan_encoding(encode, World(0, 1, world.device), report)
-    picture, size = encoding.read_image(encode), None
-    if picture is not None:
-        version = versions.parse_version(first.config["transformer_version"])
-        size = geometry.nearest_size(version.resolution, picture.height / picture.width)
-    second = assume_denoising(denoise, first.config, world, report, size)
-    if enlarge:
-        second += assume_denoising(larger_options(enlarge, second[0].shape), first.config, world, report, size)
-    third = assume_decoding(decode, first.config, second[-1].shape, world, report)
-    stages = [first, *second, third]
+    found = plan_processes([encode, denoise, *([enlarge] if enlarge else []), decode], world, report)
+    stages = [plan for plans in found for plan in plans]
+    second = stages[1:-1]
     expected = times.total(stage.expected for stage in stages)
     if expected:
         told = f"{expected} ({expected.how}); loading the weights and starting up come on top"
@@ -143,6 +152,32 @@ def plan_run(
     titles += [f"stage 2: larger latents, {plan.config['transformer_version']}" for plan in second[1:]]
     titles.append("stage 3: latents → video")
     return dict(zip(titles, (stage.rows for stage in stages), strict=True)) | {"the whole run": {"time": told}}
+
+
+def plan_processes(
+    options: Sequence[Any], world: World, report: Reporter = SILENT, find_target: FindTarget = target_of
+) -> list[list[StagePlan]]:
+    """The plans of what a whole run starts, one after the other: of a second stage 2 several, where it takes several runs.
+
+    options: of stage 1, of stage 2, maybe of super resolution, and of stage 3; or of the first so many. find_target: what
+    they are for.
+    """
+    encode, denoise, *more = options
+    first = plan_encoding(encode, World(0, 1, world.device), report, find_target)
+    size, picture = geometry.check_size(encode.width, encode.height), encoding.read_image(encode)
+    if picture is None:
+        size = None
+    elif size is None:
+        version = versions.parse_version(first.config["transformer_version"])
+        size = geometry.nearest_size(version.resolution, picture.height / picture.width)
+    about = first.config, world, report, size, find_target
+    found = [[first], assume_denoising(denoise, *about)]
+    if len(more) == 2:
+        found.append(assume_denoising(larger_options(more[0], found[1][0].shape), *about))
+    if more:
+        shape = found[-1][-1].shape
+        found.append([assume_decoding(more[-1], first.config, shape, world, report, find_target)])
+    return found
 
 
 def _of_version(options: EncodeOptions, name: str) -> EncodeOptions:

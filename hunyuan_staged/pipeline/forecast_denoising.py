@@ -23,7 +23,7 @@ from hunyuan_staged.parallel.layout import plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, denoising_records, jobs, low_resolution, upscaling
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
-from hunyuan_staged.pipeline.forecast_target import StagePlan, Target, figures, finished, planned, target_of
+from hunyuan_staged.pipeline.forecast_target import FindTarget, StagePlan, Target, figures, finished, planned, target_of
 from hunyuan_staged.pipeline.transformers import choose_transformer
 from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO, DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -64,10 +64,11 @@ def assume_denoising(
     world: World,
     report: Reporter,
     image_size: tuple[int, int] | None = None,
+    find_target: FindTarget = target_of,
 ) -> list[StagePlan]:
     """The plans of stage 2 for embeddings that are not there. image_size: (H, W) in px of the image, if there is one."""
     job = assumed_job(options, config, image_size)
-    return _plans(options, job, target_of(options, world), report, f"a prompt of {operations.TEXT_TOKENS} tokens")
+    return _plans(options, job, find_target(options, world), report, f"a prompt of {operations.TEXT_TOKENS} tokens")
 
 
 def assumed_job(
@@ -118,7 +119,7 @@ def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
         ("assumed", assumed),
         figures(setup.folder, base if larger and base else version, larger),
     )
-    return StagePlan(rows, expected, {**setup.job.config, "transformer_version": version}, setup.shape)
+    return StagePlan(rows, expected, {**setup.job.config, "transformer_version": version}, setup.shape, setup, plan)
 
 
 def larger_options(options: DenoiseOptions, shape: tuple[int, ...]) -> DenoiseOptions:

@@ -1,7 +1,7 @@
 """What a plan of --dry_run is for, and what all plans have in common."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ CPU_REACHED = (0.1, 0.8)
 UNKNOWN = "unknown: neither measured nor a card whose rate is known; --assume_gpu lists those"
 
 Rows = dict[str, object]
+FindTarget = Callable[[RunOptions, World], "Target"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ def timed_cpu(dtype: torch.dtype) -> Card:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The plan of a stage: its rows, the seconds it takes beside loading (None: not known), and what follows it."""
+    """The plan of a stage: its rows, the seconds it takes beside loading (None: not known), what follows it, and what it
+    was made from: the setup, and how that is laid out in memory (BlockPlan, Decoding)."""
 
     rows: Rows
     expected: Expected | None
     config: Mapping[str, Any]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
+    setup: Any
+    memory: Any
 
 
 def planned(setup: Any, target: Target) -> Any:

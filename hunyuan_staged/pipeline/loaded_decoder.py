@@ -21,7 +21,7 @@ class LoadedDecoder:
     def free(self, world: World) -> FreeMemory:
         """The memory that is free but for the decoder; every rank of the world calls it."""
         if self._free is None:
-            self._free = free_memory(world)
+            self._free = free_memory(world, self._loaded is not None)
         return self._free
 
     def get(self, key: object, load: Callable[[], Decoder]) -> Decoder:

@@ -1,4 +1,4 @@
-"""What stages 2 and 3 do while the one before them works: imports, and on a large GPU its context and first kernels.
+"""What stages 2 and 3 do while the one before them works: imports, and on a large GPU its context, first kernels, weights.
 
 No number follows from any of it. What cannot be done early is done in the stage's turn, where its failure is reported.
 """
@@ -9,8 +9,11 @@ from importlib import import_module
 from hunyuan_staged.attention import kernel_cache, modes
 from hunyuan_staged.attention.packages import FLASH4_PACKAGE, HOPPER, obstacle
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.memory.budget import CARD_OVERHEAD
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.parallel.environment import rank_info
+from hunyuan_staged.parsing import options_of_run
+from hunyuan_staged.runtime.environment import NOTHING_EARLY, Early, IsDue, run_flags
 from hunyuan_staged.runtime.gpus import GpuFacts, gpu_facts
 
 WORLD = "hunyuan_staged.parallel.world"
@@ -32,27 +35,28 @@ COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.code
 AMPLE_BYTES = 40 * 2**30
 
 
-def warm_denoising(options: DenoiseOptions) -> None:
+def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
     """What stage 2 can do before its turn."""
     _import(DENOISING)
     gpu = None if options.dry_run else _own_gpu()
     if gpu is None:
-        return
+        return NOTHING_EARLY
     if not options.no_compile:
         _import(COMPILER)
     if gpu.capability >= HOPPER and may_take_flash4(options):
         kernel_cache.keep_flash4_kernels()
         obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next
-    _open_context(gpu)
+    return _load(gpu, is_due)
 
 
-def warm_decoding(options: DecodeOptions) -> None:
+def warm_decoding(options: DecodeOptions, is_due: IsDue) -> Early:
     """What stage 3 can do before its turn."""
     _import(DECODING)
     gpu = None if options.dry_run else _own_gpu()
-    if gpu is not None:
-        _import(("hunyuan_staged.models.vae_kernels",))
-        _open_context(gpu)
+    if gpu is None:
+        return NOTHING_EARLY
+    _import(("hunyuan_staged.models.vae_kernels",))
+    return _load(gpu, is_due)
 
 
 def _import(names: Iterable[str]) -> None:
@@ -84,13 +88,25 @@ def has_room(gpu: GpuFacts) -> bool:
     return gpu.shared and gpu.total >= AMPLE_BYTES
 
 
-def _open_context(gpu: GpuFacts) -> None:
-    """Make the GPU's context and that of its matrix products, where there is room beside the stage that works."""
+def _load(gpu: GpuFacts, is_due: IsDue) -> Early:
+    """Make the GPU's context and that of its matrix products, and load what is known, where there is room beside the stage
+    that works; else have the weights read into the host's cache."""
     import torch
 
-    if not has_room(gpu) or not torch.cuda.is_available():
-        return
-    torch.cuda.set_device(gpu.index)
-    x = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
-    torch.mm(x, x)
-    torch.cuda.synchronize()
+    if not torch.cuda.is_available():
+        return NOTHING_EARLY
+    room = has_room(gpu)
+    if room:
+        torch.cuda.set_device(gpu.index)
+        x = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+        torch.mm(x, x)
+        torch.cuda.synchronize()
+    told = run_flags()
+    if told is None:
+        return NOTHING_EARLY
+    from hunyuan_staged.pipeline import early
+
+    own, options = told[0], options_of_run(told[1])
+    if room:
+        return early.load_early(options, own, is_due, torch.device("cuda", gpu.index))
+    return early.read_early(options, own, is_due, gpu.total - CARD_OVERHEAD)

@@ -1,11 +1,15 @@
 """What a run needs of the environment that it was started in."""
 
+import json
 import os
 import re
+import select
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.environment import rank_info
@@ -15,6 +19,9 @@ MAX_COMPILE_THREADS = 32  # as Inductor's own default
 WHOLE_RUN = "HUNYUAN_STAGED_WHOLE_RUN"
 # Set by the launcher: the end of a pipe that a stage reads a byte from before it begins, while the one before it works.
 TURN_PIPE = "HUNYUAN_STAGED_TURN_PIPE"
+# Set by the launcher beside it: which of the run's stages this is, and the flags of all of them, as JSON.
+RUN_FLAGS = "HUNYUAN_STAGED_RUN_FLAGS"
+TEXTS = ("--prompt", "--negative_prompt")
 # Set by an actor of a cluster: the pipe that a stage reads jobs from, and the one that it says in what became of each.
 JOB_PIPES = "HUNYUAN_STAGED_JOB_PIPES"
 
@@ -64,22 +71,52 @@ def job_pipes() -> tuple[int, int] | None:
     return read, write
 
 
-def await_turn(ready: Callable[[], object] | None, ages: dict[str, float | None] | None = None) -> bool:
-    """Get ready and wait for the launcher's word, where it started this stage early; False: it has ended.
+def told_flags(index: int, flags: Sequence[Sequence[str]]) -> str:
+    """What run_flags reads, without texts: a stage that waits needs none, and an environment holds no long ones."""
+    return json.dumps([index, [[word for word in words if word.partition("=")[0] not in TEXTS] for words in flags]])
 
-    ages: gets the process's age once it is ready.
+
+def run_flags() -> tuple[int, list[list[str]]] | None:
+    """(which stage of a whole run this is, counted from 0, the flags of all); None where the launcher did not say so."""
+    given = os.environ.get(RUN_FLAGS)
+    if not given:
+        return None
+    index, flags = json.loads(given)
+    return index, flags
+
+
+@dataclass(frozen=True)
+class Early:
+    """What a stage did before its turn: what it keeps of that, and in a phrase what else it could not or did not do."""
+
+    kept: Any = None
+    told: str | None = None
+
+
+NOTHING_EARLY = Early()
+IsDue = Callable[[], bool]
+
+
+def await_turn(ready: Callable[[IsDue], Early] | None, ages: dict[str, float | None] | None = None) -> Early | None:
+    """Get ready and wait for the launcher's word, where it started this stage early; None: it has ended.
+
+    ready(is_due): is_due() says whether the turn has come meanwhile. ages: gets the process's age once it is ready.
     """
-    pipe = os.environ.pop(TURN_PIPE, None)
-    if pipe is None:
-        return True
-    if ready is not None:
-        ready()
+    given = os.environ.pop(TURN_PIPE, None)
+    if given is None:
+        return NOTHING_EARLY
+    pipe = int(given)
+
+    def is_due() -> bool:
+        return bool(select.select([pipe], [], [], 0)[0])
+
+    early = NOTHING_EARLY if ready is None else ready(is_due)
     if ages is not None:
         ages["ready"] = process_age()
     try:
-        return bool(os.read(int(pipe), 1))
+        return early if os.read(pipe, 1) else None
     finally:
-        os.close(int(pipe))
+        os.close(pipe)
 
 
 def check_environment() -> None:

@@ -18,12 +18,12 @@ from typing import Any
 
 from hunyuan_staged.errors import BAD_INPUT, JOBS_FAILED, SIGNALLED, InputError, print_error
 from hunyuan_staged.parallel.environment import STORE_SOCKET
-from hunyuan_staged.runtime.environment import JOB_PIPES, TURN_PIPE, WHOLE_RUN, cores, library_settings
+from hunyuan_staged.runtime.environment import JOB_PIPES, RUN_FLAGS, TURN_PIPE, WHOLE_RUN, cores, library_settings
 from hunyuan_staged.runtime.signals import SIGNALS, Interrupted
 
 KILL_SECONDS = 30.0  # after one process has failed and the others were told to stop
 # What another launcher may have left in the environment.
-LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE, JOB_PIPES)
+LEFT_OVER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_SOCKET, TURN_PIPE, RUN_FLAGS, JOB_PIPES)
 LEFT_OVER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -63,9 +63,10 @@ class Group:
             self.turn = None
 
     def kill(self) -> None:
-        """End processes whose turn does not come: they are silent, and hold nothing."""
+        """End processes whose turn does not come, and what they started: they are silent, and write nothing."""
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
         if self.turn is not None:
@@ -108,7 +109,7 @@ class Supervisor:
         name: str,
         stdout: int | None = None,
         began: float | None = None,
-        early: bool = False,
+        early: str | None = None,
         pipes: tuple[int, int] | None = None,
     ) -> Group:
         """Start `count` processes of a command.
@@ -117,7 +118,7 @@ class Supervisor:
             name: what the line on stderr calls the command where its processes cannot have spoken themselves.
             stdout: a file descriptor, else this process's own.
             began: when the whole run did that it is a stage of, which its environment says.
-            early: it gets ready and waits for `finish`, see environment.await_turn.
+            early: it gets ready and waits for `finish`, see environment.await_turn; what it is told as run_flags.
             pipes: by which its first process gets jobs and says what became of them, see environment.job_pipes.
 
         InputError: it cannot be started.
@@ -126,10 +127,12 @@ class Supervisor:
         if pipes is not None:
             environment[JOB_PIPES] = f"{pipes[0]},{pipes[1]}"
             group = Group(name, self._start(command, environment, count, stdout, of_first=pipes))
-        elif early:
+        elif early is not None:
             read, write = os.pipe()
             try:
-                processes = self._start(command, environment | {TURN_PIPE: str(read)}, count, stdout, (read,))
+                processes = self._start(
+                    command, environment | {TURN_PIPE: str(read), RUN_FLAGS: early}, count, stdout, (read,)
+                )
             except BaseException:
                 os.close(write)
                 raise

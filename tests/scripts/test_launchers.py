@@ -1,5 +1,6 @@
 """The launchers: how many processes, which flags, which status; with a stand-in for Python that writes down its calls."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ case "$*" in
 *hunyuan_staged.launch*) exec "$REAL_PYTHON" "$@" ;;
 esac
 if [[ -n ${HUNYUAN_STAGED_TURN_PIPE:-} ]]; then
+    printf '%s\\n' "$HUNYUAN_STAGED_RUN_FLAGS" >>"$CALLS.told"
     IFS= read -r -d '' -n 1 -u "$HUNYUAN_STAGED_TURN_PIPE" || exit 0 # its turn does not come
 fi
 printf '%s\\n' "${RANK+rank $RANK of $WORLD_SIZE: }$*" >>"$CALLS"
@@ -94,6 +96,10 @@ def test_a_whole_run_hands_out_the_flags(launch, tmp_path):
         *ranks(2, "stage3_vae_decoder.py --fps=12 --input_dir=my runs/a"),
     ]
     assert result.stdout == f"{tmp_path}/my runs/a/output_video.mp4\n", "and nothing else"
+    all_but_texts = [["--output_dir=my runs/a"], ["--seed=7", "--input_dir=my runs/a"]]
+    all_but_texts.append(["--fps=12", "--input_dir=my runs/a"])
+    told = sorted(json.loads(line) for line in (tmp_path / "calls.told").read_text().splitlines())
+    assert told == [[stage, all_but_texts] for stage in (1, 1, 2, 2)], "those that wait"
 
 
 @pytest.mark.parametrize(("stage", "made"), [("stage1", 1), ("stage2", 2), ("stage3", 3)])

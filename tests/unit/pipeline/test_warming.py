@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.pipeline import warming
+from hunyuan_staged.runtime.environment import Early
 from hunyuan_staged.runtime.gpus import GpuFacts, gpu_facts
 
 WITHOUT_GPU = """
@@ -16,7 +17,7 @@ import os, sys
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from hunyuan_staged.options import {options}
 from hunyuan_staged.pipeline import warming
-warming.{warm}({options}())
+warming.{warm}({options}(), lambda: False)
 print(*(name for name in ("hunyuan_staged.pipeline.{module}", "torch._dynamo", "transformers") if name in sys.modules))
 """
 
@@ -54,7 +55,7 @@ def test_a_context_is_made_early_where_there_is_room_and_the_gpu_is_shared(total
 @pytest.mark.parametrize("rank", ["", "two"])
 def test_what_is_wrong_with_the_environment_is_left_to_the_stage(monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", rank)
-    warming.warm_decoding(DecodeOptions())
+    assert warming.warm_decoding(DecodeOptions(), lambda: False) == Early()
 
 
 @pytest.mark.gpu

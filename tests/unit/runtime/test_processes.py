@@ -16,7 +16,7 @@ import utils
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel.world import World, check_devices
 from hunyuan_staged.runtime import environment, processes
-from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN, await_turn
+from hunyuan_staged.runtime.environment import TURN_PIPE, WHOLE_RUN, Early, await_turn
 from hunyuan_staged.runtime.processes import Supervisor, child_environment
 
 
@@ -129,11 +129,11 @@ def started_early(supervisor, folder, count=2, first="import sys; sys.exit(0)"):
     program = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from hunyuan_staged.runtime.environment import await_turn
-turn = await_turn(lambda: __import__("this"))
+turn = await_turn(lambda is_due: __import__("this"))
 open(f"{folder}/" + ("done" if turn else "left") + str(os.getpid()), "w").close()
 """
     groups = [supervisor.start([sys.executable, "-c", first], 1, name="first.py")]
-    groups.append(supervisor.start([sys.executable, "-c", program], count, name="second.py", early=True))
+    groups.append(supervisor.start([sys.executable, "-c", program], count, name="second.py", early=""))
     return groups
 
 
@@ -185,7 +185,7 @@ with Supervisor() as supervisor:
 
 def test_a_stage_by_itself_waits_for_nothing(monkeypatch):
     monkeypatch.delenv(TURN_PIPE, raising=False)
-    assert await_turn(lambda: pytest.fail("it is not to get ready"))
+    assert await_turn(lambda is_due: pytest.fail("it is not to get ready")) == Early()
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -1,0 +1,185 @@
+"""What a stage of a whole run loads before its turn, where that fits beside the stages that work meanwhile.
+
+The launcher tells a stage that waits the flags of all. From them follow the plans of all, as --dry_run shows them, and
+the weights. No number follows from any of it: in its turn the stage reads its input, plans and asks for its weights as
+ever, and gets those that are there, if they are the ones.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_staged.attention.packages import reason_of
+from hunyuan_staged.encoders.endpoint import LOCAL
+from hunyuan_staged.memory import available
+from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory, gib
+from hunyuan_staged.parallel.environment import rank_info
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import forecast
+from hunyuan_staged.pipeline.decoding import DecodeSetup
+from hunyuan_staged.pipeline.denoisers import Denoisers
+from hunyuan_staged.pipeline.denoising import DenoiseSetup
+from hunyuan_staged.pipeline.forecast_target import StagePlan, Target
+from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
+from hunyuan_staged.run_options import RunOptions
+from hunyuan_staged.runtime.environment import Early, IsDue
+from hunyuan_staged.weights.single_file import TransformerFile
+
+# Of each process on a GPU, beside what torch allocates: its context, and kernels. Measured: 0.5 GiB.
+CONTEXT = 3 * GIB // 4
+PIECE = 2**24  # bytes of a file that are read ahead at a time
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a GPU that a stage takes at most while it works, and those of its weights alone."""
+
+    total: int
+    resident: int
+
+
+def load_early(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device) -> Early:
+    """What the stage of number `own`, counted from 0, has on the device before its turn: Denoisers or a LoadedDecoder.
+
+    options: of the run's stages. Nothing, with the reason, where there is no room, and where something fails: whatever
+    that is, the turn meets it again, and says so.
+    """
+    return _trying(lambda: _load(options, own, is_due, device))
+
+
+def read_early(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> Early:
+    """The same where the device has no room: the weights of stage 2 are read into the host's cache, if that has."""
+    return _trying(lambda: _read(options, own, is_due, device_memory))
+
+
+def _trying(work: Callable[[], Early]) -> Early:
+    try:
+        return work()
+    except Exception as error:
+        told = f"not loaded early: {reason_of(error)}"
+    # Here and not above, where the error still holds what was loaded.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Early(told=told)
+
+
+def _load(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device) -> Early:
+    why_not = obstacle(options) or ("the turn came first" if is_due() else None)
+    if why_not:
+        return Early(told=why_not)
+    info, free = rank_info(), available.free_memory(device)
+    plans = plan_processes(options, own, World(info.rank, info.size, device), free)
+    needed = peak(list(map(need_of, plans)), own)
+    plan = plans[own][0]
+    if getattr(plan.memory, "offloaded", 0) or (free.device is not None and needed > free.device):
+        return Early(told=f"not loaded early: {gib(needed)} needed, free: {free.describe()}")
+    if is_due():
+        return Early(told="the turn came first")
+    loaded = load_denoiser(plan.setup) if isinstance(plan.setup, DenoiseSetup) else load_decoder(plan.setup)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the loading left in pieces is the other stage's
+    return Early(loaded, f"loaded early: {gib(plan.memory.resident)}")
+
+
+def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> Early:
+    why_not = obstacle(options)
+    if why_not:
+        return Early(told=why_not)
+    free = FreeMemory(device_memory, available.host_available())
+    plans = plan_processes(options, None, World(0, rank_info().size, torch.device("cuda")), free)
+    setup, busy = plans[own][0].setup, plans[0][0].memory.host
+    files = weight_files(setup) if isinstance(setup, DenoiseSetup) else []
+    return Early(told=f"read ahead: {gib(read_ahead(files, free.host - busy, is_due))}")
+
+
+def load_denoiser(setup: DenoiseSetup) -> Denoisers:
+    """A setup's transformer."""
+    denoisers = Denoisers()
+    denoisers.load_early(setup)
+    return denoisers
+
+
+def load_decoder(setup: DecodeSetup) -> LoadedDecoder:
+    """A setup's decoder."""
+    decoders = LoadedDecoder()
+    setup.load(decoders)
+    return decoders
+
+
+def weight_files(setup: DenoiseSetup) -> list[Path]:
+    """Of its transformer."""
+    folder = setup.folder
+    return (
+        [folder.path] if isinstance(folder, TransformerFile) else folder.transformer_files(setup.settings.version.name)
+    )
+
+
+def obstacle(options: Sequence[Any]) -> str | None:
+    """Why the weights of a run are not known before its stages' turns, in a phrase; None where they are."""
+    encode, *others = options
+    if encode.jobs or any(one.jobs or one.seeds for one in others):
+        return "many videos"
+    if encode.rewrite == LOCAL:
+        return "the prompt is rewritten here, which takes as long and more memory"
+    if getattr(others[0], "input_video", None):
+        return "a video is the input"
+    return None
+
+
+def plan_processes(options: Sequence[Any], own: int | None, world: World, free: FreeMemory) -> list[list[StagePlan]]:
+    """The plans of a run's processes, one after the other, as if each had this memory; nothing is asked of a hub.
+
+    The kernels of stage `own` are tried, those of the others are not.
+    """
+    card = f"{(free.device or 0) / GIB + 1:.0f}"
+    asked = [
+        replace(one, dry_run=True, assume_gpu=card if index != own and free.device is not None else None)
+        for index, one in enumerate(options)
+    ]
+
+    def find_target(_: RunOptions, world: World) -> Target:
+        return Target(world, free, None)
+
+    return forecast.plan_processes(asked, world, find_target=find_target)
+
+
+def need_of(plans: Sequence[StagePlan]) -> Need:
+    """Of a process, from the plans of what it does one after the other."""
+    return Need(max(plan.memory.total for plan in plans), max(plan.memory.resident for plan in plans))
+
+
+def peak(needs: Sequence[Need], own: int) -> int:
+    """Bytes that must be free for the weights of stage `own` to be loaded before its turn.
+
+    Each stage up to it must have room to work beside the weights of all that follow, which may be there by then.
+    """
+    beside = [sum(need.resident for need in needs[index + 1 :]) for index in range(own + 1)]
+    most = max(need.total + others for need, others in zip(needs, beside, strict=False))
+    return most + RESERVE + (len(needs) - 1) * CONTEXT
+
+
+def read_ahead(files: Sequence[Path], room: int, is_due: IsDue) -> int:
+    """Have the kernel hold files in its cache until the turn comes; how many bytes it was asked for.
+
+    None where they do not fit into `room` bytes of host memory: what the running stage reads must stay there.
+    """
+    sizes = [path.stat().st_size for path in files]
+    done = 0
+    if sum(sizes) + RESERVE > room:
+        return done
+    for path, size in zip(files, sizes, strict=True):
+        with path.open("rb") as file:
+            for start in range(0, size, PIECE):
+                if is_due():
+                    return done
+                length = min(PIECE, size - start)
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+                os.pread(file.fileno(), 1, start + length - 1)  # which waits: one piece is under way at a time
+                done += length
+    return done

@@ -1,0 +1,223 @@
+"""What a stage of a whole run loads before its turn."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from folders import denoised, embed
+from PIL import Image
+
+import stage2_transformer
+import stage3_vae_decoder
+import utils
+from hunyuan_staged.files import contract
+from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.parsing import options_of_run, parse
+from hunyuan_staged.pipeline import early
+from hunyuan_staged.pipeline.early import CONTEXT, Need
+from hunyuan_staged.runtime.environment import RUN_FLAGS, TURN_PIPE, Early, run_flags, told_flags
+
+CPU = torch.device("cpu")
+SMALL = ["--video_length=9", "--num_inference_steps=2"]
+
+
+def never() -> bool:
+    return False
+
+
+def run(stage: int, flags: list[str], kept: Early, folder: Path, monkeypatch) -> list[dict]:
+    """Run a stage in its turn, with what it has loaded before it; its events."""
+    read, write = os.pipe()
+    os.write(write, b"\0")
+    os.close(write)
+    monkeypatch.setenv(TURN_PIPE, str(read))
+    script, cls, body = {
+        2: (stage2_transformer, DenoiseOptions, stage2_transformer.stage2),
+        3: (stage3_vae_decoder, DecodeOptions, stage3_vae_decoder.stage3),
+    }[stage]
+    log = folder / "log.jsonl"
+    log.unlink(missing_ok=True)
+    options = parse(cls, script.build_parser(), [*flags, f"--log_json={log}"])
+    assert utils.run_jobs(stage, options, body, script.group_size, lambda options, is_due: kept) == 0
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def loadings(events: list[dict]) -> set[str]:
+    return {one["what"] for one in events if one["event"] == "progress" and one["what"].startswith("loading")}
+
+
+def flags_of(folder: Path, model: Path, *more: str, image: Path | None = None) -> list[list[str]]:
+    """Those of a whole run's stages: 1, 2, and 3."""
+    place = f"--input_dir={folder}"
+    pictured = [f"--image_path={image}"] if image else []
+    named = f"--model_path={model}"
+    return [[named, f"--output_dir={folder}", *pictured], [named, place, *SMALL, *more], [named, place]]
+
+
+@pytest.mark.parametrize("more", [[], ["--weights_dtype=fp8"], ["--guidance_scale=1", "--num_inference_steps=3"]])
+def test_stage_2_takes_what_it_has_loaded_early_and_makes_the_same(tiny_official, tmp_path, monkeypatch, more):
+    folder = embed(tmp_path / "run", tiny_official)
+    flags = flags_of(folder, tiny_official, *more)
+    plain = run(2, flags[1], Early(), folder, monkeypatch)
+    latents = (folder / contract.LATENTS_FILE).read_bytes()
+    loaded = early.load_early(options_of_run(flags), 1, never, CPU)
+    assert loaded.told.startswith("loaded early: ")
+    events = run(2, flags[1], loaded, folder, monkeypatch)
+    assert (folder / contract.LATENTS_FILE).read_bytes() == latents
+    assert (loadings(plain), loadings(events)) == ({"loading transformer"}, set())
+    assert events[0]["early"] == loaded.told and "early" not in plain[0]
+    said = [[one["text"] for one in found if one["event"] == "info"] for found in (plain, events)]
+    assert [line for line in said[0] if "loading" not in line] == said[1], "but for the progress of loading"
+
+
+def test_image_to_video_is_known_by_stage_1s_flags(tiny_official, tmp_path, monkeypatch):
+    """Of the weights' two versions the one for images; and at the image's own shape."""
+    Image.new("RGB", (100, 160)).save(tmp_path / "high.png")
+    flags = flags_of(embed(tmp_path / "run", tiny_official, image=True), tiny_official, image=tmp_path / "high.png")
+    plans = early.plan_processes(options_of_run(flags), 1, World(0, 1, CPU), FreeMemory(None, 2**40))
+    assert (plans[1][0].setup.settings.version.name, plans[1][0].setup.shape[-2:]) == ("demo_i2v", (10, 6))
+    loaded = early.load_early(options_of_run(flags), 1, never, CPU)
+    assert loadings(run(2, flags[1], loaded, tmp_path / "run", monkeypatch)) == set()
+
+
+def test_what_turns_out_not_to_be_wanted_is_let_go(tiny_official, tmp_path, monkeypatch):
+    """Stage 1 was told of an image, and the folder holds text alone."""
+    Image.new("RGB", (160, 96)).save(tmp_path / "image.png")
+    folder = embed(tmp_path / "run", tiny_official)
+    flags = flags_of(folder, tiny_official, image=tmp_path / "image.png")
+    plain = run(2, flags[1], Early(), folder, monkeypatch)
+    latents = (folder / contract.LATENTS_FILE).read_bytes()
+    loaded = early.load_early(options_of_run(flags), 1, never, CPU)
+    assert loadings(run(2, flags[1], loaded, folder, monkeypatch)) == loadings(plain) == {"loading transformer"}
+    assert (folder / contract.LATENTS_FILE).read_bytes() == latents
+
+
+def test_another_schedule_than_was_known_is_computed_anew(tiny_official, tmp_path, monkeypatch):
+    folder = embed(tmp_path / "run", tiny_official)
+    flags = flags_of(folder, tiny_official)
+    loaded = early.load_early(options_of_run(flags), 1, never, CPU)
+    others = [*flags[1], "--num_inference_steps=3"]
+    run(2, others, loaded, folder, monkeypatch)
+    latents = (folder / contract.LATENTS_FILE).read_bytes()
+    run(2, others, Early(), folder, monkeypatch)
+    assert (folder / contract.LATENTS_FILE).read_bytes() == latents
+
+
+def test_stage_3_takes_the_decoder_that_it_has_loaded_early(tiny_official, tmp_path, monkeypatch):
+    folder = denoised(embed(tmp_path / "run", tiny_official), tiny_official)
+    flags = flags_of(folder, tiny_official)
+    frames = folder / "stage3_frames.safetensors"
+    plain = run(3, [*flags[2], "--save_frames"], Early(), folder, monkeypatch)
+    before = frames.read_bytes()
+    loaded = early.load_early(options_of_run(flags), 2, never, CPU)
+    events = run(3, [*flags[2], "--save_frames"], loaded, folder, monkeypatch)
+    assert (loadings(plain), loadings(events)) == ({"loading VAE decoder"}, set())
+    assert frames.read_bytes() == before
+
+
+def test_super_resolution_has_its_own_transformer_early(tiny_super_resolution, tmp_path, monkeypatch):
+    folder = denoised(embed(tmp_path / "run", tiny_super_resolution), tiny_super_resolution)
+    embed(folder, tiny_super_resolution)
+    first, base, third = flags_of(folder, tiny_super_resolution)
+    larger = [word for word in base if word not in SMALL] + ["--super_resolution=demo_hd"]
+    flags = [[*first, "--super_resolution=demo_hd"], base, larger, third]
+    name = contract.at_resolution(contract.LATENTS_FILE, "demo_hd")
+    plain = run(2, larger, Early(), folder, monkeypatch)
+    latents = (folder / name).read_bytes()
+    (folder / name).unlink()
+    loaded = early.load_early(options_of_run(flags), 2, never, CPU)
+    events = run(2, larger, loaded, folder, monkeypatch)
+    assert (loadings(plain), loadings(events)) == ({"loading transformer"}, set())
+    assert (folder / name).read_bytes() == latents
+
+
+@pytest.mark.parametrize(
+    ("more", "is_due", "told"),
+    [
+        ([["--jobs=x.jsonl"], [], []], never, "many videos"),
+        ([[], ["--seeds=1-4"], ["--seeds=1-4"]], never, "many videos"),
+        ([["--rewrite=local"], [], []], never, "the prompt is rewritten here, which takes as long and more memory"),
+        ([[], ["--super_resolution=demo_hd", "--input_video=x.mp4"], []], never, "a video is the input"),
+        ([[], [], []], lambda: True, "the turn came first"),
+        (
+            [["--cfg_distilled"], [], []],
+            never,
+            "not loaded early: InputError: PLACE has no transformer demo_t2v_distilled; it holds demo_i2v, demo_t2v",
+        ),
+    ],
+)
+def test_where_nothing_is_known_nothing_is_loaded(tiny_official, tmp_path, more, is_due, told):
+    flags = [[*own, *others] for own, others in zip(flags_of(tmp_path, tiny_official), more, strict=True)]
+    found = early.load_early(options_of_run(flags), 1, is_due, CPU)
+    assert (found.kept, found.told.replace(str(tiny_official), "PLACE")) == (None, told)
+
+
+def test_weights_that_cannot_be_read_are_left_to_the_turn(tiny_official, tmp_path):
+    shutil.copytree(tiny_official, tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "demo_t2v" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    found = early.load_early(options_of_run(flags_of(tmp_path, tmp_path / "model")), 1, never, CPU)
+    assert found.kept is None
+    assert found.told.startswith(f"not loaded early: InputError: {weights} is not a whole safetensors file (")
+
+
+def test_each_stage_has_room_to_work_beside_the_weights_of_those_that_follow():
+    needs = [Need(16, 15), Need(13, 10), Need(17, 11), Need(12, 1)]
+    around = RESERVE + 3 * CONTEXT
+    assert early.peak(needs, 1) - around == 16 + 10 + 11 + 1  # while stage 1 works
+    assert early.peak(needs, 3) - around == 16 + 10 + 11 + 1
+    small = [Need(2, 1), Need(13, 10), Need(12, 1)]
+    assert early.peak(small, 1) - (RESERVE + 2 * CONTEXT) == 13 + 1, "its own turn asks for most"
+    assert early.peak([Need(2, 1), Need(3, 2), Need(40, 1)], 2) - (RESERVE + 2 * CONTEXT) == 40
+
+
+def test_published_weights_fit_a_card_of_48_gb_early_and_none_of_24():
+    options = [EncodeOptions(model_path="x"), DenoiseOptions(model_path="x"), DecodeOptions(model_path="x")]
+    for card, fits in ((48, True), (24, False)):
+        free = FreeMemory(card * GIB, 64 * GIB)
+        plans = early.plan_processes(options, None, World(0, 1, torch.device("cuda")), free)
+        assert (early.peak(list(map(early.need_of, plans)), 1) <= free.device) is fits
+
+
+def test_files_are_read_ahead_where_the_host_has_room(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    for path, size in zip(files, (2 * early.PIECE + 1, 5), strict=True):
+        path.write_bytes(bytes(size))
+    everything = 2 * early.PIECE + 6
+    assert early.read_ahead(files, everything + RESERVE, never) == everything
+    assert early.read_ahead(files, everything + RESERVE - 1, never) == 0
+    asked = iter([False, True])
+    assert early.read_ahead(files, GIB * 9, lambda: next(asked)) == early.PIECE, "until the turn comes"
+
+
+def test_a_card_without_room_has_the_transformer_read_ahead(tiny_official, tmp_path):
+    options = options_of_run(flags_of(tmp_path, tiny_official))
+    weights = tiny_official / "transformer" / "demo_t2v" / "diffusion_pytorch_model.safetensors"
+    size = weights.stat().st_size / 2**20
+    assert early.read_early(options, 1, never, 8 * GIB) == Early(None, f"read ahead: {size:.0f} MiB")
+    assert early.read_early(options, 2, never, 8 * GIB) == Early(None, "read ahead: 0 MiB")
+
+
+def test_the_launcher_tells_a_stage_the_flags_of_all_but_texts(monkeypatch):
+    flags = [["--prompt=a", "--negative_prompt=b=c", "--resolution=480p"], ["--seed=3", "--resume"], []]
+    monkeypatch.setenv(RUN_FLAGS, told_flags(1, flags))
+    assert run_flags() == (1, [["--resolution=480p"], ["--seed=3", "--resume"], []])
+    monkeypatch.delenv(RUN_FLAGS)
+    assert run_flags() is None
+
+
+@pytest.mark.parametrize(
+    ("count", "classes"),
+    [
+        (2, [EncodeOptions, DenoiseOptions]),
+        (3, [EncodeOptions, DenoiseOptions, DecodeOptions]),
+        (4, [EncodeOptions, DenoiseOptions, DenoiseOptions, DecodeOptions]),
+    ],
+)
+def test_flags_are_of_stage_1_stage_2_maybe_twice_and_stage_3(count, classes):
+    assert [type(options) for options in options_of_run([[]] * count)] == classes
