@@ -100,7 +100,8 @@ def _stage(events: Sequence[Event], cursor: float, began: float) -> dict[str, An
 
     until_turn: since then, so the end of that process and whatever of this one's own start it did not hide; begin: flags
     checked, processes joined; prepare: all before loading; first_extra: computing beyond that many steps of the others'
-    median; rest: writing, and what is between parts. exec, ready: seconds since the run began, beside the other stage.
+    median, of a decoding what its first chunk or tile takes more than the others; rest: writing, and what is between
+    parts. exec, ready: seconds since the run began, beside the other stage. early: what the stage said of loading then.
     """
     start, done = events[0], _moment(events[-1])
     age = start["age"]
@@ -113,9 +114,14 @@ def _stage(events: Sequence[Event], cursor: float, began: float) -> dict[str, An
             seconds[event["what"]] += event["seconds"]
             loading = _moment(event) - event["seconds"] if loading is None else loading
     prepare = (started if loading is None else loading) - started
-    steps = [event["seconds"] for event in events if event["event"] == "progress" and event["what"] == "denoising"]
+    steps, chunks = (
+        [event["seconds"] for event in events if event["event"] == "progress" and event["what"] == what]
+        for what in ("denoising", "decoding")
+    )
     step = statistics.median(steps[1:]) if len(steps) > 1 else None
     work = seconds["compute"] if step is None else min(step * len(steps), seconds["compute"])
+    if len(chunks) > 1:
+        work -= max(0.0, chunks[0] - statistics.median(chunks[1:]))
     found = {
         "stage": start["stage"],
         "exec": executed - began,
@@ -128,17 +134,19 @@ def _stage(events: Sequence[Event], cursor: float, began: float) -> dict[str, An
         "work": work,
         "rest": done - started - prepare - sum(seconds.values()),
         "step": step,
+        "early": start.get("early"),
     }
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def table(title: str, parts: dict[str, Any]) -> str:
-    """The parts as lines: a stage each, then the sums."""
-    names = [name for name in parts["stages"][0] if name != "stage"]
+    """The parts as lines: a stage each, then what stages said of loading early, then the sums."""
+    names = [name for name in parts["stages"][0] if name not in ("stage", "early")]
     rows = [[title, *names]]
     for stage in parts["stages"]:
         rows.append([stage["stage"], *("-" if stage[name] is None else f"{stage[name]:.2f}" for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     sums = "  ".join(f"{name} {parts[name]:.2f} s" for name in ("wall", "work", "startup", "end"))
-    return "\n".join([*lines, sums])
+    early = [f"{stage['stage']}: {stage['early']}" for stage in parts["stages"] if stage["early"]]
+    return "\n".join([*lines, *early, sums])

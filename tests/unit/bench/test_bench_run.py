@@ -29,7 +29,7 @@ EVENTS = [
     part(8.0, "stage 1", "load", 3.0),
     part(9.0, "stage 1", "compute", 1.0),
     event(9.5, "stage 1", "done"),
-    event(11.0, "stage 2", "start", age={"exec": 0.1, "ready": 4.0, "turn": 10.0, "start": 10.4}),
+    event(11.0, "stage 2", "start", age={"exec": 0.1, "ready": 4.0, "turn": 10.0, "start": 10.4}, early="loaded early"),
     part(14.0, "stage 2", "load", 2.0),
     step(19.0, 1, 5.0),
     step(20.0, 2, 1.0),
@@ -55,6 +55,7 @@ def test_the_parts_of_a_run_make_up_its_wall_time():
         "work": 1.0,
         "rest": 0.5,
         "step": None,
+        "early": None,
     }
     assert two == {
         "stage": "stage 2",
@@ -68,6 +69,7 @@ def test_the_parts_of_a_run_make_up_its_wall_time():
         "work": 3.0,
         "rest": 0.5,
         "step": 1.0,
+        "early": "loaded early",
     }
     assert {name: parts[name] for name in ("wall", "work", "startup", "end")} == {
         "wall": 24.5,
@@ -78,9 +80,22 @@ def test_the_parts_of_a_run_make_up_its_wall_time():
     exclusive = ("until_turn", "begin", "prepare", "load", "first_extra", "work", "rest")
     assert sum(stage[name] for stage in (one, two) for name in exclusive) + 2.5 == pytest.approx(24.5)
     shown = table("run 1 of 1", parts).splitlines()
-    assert shown[0].split() == ["run", "1", "of", "1", *(name for name in one if name != "stage")]
+    assert shown[0].split() == ["run", "1", "of", "1", *(name for name in one if name not in ("stage", "early"))]
     assert shown[1].split()[:4] == ["stage", "1", "0.60", "-"]
+    assert shown[-2] == "stage 2: loaded early"
     assert shown[-1] == "wall 24.50 s  work 4.00 s  startup 20.50 s  end 2.50 s"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "extra"), [([2.9, 0.3, 0.2, 0.4], 2.6), ([0.2, 0.3, 0.3, 0.3], 0.0), ([2.9], 0.0), ([], 0.0)]
+)
+def test_what_the_first_chunk_takes_more_than_the_others_is_no_work(chunks, extra):
+    """The warm-up of stage 3 was counted as decoding."""
+    chunked = [event(2.0, "stage 3", "progress", what="decoding", seconds=seconds) for seconds in chunks]
+    ages = {"exec": 0.1, "ready": 0.2, "turn": 0.3, "start": 0.4}
+    ended = [part(6.0, "stage 3", "compute", 4.5), event(6.1, "stage 3", "done")]
+    (three,) = parts_of(ZERO, ZERO + 6.1, [event(1.0, "stage 3", "start", age=ages), *chunked, *ended])["stages"]
+    assert (three["first_extra"], three["work"]) == (pytest.approx(extra), pytest.approx(4.5 - extra))
 
 
 def test_flags_that_it_does_not_know_are_the_launchers():
