@@ -2,34 +2,9 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from hunyuan_staged.parallel.layout import Layout, plan_layout
-
-
-@dataclass(frozen=True)
-class LoneShare(Layout):
-    """A layout of which only this rank is there: what it would get from others it copies from what it would send.
-
-    sent: bytes that would leave this rank, one entry an exchange.
-    """
-
-    sent: list[int] = field(default_factory=list)
-
-    def _all_to_all(
-        self, incoming: torch.Tensor, outgoing: torch.Tensor, received: Sequence[int], sent: Sequence[int]
-    ) -> None:
-        self.sent.append((sum(sent) - sent[self.shard]) * outgoing.itemsize)
-        size = min(len(incoming), len(outgoing))
-        incoming[:size] = outgoing[:size]
-        incoming[size:] = 0  # where heads do not divide, a rank gets more than it sends
-
-    def _all_gather(self, tensor: torch.Tensor, count: int, group: Any) -> list[torch.Tensor]:
-        self.sent.append((count - 1) * tensor.nbytes)
-        return [tensor.clone() for _ in range(count)]
+from hunyuan_staged.parallel.layout import LoneShare, plan_layout
 
 
 def lone_share(ranks: int, branches: int, cfg_parallel: str) -> LoneShare:

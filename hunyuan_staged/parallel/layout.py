@@ -6,7 +6,7 @@ Letters: S video tokens of the whole video, s of this rank's shard; H heads, h t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -144,6 +144,28 @@ class Layout:
         parts = [torch.empty_like(tensor) for _ in range(count)]
         dist.all_gather(parts, tensor, group=group)
         return parts
+
+
+@dataclass(frozen=True)
+class LoneShare(Layout):
+    """A layout of which only this rank is there: what it would get from others it copies from what it would send.
+
+    sent: bytes that would leave this rank, one entry an exchange.
+    """
+
+    sent: list[int] = field(default_factory=list)
+
+    def _all_to_all(
+        self, incoming: torch.Tensor, outgoing: torch.Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> None:
+        self.sent.append((sum(sent) - sent[self.shard]) * outgoing.itemsize)
+        size = min(len(incoming), len(outgoing))
+        incoming[:size] = outgoing[:size]
+        incoming[size:] = 0  # where heads do not divide, a rank gets more than it sends
+
+    def _all_gather(self, tensor: torch.Tensor, count: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+        self.sent.append((count - 1) * tensor.nbytes)
+        return [tensor.clone() for _ in range(count)]
 
 
 def pack_heads(parts: Sequence[torch.Tensor], shares: Sequence[int]) -> torch.Tensor:

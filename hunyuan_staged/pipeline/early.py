@@ -1,4 +1,4 @@
-"""What a stage of a whole run loads before its turn, where that fits beside the stages that work meanwhile.
+"""What a stage of a whole run loads and compiles before its turn, where that fits beside the stages that work meanwhile.
 
 The launcher tells a stage that waits the flags of all. From them follow the plans of all, as --dry_run shows them, and
 the weights. No number follows from any of it: in its turn the stage reads its input, plans and asks for its weights as
@@ -7,6 +7,8 @@ ever, and gets those that are there, if they are the ones.
 
 import gc
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 
 from hunyuan_staged.attention.packages import reason_of
+from hunyuan_staged.decoding import whole
+from hunyuan_staged.decoding.frames import DecodeContext
+from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.encoders.endpoint import LOCAL
 from hunyuan_staged.memory import available
 from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory, gib
@@ -28,11 +33,14 @@ from hunyuan_staged.pipeline.forecast_target import StagePlan, Target
 from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
 from hunyuan_staged.run_options import RunOptions
 from hunyuan_staged.runtime.environment import Early, IsDue
+from hunyuan_staged.runtime.progress import SILENT, quiet
 from hunyuan_staged.weights.single_file import TransformerFile
 
 # Of each process on a GPU, beside what torch allocates: its context, and kernels. Measured: 0.5 GiB.
 CONTEXT = 3 * GIB // 4
 PIECE = 2**24  # bytes of a file that are read ahead at a time
+SIDE = 8  # of rehearsed latents
+DUE = "the turn came first"
 
 
 @dataclass(frozen=True)
@@ -46,56 +54,76 @@ class Need:
 def load_early(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device) -> Early:
     """What the stage of number `own`, counted from 0, has on the device before its turn: Denoisers or a LoadedDecoder.
 
-    options: of the run's stages. Nothing, with the reason, where there is no room, and where something fails: whatever
-    that is, the turn meets it again, and says so.
+    They have run once, where there is room and time for that: then nothing is left to be compiled. options: of the run's
+    stages. Nothing, with the reason, where there is no room, and where something fails: whatever that is, the turn meets
+    it again, and says so.
     """
-    return _trying(lambda: _load(options, own, is_due, device))
+    kept: list[Any] = []
+    told = _trying("not loaded early", lambda: _load(options, own, is_due, device, kept))
+    return Early(kept[0] if kept else None, told)
 
 
 def read_early(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> Early:
     """The same where the device has no room: the weights of stage 2 are read into the host's cache, if that has."""
-    return _trying(lambda: _read(options, own, is_due, device_memory))
+    return Early(told=_trying("not read ahead", lambda: _read(options, own, is_due, device_memory)))
 
 
-def _trying(work: Callable[[], Early]) -> Early:
+def _trying(without: str, work: Callable[[], str]) -> str:
+    """What `work` says, or without what the run goes on and why."""
     try:
         return work()
     except Exception as error:
-        told = f"not loaded early: {reason_of(error)}"
+        told = f"{without}: {reason_of(error)}"
     # Here and not above, where the error still holds what was loaded.
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return Early(told=told)
+    return told
 
 
-def _load(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device) -> Early:
-    why_not = obstacle(options) or ("the turn came first" if is_due() else None)
+def _load(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device, kept: list[Any]) -> str:
+    """Fill `kept`; in a phrase what has come of that."""
+    why_not = obstacle(options) or (DUE if is_due() else None)
     if why_not:
-        return Early(told=why_not)
+        return why_not
     info, free = rank_info(), available.free_memory(device)
     plans = plan_processes(options, own, World(info.rank, info.size, device), free)
-    needed = peak(list(map(need_of, plans)), own)
-    plan = plans[own][0]
-    if getattr(plan.memory, "offloaded", 0) or (free.device is not None and needed > free.device):
-        return Early(told=f"not loaded early: {gib(needed)} needed, free: {free.describe()}")
+    needs, plan = list(map(need_of, plans)), plans[own][0]
+    needed, room = peak(needs, own), sys.maxsize if free.device is None else free.device
+    if getattr(plan.memory, "offloaded", 0) or needed > room:
+        return f"not loaded early: {gib(needed)} needed, free: {free.describe()}"
     if is_due():
-        return Early(told="the turn came first")
-    loaded = load_denoiser(plan.setup) if isinstance(plan.setup, DenoiseSetup) else load_decoder(plan.setup)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the loading left in pieces is the other stage's
-    return Early(loaded, f"loaded early: {gib(plan.memory.resident)}")
+        return DUE
+    told = f"loaded early: {gib(plan.memory.resident)}"
+    try:
+        loaded = load_denoiser(plan.setup) if isinstance(plan.setup, DenoiseSetup) else load_decoder(plan.setup)
+        kept.append(loaded)
+        needs[own] = Need(needs[own].total, needs[own].total)
+        if is_due() or peak(needs, own) > room:
+            return f"{told}, not rehearsed"
+        return _trying(f"{told}, not rehearsed", lambda: f"{told}, {_rehearse(loaded, plan)}")
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # which is the other stage's
 
 
-def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> Early:
+def _rehearse(loaded: Denoisers | LoadedDecoder, plan: StagePlan) -> str:
+    if isinstance(loaded, Denoisers):
+        loaded.rehearse(plan.setup)
+    else:
+        rehearse_decoder(loaded, plan.setup, plan.memory)
+    return "rehearsed"
+
+
+def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> str:
     why_not = obstacle(options)
     if why_not:
-        return Early(told=why_not)
+        return why_not
     free = FreeMemory(device_memory, available.host_available())
     plans = plan_processes(options, None, World(0, rank_info().size, torch.device("cuda")), free)
     setup, busy = plans[own][0].setup, plans[0][0].memory.host
     files = weight_files(setup) if isinstance(setup, DenoiseSetup) else []
-    return Early(told=f"read ahead: {gib(read_ahead(files, free.host - busy, is_due))}")
+    return f"read ahead: {gib(read_ahead(files, free.host - busy, is_due))}"
 
 
 def load_denoiser(setup: DenoiseSetup) -> Denoisers:
@@ -110,6 +138,16 @@ def load_decoder(setup: DecodeSetup) -> LoadedDecoder:
     decoders = LoadedDecoder()
     setup.load(decoders)
     return decoders
+
+
+def rehearse_decoder(decoders: LoadedDecoder, setup: DecodeSetup, plan: Decoding) -> None:
+    """Decode small frames in three chunks, the first, one between and the last: kernels do not depend on the size."""
+    decoder, config = setup.load(decoders)
+    chunk = plan.latent_frames_per_chunk
+    latents = torch.zeros(1, setup.job.latents.shape[1], 2 * chunk + 1, SIDE, SIDE)
+    alone = DecodeContext(World(0, 1, setup.world.device), quiet, SILENT.warn, False)
+    small = replace(plan, tile_size=None, bands=1)
+    deque(whole.decode_whole(decoder, latents, config, small, alone), maxlen=0)
 
 
 def weight_files(setup: DenoiseSetup) -> list[Path]:

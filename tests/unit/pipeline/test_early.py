@@ -1,7 +1,9 @@
 """What a stage of a whole run loads before its turn."""
 
+import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,11 +16,16 @@ import stage2_transformer
 import stage3_vae_decoder
 import utils
 from hunyuan_staged.files import contract
-from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory
+from hunyuan_staged.memory.budget import GIB, RESERVE, BlockPlan, FreeMemory
+from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
+from hunyuan_staged.parallel.layout import LoneShare, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.parsing import options_of_run, parse
 from hunyuan_staged.pipeline import early
+from hunyuan_staged.pipeline.denoiser import Denoiser
+from hunyuan_staged.pipeline.denoisers import Denoisers
+from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.early import CONTEXT, Need
 from hunyuan_staged.runtime.environment import RUN_FLAGS, TURN_PIPE, Early, run_flags, told_flags
 
@@ -66,7 +73,7 @@ def test_stage_2_takes_what_it_has_loaded_early_and_makes_the_same(tiny_official
     plain = run(2, flags[1], Early(), folder, monkeypatch)
     latents = (folder / contract.LATENTS_FILE).read_bytes()
     loaded = early.load_early(options_of_run(flags), 1, never, CPU)
-    assert loaded.told.startswith("loaded early: ")
+    assert re.fullmatch("loaded early: [0-9]+ MiB, rehearsed", loaded.told)
     events = run(2, flags[1], loaded, folder, monkeypatch)
     assert (folder / contract.LATENTS_FILE).read_bytes() == latents
     assert (loadings(plain), loadings(events)) == ({"loading transformer"}, set())
@@ -115,9 +122,59 @@ def test_stage_3_takes_the_decoder_that_it_has_loaded_early(tiny_official, tmp_p
     plain = run(3, [*flags[2], "--save_frames"], Early(), folder, monkeypatch)
     before = frames.read_bytes()
     loaded = early.load_early(options_of_run(flags), 2, never, CPU)
+    assert re.fullmatch("loaded early: [0-9]+ MiB, rehearsed", loaded.told)
     events = run(3, [*flags[2], "--save_frames"], loaded, folder, monkeypatch)
     assert (loadings(plain), loadings(events)) == ({"loading VAE decoder"}, set())
     assert frames.read_bytes() == before
+
+
+def test_what_cannot_be_rehearsed_is_loaded_all_the_same(tiny_official, tmp_path, monkeypatch):
+    """The first step meets the failure again."""
+
+    def fail(*_):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(Denoiser, "rehearse", fail)
+    found = early.load_early(options_of_run(flags_of(tmp_path, tiny_official)), 1, never, CPU)
+    assert isinstance(found.kept, Denoisers)
+    assert found.told.endswith(" MiB, not rehearsed: ZeroDivisionError: ours")
+    turn = iter([False, False, True])
+    found = early.load_early(options_of_run(flags_of(tmp_path, tiny_official)), 1, lambda: next(turn), CPU)
+    assert isinstance(found.kept, Denoisers) and found.told.endswith(" MiB, not rehearsed")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_step_has_nothing_left_to_compile_after_a_rehearsal(tiny_official, tmp_path, monkeypatch, processes):
+    """Neither for another length of the text nor, where images are among it, for theirs; with several ranks, as well."""
+    graphs = []
+
+    def backend(graph, _, **__):
+        graphs.append(graph)
+        return graph
+
+    Image.new("RGB", (160, 96)).save(tmp_path / "image.png")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(DenoiseSetup, "compiled", True)
+    options = options_of_run(flags_of(tmp_path, tiny_official, image=tmp_path / "image.png"))
+    world = World(0, processes, CPU)
+    setup = early.plan_processes(options, 1, world, FreeMemory(None, 2**40))[1][0].setup
+    denoisers = early.load_denoiser(setup)
+    torch._dynamo.reset()
+    try:
+        denoisers.rehearse(setup)
+        assert len(graphs) == 3, "before, behind and after attention"
+        denoiser = denoisers.load(setup, BlockPlan(0, "", {}, 0)) if processes == 1 else setup.load_resident()
+        layout = LoneShare(*plan_layout(processes, 2))
+        forward = denoiser.forward(setup.attention, setup.shape[2:], layout, compile=True)
+        inputs = torch.zeros(1, denoiser.model.config.in_channels, *setup.shape[2:])
+        for language, glyphs, image in ((7, 0, 4), (31, 5, 4), (300, 0, 0), (2, 0, 0)):
+            widths = (denoiser.model.config.text_embed_dim, denoiser.model.config.text_embed_2_dim)
+            parts = [torch.randn(1, n, width) for n, width in zip((language, glyphs), widths, strict=True)]
+            pictured = torch.randn(1, image, denoiser.model.config.image_embed_dim)
+            forward(inputs, torch.tensor([1000.0]), Conditioning(*parts, pictured))
+        assert len(graphs) == 3
+    finally:
+        torch._dynamo.reset()
 
 
 def test_super_resolution_has_its_own_transformer_early(tiny_super_resolution, tmp_path, monkeypatch):
