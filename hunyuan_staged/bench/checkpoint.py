@@ -76,7 +76,7 @@ def draw_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         tqdm(total=size, unit="B", unit_scale=True, desc="drawing weights", dynamic_ncols=True) as bar,
         checkpoint_writer.new_folder(root) as work,
     ):
-        writer = _Writer(device, dtype, generator, bar.update)
+        writer = Writer(device, dtype, generator, bar.update)
         for part in parts:
             writer.write(work / part.folder, part)
         checkpoint_writer.write_scheduler(work)
@@ -204,7 +204,19 @@ def _glyph(sizes: "Sizes") -> Part:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-class _Writer:
+def safetensors_header(tensors: Mapping[str, tuple[str, list[int], int]]) -> bytes:
+    """What stands before the tensors of a safetensors file: (dtype, shape, bytes) by name, in the order of the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+class Writer:
     """Draws tensors and writes them, one after the other."""
 
     def __init__(
@@ -235,22 +247,16 @@ class _Writer:
             write_index(folder, part.stem, files, sum(sizes.values()))
 
     def _write_file(self, path: Path, tensors: Mapping[str, Any]) -> None:
-        """A safetensors file: the header's length, the header, the tensors as it lists them."""
         kind = DTYPES[str(self.dtype).removeprefix("torch.")]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        place = 0
-        for name, tensor in tensors.items():
-            end = place + tensor.numel() * self.dtype.itemsize
-            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, end]}
-            place = end
-        content = json.dumps(header, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % 8)
+        held = {
+            name: (kind, list(tensor.shape), tensor.numel() * self.dtype.itemsize) for name, tensor in tensors.items()
+        }
         with path.open("wb", buffering=0) as file:
-            file.write(len(content).to_bytes(8, "little") + content)
+            file.write(safetensors_header(held))
             for name, tensor in tensors.items():
-                self._append(file, self._draw(name, tensor.shape))
+                self.append(file, self.draw(name, tensor.shape))
 
-    def _append(self, file: BinaryIO, tensor: "torch.Tensor") -> None:
+    def append(self, file: BinaryIO, tensor: "torch.Tensor") -> None:
         import torch
 
         for piece in tensor.reshape(-1).view(torch.uint8).split(PIECE_BYTES):
@@ -264,11 +270,11 @@ class _Writer:
     def _write_pickle(self, folder: Path, part: Part) -> None:
         from hunyuan_staged.demo.checkpoint_writer import save_glyph_weights
 
-        drawn = {name: self._draw(name, tensor.shape).cpu() for name, tensor in part.tensors.items()}
+        drawn = {name: self.draw(name, tensor.shape).cpu() for name, tensor in part.tensors.items()}
         save_glyph_weights(folder, drawn)
         self.done(sum(tensor.nbytes for tensor in drawn.values()))
 
-    def _draw(self, name: str, shape: "torch.Size") -> "torch.Tensor":
+    def draw(self, name: str, shape: "torch.Size") -> "torch.Tensor":
         """As step.random_model: norms around 1, others of 0.7 / sqrt(fan-in), which keeps activations near 1."""
         import torch
 

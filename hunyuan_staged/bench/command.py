@@ -1,6 +1,6 @@
 """`python -m hunyuan_staged.bench stage2 …`, `… stage3 …`: a stage at any size, with random weights built straight on the
 device; `… encoding …`: the VAE's encoding of a video; `… memory CLAIM`: what is said about memory (memory.py);
-`… checkpoint FOLDER`: weights to time runs on; `… run FLAGS`: run_staged.sh by part.
+`… checkpoint FOLDER`, `… file FILE`: weights to time runs on; `… run FLAGS`: run_staged.sh by part.
 
 Warm-up is apart, both sides of every timing are synchronised, the median is printed, and the last line is JSON.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from hunyuan_staged import geometry, options, versions
 from hunyuan_staged.attention import modes
-from hunyuan_staged.bench import checkpoint, memory, step
+from hunyuan_staged.bench import checkpoint, memory, single_file, step
 from hunyuan_staged.bench import run as whole_run
 from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_encoding, bench_stage3
@@ -65,6 +65,7 @@ def add_stage2(stages: Any) -> None:
         type=int,
         help="also time one rank's share of a step on so many GPUs, on this one; exchanges are copies on the device",
     )
+    stage2.add_argument("--transformer", help="a file as in stage 2, read as there, in place of random weights")
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
     stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     add_encoding(stages)
     memory.add_parser(stages)
     checkpoint.add_parser(stages)
+    single_file.add_parser(stages)
     whole_run.add_parser(stages)
     for stage in stages.choices.values():
         add_debug(stage, argparse.SUPPRESS)
@@ -146,7 +148,8 @@ def check_device(args: argparse.Namespace) -> None:
     import torch
 
     fewer = {"stage2": "layers", "stage3": "channels", "encoding": "channels"}.get(args.stage)
-    if fewer and not getattr(args, fewer) and not torch.cuda.is_available():
+    chosen = fewer and (getattr(args, fewer) or getattr(args, "transformer", None))
+    if fewer and not chosen and not torch.cuda.is_available():
         raise InputError(
             f"bench {args.stage} measures the full-size model and needs a GPU; --{fewer} makes a smaller one"
         )

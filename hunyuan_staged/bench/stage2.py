@@ -77,9 +77,10 @@ def described(args: argparse.Namespace, setup: Setup, tokens: int) -> dict[str, 
         "attn_mode": setup.attention.name,
         "compiled": setup.compile,
         "offloaded": setup.offloaded,
-        "weights_dtype": args.weights_dtype or str(torch.bfloat16),
+        "weights_dtype": args.weights_dtype or ("the file's" if args.transformer else str(torch.bfloat16)),
         "fp8_matmul": args.fp8_matmul,
         "guidance_branches": setup.run.branches,
+        **setup.loading,
     }
 
 

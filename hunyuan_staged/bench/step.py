@@ -1,8 +1,9 @@
-"""bench stage2: a transformer with random weights on its device, and a guided step of it."""
+"""bench stage2: a transformer with random weights, or those of a file, on its device, and a guided step of it."""
 
 import argparse
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hunyuan_staged import geometry, versions
@@ -92,6 +93,7 @@ class Setup:
     blocks: Any
     weights_bytes: int
     compile: bool
+    loading: dict[str, Any]
 
     @property
     def cuda(self) -> bool:
@@ -125,35 +127,27 @@ class Setup:
 
 
 def set_up(args: argparse.Namespace, world: Any) -> Setup:
-    """What args ask for, built on this rank's device; counting of its peak memory starts here."""
+    """What args ask for, built on this rank's device or read from a file; counting of its peak memory starts here."""
     import torch
 
     from hunyuan_staged.attention.choose import choose_attention
     from hunyuan_staged.memory import offloading
-    from hunyuan_staged.models import modulations
     from hunyuan_staged.parallel.layout import make_layout
-    from hunyuan_staged.sampling import precompute
-    from hunyuan_staged.weights.published import super_resolution_config
-    from hunyuan_staged.weights.quantization import fp8_matmul, fp8_rows
+    from hunyuan_staged.weights.quantization import fp8_matmul
 
     run = asked_run(args)
     device, dtype = world.device, torch.bfloat16
     layout = make_layout(world, run.branches, args.cfg_parallel)
     sage_blocks = versions.parse_block_range("--sage_blocks_range", args.sage_blocks_range)
     attention = choose_attention(args.attn_mode, device, dtype, sage_blocks)
-    config = super_resolution_config(run.enlarges) if run.enlarges else {}
-    model = random_model(config | ({"num_layers": args.layers} if args.layers else {}), device, dtype)
-    table = modulations.hoist(model, precompute.step_times(run.sigmas, use_meanflow=model.config.use_meanflow))
-    if args.weights_dtype == "fp8":
-        fp8_rows.quantise_linears(model.transformer_blocks)
     if args.fp8_matmul:
         if not args.weights_dtype:
             raise InputError("needs --weights_dtype fp8", option=fp8_matmul.OPTION)
         fp8_matmul.check(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, dtype)
+    model, table, blocks, loading = (_read if args.transformer else _draw)(args, run, world, dtype)
+    if args.fp8_matmul:
         fp8_matmul.compute_in_float8(model.transformer_blocks)
     block_weights = offloading.weights_of(model, model.transformer_blocks, dtype)
-    offloaded = block_weights.count if args.enable_offloading else args.offload_blocks or 0
-    blocks = offloading.stream_blocks(model, device, offloaded, world=world) if offloaded else None
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -165,10 +159,86 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         attention,
         table,
         block_weights,
-        offloaded,
+        _offloaded(args, block_weights.count),
         blocks,
         weights_bytes=torch.cuda.memory_allocated() if device.type == "cuda" else 0,
         compile=not args.no_compile,
+        loading=loading,
+    )
+
+
+def _offloaded(args: argparse.Namespace, blocks: int) -> int:
+    return blocks if args.enable_offloading else args.offload_blocks or 0
+
+
+Model = tuple[Any, Any, Any, dict[str, Any]]  # model, modulations, blocks where some are offloaded, about the loading
+
+
+def _draw(args: argparse.Namespace, run: Run, world: Any, dtype: Any) -> Model:
+    """Random weights."""
+    from hunyuan_staged.memory import offloading
+    from hunyuan_staged.models import modulations
+    from hunyuan_staged.sampling import precompute
+    from hunyuan_staged.weights.published import super_resolution_config
+    from hunyuan_staged.weights.quantization import fp8_rows
+
+    config = super_resolution_config(run.enlarges) if run.enlarges else {}
+    model = random_model(config | ({"num_layers": args.layers} if args.layers else {}), world.device, dtype)
+    table = modulations.hoist(model, precompute.step_times(run.sigmas, use_meanflow=model.config.use_meanflow))
+    if args.weights_dtype == "fp8":
+        fp8_rows.quantise_linears(model.transformer_blocks)
+    offloaded = _offloaded(args, len(model.transformer_blocks))
+    blocks = offloading.stream_blocks(model, world.device, offloaded, world=world) if offloaded else None
+    return model, table, blocks, {}
+
+
+def _read(args: argparse.Namespace, run: Run, world: Any, dtype: Any) -> Model:
+    """The weights of a file, as stage 2 reads them; InputError where others were asked for besides."""
+    import torch
+
+    from hunyuan_staged.memory import offloading
+    from hunyuan_staged.models.modulations import remove_linears
+    from hunyuan_staged.sampling.precompute import ModulationReader
+    from hunyuan_staged.weights import components
+    from hunyuan_staged.weights.single_file import guess_version, open_transformer
+
+    if run.enlarges or args.layers:
+        raise InputError("takes neither --super_resolution nor --layers", option="transformer")
+    path, resolution = Path(args.transformer), args.resolution or versions.DEFAULT_RESOLUTION
+
+    def choose(meanflow: bool) -> versions.Version:
+        guessed = guess_version(path.name, meanflow=meanflow)
+        return guessed or versions.make_version(resolution, "t2v", step_distilled=meanflow)
+
+    started = time.perf_counter()
+    opened = open_transformer(path, choose)
+    version, device = opened.version.name, world.device
+    skeleton = components.transformer_skeleton(opened, version, weights_dtype=args.weights_dtype)
+    reader = ModulationReader(opened, version, skeleton, remove_linears(skeleton), device=device, dtype=dtype)
+    table = reader.begin(run.sigmas)
+
+    def load(destinations: Any) -> Any:
+        filled = reader.destinations(table, destinations)
+        return components.load_transformer(
+            opened, version, device=device, dtype=dtype, skeleton=skeleton, destinations=filled
+        )
+
+    offloaded = _offloaded(args, len(skeleton.transformer_blocks))
+    model, blocks = offloading.load_offloaded(
+        skeleton, "transformer_blocks", offloaded, load, device=device, dtype=dtype, world=world
+    )
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    return (
+        model,
+        table,
+        blocks,
+        {
+            "transformer": opened.describe(),
+            "load_seconds": round(time.perf_counter() - started, 2),
+            "load_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        },
     )
 
 

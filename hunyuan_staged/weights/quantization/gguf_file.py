@@ -25,9 +25,10 @@ READ = (*PLAIN, *TYPES)
 INSTALL = "pip install 'hunyuan-staged[gguf]', or pip install gguf"
 MAX_HEADER_BYTES = 2**26
 MAX_ENTRIES, MAX_AXES = 100_000, 5
-_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors with more axes than ggml has
+GGML_AXES = 4
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors with more axes than ggml has
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type's number
-_TEXT, _ARRAY, _INT32, _UINT32 = 8, 9, 5, 4
+TEXT, ARRAY, INT32, _UINT32 = 8, 9, 5, 4  # types of values of the metadata
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,31 @@ class _Cursor:
 def _value(cursor: _Cursor) -> Any:
     """A value of the metadata: text, a 32-bit number, or a list of such numbers; None for others, which are passed."""
     kind = cursor.number("I")
-    if kind == _TEXT:
+    if kind == TEXT:
         return cursor.text()
-    if kind == _ARRAY:
+    if kind == ARRAY:
         inner, count = cursor.number("I"), cursor.number("Q")
-        if inner == _TEXT:
+        if inner == TEXT:
             for _ in range(min(count, len(cursor.data))):
                 cursor.text()
             return None
         if inner not in _SIZES:
             raise ValueError(f"its metadata has a list of type {inner}")
         held = cursor.take(count * _SIZES[inner])
-        return list(struct.unpack(f"<{count}i", held)) if inner == _INT32 else None
+        return list(struct.unpack(f"<{count}i", held)) if inner == INT32 else None
     if kind not in _SIZES:
         raise ValueError(f"its metadata has a value of type {kind}")
     held = cursor.take(_SIZES[kind])
     return struct.unpack("<I", held)[0] if kind == _UINT32 else None
+
+
+def ggml_constants(what: str) -> Any:
+    """The module of the gguf package that knows ggml's types; InputError where there is none. what: the file."""
+    try:
+        import gguf.constants as constants
+    except ImportError as error:
+        raise InputError(f"{what} is a GGUF file, which needs the package gguf: {INSTALL}") from error
+    return constants
 
 
 def read_header(flag: str, path: Path) -> GgufHeader:
@@ -82,10 +92,7 @@ def read_header(flag: str, path: Path) -> GgufHeader:
 
     flag: that named the file, for messages.
     """
-    try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError as error:
-        raise InputError(f"{flag} {path} is a GGUF file, which needs the package gguf: {INSTALL}") from error
+    constants = ggml_constants(f"{flag} {path}")
     size = require_regular(path).stat().st_size
     try:
         with path.open("rb") as file:
@@ -94,7 +101,8 @@ def read_header(flag: str, path: Path) -> GgufHeader:
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}")
         start = -(-end // alignment) * alignment
-        known = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+        sizes = constants.GGML_QUANT_SIZES
+        known = {int(kind): (kind.name, *sizes[kind]) for kind in constants.GGMLQuantizationType}
         return _header(path, size, start, known, metadata, infos)
     except (OSError, ValueError, struct.error, OverflowError) as error:
         raise InputError(f"{flag} {path} is not a whole GGUF file ({error})") from error
@@ -149,7 +157,7 @@ def _header(
         length = count // values * held
         if start + offset + length > size:
             raise ValueError(f"{name[:80]!a} ends behind the file's end")
-        original = metadata.get(_ORIGINAL_SHAPE + name)
+        original = metadata.get(ORIGINAL_SHAPE + name)
         if isinstance(original, list):
             if prod(original) != count or any(axis < 1 for axis in original):
                 raise ValueError(f"{name[:80]!a} {shape} was {original}, it says")
