@@ -87,6 +87,9 @@ class DecodeOptions(GroupOptions):
             tiling.check_tiling(size, self.tile_overlap, geometry.SPATIAL_RATIO)
         if self.output_video is not None:
             self._check_output_video(self.output_video)
+            for name in ("jobs", "seeds", "watch"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"names one video, and --{name} makes many", option="output_video")
 
     def _check_output_video(self, name: str) -> None:
         target = Path(name)
@@ -95,5 +98,6 @@ class DecodeOptions(GroupOptions):
         if len(target.name.encode()) > MAX_NAME_BYTES:
             raise InputError(f"{name} is a name of more than {MAX_NAME_BYTES} bytes", option="output_video")
         check_output_dir("--output_video", target.parent)
-        if not target.parent.exists():
+        # The run makes its own folder.
+        if not target.parent.exists() and target.parent.resolve() != Path(self.input_dir).resolve():
             raise InputError(f"{name}: {target.parent} does not exist", option="output_video")

@@ -119,6 +119,8 @@ class JobOptions(RunOptions):
         super().check()
         if self.watch is not None and self.jobs is not None:
             raise InputError("excludes --jobs: a watched folder says itself what there is to do", option="watch")
+        if self.watch is not None and self.dry_run:
+            raise InputError("excludes --dry_run: what comes into a folder is not known yet", option="watch")
         if self.watch is not None and not Path(self.watch).is_dir():
             raise InputError(f"{self.watch} is not a folder", option="watch")
 

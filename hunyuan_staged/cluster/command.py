@@ -19,11 +19,12 @@ from hunyuan_staged.cluster.queues import Queues
 from hunyuan_staged.errors import InputError, print_error, run_tool
 from hunyuan_staged.jobs.outcomes import closing_lines, status_of
 from hunyuan_staged.jobs.reading import Jobs
-from hunyuan_staged.launch_jobs import conclude, jobs_of_run, take_request, written_queue
+from hunyuan_staged.launch_jobs import conclude, jobs_of_run, written_queue
 from hunyuan_staged.parsing import Parser, add_debug
 from hunyuan_staged.pipeline.job_folders import ordered
 from hunyuan_staged.runtime.environment import check_working_folder
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
+from hunyuan_staged.stage_flags import STAGES, WholeRun, read_whole_run
 
 LOG_DIR = ".cluster"  # in the folder of the run: what the processes of each actor say
 RAY_LOG = "ray.log"  # there, too: what Ray says
@@ -102,13 +103,8 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"{given} is outside 0 to 1", option=name)
 
 
-def pools_of(
-    args: argparse.Namespace, lists: Sequence[Sequence[str]], stages: int, jobs: int, folder: Path
-) -> list[Pool]:
-    """The actors of the first `stages` stages of a run, no more than there are jobs.
-
-    lists: the flags of all stages; folder: of the logs.
-    """
+def pools_of(args: argparse.Namespace, whole: WholeRun, jobs: int, folder: Path) -> list[Pool]:
+    """The actors of the stages of a run, no more than there are jobs. folder: of the logs."""
     gpus = args.gpus_per_denoiser
     processes = max(1, int(gpus)) if gpus else args.processes_per_denoiser or 1
     kinds = {
@@ -117,22 +113,22 @@ def pools_of(
         "enlarger": (args.enlargers, gpus, processes),
         "decoder": (args.decoders, args.gpus_per_decoder, 1),
     }
-    names = [kind for kind in kinds if kind != "enlarger" or len(lists) > len(launch.STAGES)]
+    names = [kind for kind in kinds if kind != "enlarger" or len(whole.lists) > len(STAGES)]
     pools = []
-    for number, kind, words in list(zip(launch.stage_numbers(lists), names, lists, strict=True))[:stages]:
+    for number, kind, words in zip(whole.numbers, names, whole.lists, strict=False):
         count, share, size = kinds[kind]
-        script = str(launch.ROOT / f"{launch.STAGES[number - 1]}.py")
+        script = str(launch.ROOT / f"{STAGES[number - 1]}.py")
         threads = os.environ.get("OMP_NUM_THREADS")
         command = StageCommand(script, tuple(words), size, str(Path.cwd()), str(folder), share > 0, threads)
         pools.append(Pool(kind, number, min(count, jobs), share, command))
     return pools
 
 
-def make(args: argparse.Namespace, jobs: Jobs, options: Sequence[Any], lists: Sequence[Sequence[str]]) -> int:
-    """Make all jobs; the exit status. options, lists: of each stage."""
+def make(args: argparse.Namespace, jobs: Jobs, whole: WholeRun) -> int:
+    """Make all jobs; the exit status."""
+    options = whole.options
     folder = Path(options[0].output_dir).absolute() / LOG_DIR
-    stages = 2 if options[1].stop_after is not None else len(lists)  # a draft is no video yet
-    pools = pools_of(args, lists, stages, len(jobs.good), folder)
+    pools = pools_of(args, whole, len(jobs.good), folder)
     queues = Queues(ordered(jobs.good, options[0], 1), [pool.count for pool in pools])
     with contextlib.ExitStack() as stack:
         ray = stack.enter_context(connected(pools, dashboard=args.dashboard))
@@ -155,17 +151,17 @@ def run(args: argparse.Namespace) -> int:
     """What the flags ask for; the exit status."""
     check_working_folder()
     check(args)
-    lists, request = take_request(launch.split_flags(args.flags))
-    if request is None:
+    whole = read_whole_run(args.flags)
+    options = whole.options
+    if whole.request is None:
         raise InputError("give --jobs FILE, --seeds, or --prompt several times: what is there to make?")
-    options = launch.check_lists(lists, request)
     if any(one.dry_run for one in options):
         raise InputError("is for run_staged.sh, which plans for the machine that it runs on", option="dry_run")
     if options[1].gpus_per_job is not None:
         raise InputError("is for run_staged.sh; here it is --gpus_per_denoiser", option="gpus_per_job")
-    jobs = jobs_of_run(request, options, 1)
+    jobs = jobs_of_run(whole.request, options, 1)
     try:
-        return make(args, jobs, options, lists)
+        return make(args, jobs, whole)
     except Interrupted as signalled:
         print_error(f"the run {signalled}")
         return signalled.status

@@ -244,7 +244,8 @@ class DemoPipeline:
         from hunyuan_staged.encoders import text
 
         width = self.transformer.config.text_embed_2_dim
-        tensors = text.language_embeddings(*self.language, prompt, "")
+        tensors = text.language_embeddings(*self.language, prompt)
+        tensors |= text.language_embeddings(*self.language, "", negative=True)
         tensors |= text.glyph_embeddings(*self.glyph, prompt, width=width, dtype=torch.float32)
         if ablation == "no_glyphs":
             tensors["prompt_embeds_mask_2"] = torch.zeros_like(tensors["prompt_embeds_mask_2"])

@@ -79,14 +79,12 @@ def template_crop(tokenizer: Any) -> int:
 
 
 def language_embeddings(
-    tokenizer: Any, model: nn.Module, prompt: str, negative_prompt: str, *, max_tokens: int = MAX_TEXT_TOKENS
+    tokenizer: Any, model: nn.Module, prompt: str, *, negative: bool = False, max_tokens: int = MAX_TEXT_TOKENS
 ) -> dict[str, torch.Tensor]:
-    """prompt_embeds [1, L, W], prompt_embeds_mask [1, L] and their negative_ twins; see encode_prompt."""
-    tensors = {}
-    for prefix, text in (("", prompt), ("negative_", negative_prompt)):
-        embeds, mask = encode_prompt(tokenizer, model, text, max_tokens=max_tokens)
-        tensors[f"{prefix}prompt_embeds"], tensors[f"{prefix}prompt_embeds_mask"] = embeds, mask
-    return tensors
+    """prompt_embeds [1, L, W] and prompt_embeds_mask [1, L], or their negative_ twins; see encode_prompt."""
+    prefix = "negative_" if negative else ""
+    embeds, mask = encode_prompt(tokenizer, model, prompt, max_tokens=max_tokens)
+    return {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
 
 
 def quoted_texts(prompt: str) -> list[str]:

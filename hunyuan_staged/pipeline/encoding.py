@@ -186,7 +186,7 @@ def encode(
     report.info(f"transformer version {setup.version.name}; encoding in {setup.dtypes} on {setup.world.device}")
     found, options = encoders or LoadedEncoders(), setup.options
     key = setup.folder.identity, setup.version.name, setup.dtypes, setup.prompt, options.negative_prompt
-    text_tensors = found.text(key, partial(encode_text, setup, plan, found, report))
+    text_tensors = found.text("prompts", key, partial(encode_text, setup, plan, found, report))
     return text_tensors | encode_image(setup, found, report)
 
 
@@ -227,8 +227,11 @@ def encode_text(
         if dropped:
             report.warn(f"{name} is too long: its last {dropped} tokens are cut off")
     with report.timed("compute"):
-        tensors = text.language_embeddings(tokenizer, model, setup.prompt, options.negative_prompt)
-    del tokenizer, model
+        key = *model_of, options.negative_prompt  # most jobs have the same
+        encode = partial(text.language_embeddings, tokenizer, model)
+        tensors = encode(setup.prompt)
+        tensors |= encoders.text("negative", key, partial(encode, options.negative_prompt, negative=True))
+    del tokenizer, model, encode
     encoders.release("text")
     glyph_tokenizer = glyph_model = None
     if text.glyph_text(setup.prompt):

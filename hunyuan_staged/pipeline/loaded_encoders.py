@@ -23,7 +23,7 @@ class LoadedEncoders:
         self.keep = keep
         self._parts: dict[str, tuple[object, Any]] = {}
         self._free: FreeMemory | None = None  # before anything was loaded
-        self._text: tuple[object, dict[str, torch.Tensor]] | None = None  # of the prompt before
+        self._texts: dict[str, tuple[object, dict[str, torch.Tensor]]] = {}  # the last of each kind
 
     def plan(self, setup: "EncodeSetup") -> tuple[BlockPlan, FreeMemory]:
         """(how the language model is laid out beside what is kept, the memory there is); InputError: it does not fit."""
@@ -48,8 +48,8 @@ class LoadedEncoders:
         if self._parts.pop(part, None) is not None:
             gc.collect()  # the hooks of offloaded layers and the layers hold each other, and with them their memory
 
-    def text(self, key: object, encode: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The text tensors of a prompt; those of the prompt before are kept: many seeds of one are encoded once."""
-        if self._text is None or self._text[0] != key:
-            self._text = key, encode()
-        return self._text[1]
+    def text(self, kind: str, key: object, encode: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of a text; the last of each kind are kept: many seeds of a prompt are encoded once."""
+        if kind not in self._texts or self._texts[kind][0] != key:
+            self._texts[kind] = key, encode()
+        return self._texts[kind][1]

@@ -46,7 +46,8 @@ def check_text(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
     place = place_for(weight_bytes(skeleton, dtype) + WORKING, device)
     tokenizer, model = encoder_components.load_language_model(folder, device=place, dtype=dtype)
     checks = [finite("text", model)]
-    ours = text.language_embeddings(tokenizer, model, PROMPT, NEGATIVE_PROMPT)
+    ours = text.language_embeddings(tokenizer, model, PROMPT)
+    ours |= text.language_embeddings(tokenizer, model, NEGATIVE_PROMPT, negative=True)
     del model, skeleton
     _released()
     reference = _language_reference(folder.folders("text")[0], dtype, device)

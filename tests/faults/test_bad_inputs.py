@@ -98,6 +98,8 @@ FLAGS = [
     (3, ["--output_video", ""], "--output_video is empty"),
     (3, ["--model_path", "m" * 5000], "File name too long"),
     (3, ["--output_video", "{dir}/none/a.mp4"], "none does not exist"),
+    (3, ["--output_video", "{dir}/a.mp4", "--seeds", "1-2"], "--output_video names one video, and --seeds makes many"),
+    (3, ["--watch", "{dir}", "--dry_run"], "--watch excludes --dry_run"),
     (3, ["--output_video", "{dir}/text.png/a.mp4"], "text.png is not a folder"),
     (3, ["--output_video", f"{{dir}}/{LONG}.mp4"], "is a name of more than 200 bytes"),
     (3, ["--input_dir", "{dir}/nowhere"], "nowhere does not exist; run stage2_transformer.py first"),

@@ -13,9 +13,9 @@ from forked import run_stage
 
 import stage1_text_encoder
 import utils
-from hunyuan_staged import launch
 from hunyuan_staged.memory import available
 from hunyuan_staged.memory.budget import FreeMemory
+from hunyuan_staged.stage_flags import read_whole_run
 
 TITLES = ["stage 1: prompt → embeddings", "stage 2: embeddings → latents", "stage 3: latents → video", "the whole run"]
 
@@ -33,7 +33,7 @@ def plan_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def plan(*flags: str, gpus: int = 1) -> dict[str, dict[str, str]]:
-        lists = launch.split_flags(["--dry_run", *flags])
+        lists = read_whole_run(["--dry_run", *flags]).lists
         status = utils.plan_script([str(gpus), *map(json.dumps, lists)])
         told = capsys.readouterr()
         assert status == 0, told.err

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from forked import heed_interrupts
 
-from hunyuan_staged.launch import STAGES
+from hunyuan_staged.stage_flags import STAGES
 
 BASH = ["bash", str(ROOT / "run_staged.sh")]
 STAGE1 = [sys.executable, str(ROOT / "stage1_text_encoder.py")]

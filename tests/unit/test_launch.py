@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from hunyuan_staged import launch
+from hunyuan_staged import launch, stage_flags
 from hunyuan_staged.errors import InputError
 
 FOLDER = ["--input_dir=./stage_outputs"]
@@ -30,14 +30,14 @@ FOLDER = ["--input_dir=./stage_outputs"]
     ],
 )
 def test_each_stage_gets_the_flags_that_are_its_own(given, stage1, stage2, stage3):
-    assert launch.split_flags(given) == [stage1, stage2, stage3]
+    assert stage_flags.split_flags(given) == [stage1, stage2, stage3]
 
 
 def test_super_resolution_is_stage_2_once_more(tmp_path):
     """What is of the base run goes to the first, and where the run stands to both."""
     given = ["--super_resolution", "720p", "--resolution=480p", "--num_inference_steps", "9", "--enable_cache"]
     given += ["--cache_type=teacache", "--seed=7", "--resume", "--video_length", "9", "--four_steps"]
-    lists = launch.split_flags(given)
+    lists = stage_flags.split_flags(given)
     assert lists == [
         ["--super_resolution=720p", "--resolution=480p"],
         ["--num_inference_steps=9", "--enable_cache", "--cache_type=teacache", "--seed=7", "--resume"]
@@ -45,19 +45,22 @@ def test_super_resolution_is_stage_2_once_more(tmp_path):
         ["--super_resolution=720p", "--seed=7", "--resume", "--video_length=9", *FOLDER],
         ["--latents=720p", *FOLDER],
     ]
-    assert launch.stage_numbers(lists) == (1, 2, 2, 3)
+    assert stage_flags.stage_numbers(lists) == (1, 2, 2, 3)
     video = ["--super_resolution=720p", "--input_video=/dev/null", "--num_inference_steps=8"]
-    assert launch.base_and_larger(video) == [video], "there is no base run"
+    assert stage_flags.base_and_larger(video) == [video], "there is no base run"
     # Without it the latents of a former run are not decoded, unless the flags say so.
     (tmp_path / "stage2_latents_720p.safetensors").touch()
     own = [f"--output_dir={tmp_path}"]
-    assert launch.split_flags(own)[-1] == ["--latents=base", f"--input_dir={tmp_path}"]
-    assert launch.split_flags(["--super_resolution=720p", "--latents", "base"])[-1][-2:] == ["--latents=base", *FOLDER]
+    assert stage_flags.split_flags(own)[-1] == ["--latents=base", f"--input_dir={tmp_path}"]
+    assert stage_flags.split_flags(["--super_resolution=720p", "--latents", "base"])[-1][-2:] == [
+        "--latents=base",
+        *FOLDER,
+    ]
 
 
 def test_what_shapes_the_base_run_alone_does_not_reach_super_resolution():
     given = ["--super_resolution=720p", "--sigmas=1,0.5", "--width=848", "--height=480"]
-    _, base, larger, _ = launch.split_flags(given)
+    _, base, larger, _ = stage_flags.split_flags(given)
     assert base == ["--sigmas=1,0.5", "--width=848", "--height=480", *FOLDER]
     assert larger == ["--super_resolution=720p", *FOLDER]
 
@@ -76,7 +79,22 @@ def test_what_shapes_the_base_run_alone_does_not_reach_super_resolution():
 )
 def test_a_bad_flag_of_any_stage_is_refused_before_the_first_starts(given, message):
     with pytest.raises(InputError, match=message):
-        launch.split_flags(given)
+        stage_flags.read_whole_run(given)
+
+
+def test_a_video_may_lie_in_the_folder_that_the_run_makes(tmp_path):
+    """Was refused: the folder does not exist yet."""
+    folder = tmp_path / "runs" / "new"
+    given = ["--output_dir", str(folder), "--output_video"]
+    assert (
+        stage_flags.read_whole_run([*given, str(folder / "cat.mp4")]).lists[2][0]
+        == f"--output_video={folder / 'cat.mp4'}"
+    )
+    other = tmp_path / "runs" / "other" / "cat.mp4"
+    with pytest.raises(InputError, match=f"--output_video {other}: {other.parent} does not exist"):
+        stage_flags.read_whole_run([*given, str(other)])
+    with pytest.raises(InputError, match="--output_video names one video, and --jobs makes many"):
+        stage_flags.read_whole_run(["--seeds=1-2", *given, str(folder / "cat.mp4")])
 
 
 def test_split_is_refused_in_one_line(tmp_path):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_staged import launch
 from hunyuan_staged.cluster import command
+from hunyuan_staged.stage_flags import read_whole_run
 
 JOBS = ("--prompt", "a", "--seeds", "1-3")
 
@@ -58,8 +58,7 @@ def test_without_ray_it_says_how_to_install_it(tmp_path, monkeypatch, capfd):
 def pools(*argv: str) -> list[tuple[object, ...]]:
     args = command.build_parser().parse_args([*JOBS, *argv])
     command.check(args)
-    lists, _ = command.take_request(launch.split_flags(args.flags))
-    found = command.pools_of(args, lists, len(lists), 3, Path("logs"))
+    found = command.pools_of(args, read_whole_run(args.flags), 3, Path("logs"))
     return [(one.kind, one.number, one.count, one.gpus, one.command.processes, one.command.gpus) for one in found]
 
 
@@ -82,6 +81,8 @@ def test_each_stage_has_its_actors_and_no_more_than_there_are_jobs():
         ("enlarger", 2, 2),
         ("decoder", 3, 1),
     ]
+    drafts = pools("--super_resolution", "720p", "--stop_after", "2")
+    assert [one[0] for one in drafts] == ["encoder", "denoiser"], "a draft is neither enlarged nor decoded"
 
 
 def test_what_the_stages_get_is_their_flags():

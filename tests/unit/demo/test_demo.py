@@ -110,7 +110,7 @@ def test_training_sees_what_stage_1_and_the_suites_forward_see():
     forward = Transformer(transformer, choose_attention("torch", CPU, torch.float32), (2, 3, 4))
     width = train.DEMO.glyph_width
     for row, prompt in enumerate(prompts):
-        embeddings = text.language_embeddings(modules.tokenizer, learner.language, prompt, "")
+        embeddings = text.language_embeddings(modules.tokenizer, learner.language, prompt)
         embeddings |= text.glyph_embeddings(
             modules.glyph_tokenizer, learner.glyph, prompt, width=width, dtype=torch.float32
         )

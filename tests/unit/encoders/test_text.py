@@ -143,7 +143,8 @@ def test_language_embeddings_hold_both_rows_in_the_model_dtype(tiny_official):
     tokenizer, model = encoder_components.load_language_model(
         open_model(tiny_official, ("text",)), device=CPU, dtype=torch.bfloat16
     )
-    tensors = language_embeddings(tokenizer, model, PROMPT, "", max_tokens=40)
+    tensors = language_embeddings(tokenizer, model, PROMPT, max_tokens=40)
+    tensors |= language_embeddings(tokenizer, model, "", negative=True, max_tokens=40)
     assert list(tensors) == [
         "prompt_embeds",
         "prompt_embeds_mask",
