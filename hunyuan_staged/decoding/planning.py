@@ -17,8 +17,6 @@ from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VA
 # (what goes on, the padded input of a convolution, its product), and in it, for each position. Counted, see
 # `bench memory stage3` for the peak.
 DECODER_TENSORS = 3
-# Of whole frames the peak on an H100 grows by 4 tensors a frame: 11.8, 15.4, 22.5 GiB in chunks of 1, 2, 4 latent frames.
-WHOLE_TENSORS = 4
 MID_BLOCK_TENSORS = 8
 SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
 GATHERED_TENSORS = 4  # of all ranks' keys and values: as they come, and joined
@@ -85,10 +83,12 @@ def whole_working(
         needed = needed_rows(own, rows, [*scales, scales[-1]], [convolutions] * len(channels))
         areas = [(of.stop - of.start) * columns * scale for of, scale in zip(needed, scales, strict=False)]
         # In a piece, the others waiting; in the level before; and between the two, where pieces become of a chunk.
-        values = (WHOLE_TENSORS * piece + 2 + chunk - piece) * channels[-1] * areas[-1]
+        values = (DECODER_TENSORS * piece + 2 + chunk - piece) * channels[-1] * areas[-1]
         if piece < chunk:
             before = channels[-2] * areas[-2]
-            values = max(values, (WHOLE_TENSORS * chunk + 2) * before, chunk * (before + 2 * channels[-1] * areas[-1]))
+            values = max(
+                values, (DECODER_TENSORS * chunk + 2) * before, chunk * (before + 2 * channels[-1] * areas[-1])
+            )
         if chunk < frames:
             values += sum(2 * convolutions * width * area for width, area in zip(channels, areas, strict=True))
         behind = max(behind, values)

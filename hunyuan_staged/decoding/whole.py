@@ -38,6 +38,8 @@ from hunyuan_staged.parallel.layout import split_evenly
 class RowShard(FrameLayout):
     """One rank's rows of latents, counts[rank] of them, its neighbours' being the next ranks'."""
 
+    has_halo = True
+
     def __init__(self, rank: int, counts: Sequence[int], exchange: Callable[[Transfers, Transfers], None]) -> None:
         self.rank, self.counts, self.exchange = rank, list(counts), exchange
         self.rows = row_slices(counts)

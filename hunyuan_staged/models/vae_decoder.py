@@ -53,24 +53,32 @@ def normalise(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 
 def norm_silu_pad(
-    x: PendingSum | torch.Tensor, gamma: torch.Tensor | None, before: torch.Tensor | None, *, keep: bool = True
+    x: PendingSum | torch.Tensor,
+    gamma: torch.Tensor | None,
+    before: torch.Tensor | None,
+    *,
+    keep: bool = True,
+    roll: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(input of the next convolution [T + 2, H + 2, W + 2, C], x added up [T, H, W, C], or None unless keep).
 
     With gamma [C] the input is normalised and goes through SiLU; without, it is x. The sides repeat the outermost
-    positions; in front stands `before` [2, H + 2, W + 2, C], or else the first frame twice.
+    positions; in front stands `before` [2, H + 2, W + 2, C], or else the first frame twice. x may take the place of a
+    sum's product; with roll, the input's last two frames take that of `before`.
     """
     if x.is_cuda:
         from hunyuan_staged.models import vae_kernels
 
         product, bias, residual = x.take() if isinstance(x, PendingSum) else (x, None, None)
-        return vae_kernels.norm_silu_pad(product, bias, residual, gamma, before, keep=keep)
+        return vae_kernels.norm_silu_pad(product, bias, residual, gamma, before, keep=keep, roll=roll)
     added = x.add() if isinstance(x, PendingSum) else x
     values = added if gamma is None else F.silu(normalise(added, gamma))
     rows, columns = (torch.arange(-1, n + 1, device=added.device).clamp(0, n - 1) for n in added.shape[1:3])
     values = values[:, rows[:, None], columns]
-    front = values[:1].expand(2, -1, -1, -1) if before is None else before
-    return torch.cat([front, values]), added if keep else None
+    inputs = torch.cat([values[:1].expand(2, -1, -1, -1) if before is None else before, values])
+    if roll and before is not None:
+        before.copy_(inputs[-2:])
+    return inputs, added if keep else None
 
 
 def spread(
@@ -108,7 +116,9 @@ def _convolve(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class FrameLayout:
-    """Which rows of its frames a decoder computes. Here: all, so that nothing is exchanged and nothing cut off."""
+    """Which rows of its frames a decoder or encoder computes. Here: all; nothing is exchanged, and nothing cut off."""
+
+    has_halo = False  # whether others have rows that a convolution needs
 
     def fill_halo(self, inputs: torch.Tensor, *, first: bool) -> None:
         """Write a convolution's inputs [2 + T, 1 + H + 1, W + 2, C] beyond the own rows, where other rows follow there.
@@ -157,13 +167,15 @@ class CausalCoder:
     ) -> tuple[torch.Tensor, Any]:
         """(product [T, H, W, C'] without its bias, x added up [T, H, W, C] if kept) of a causal 3 x 3 x 3 convolution."""
         before = cache.frames.get(layer)
-        inputs, added = norm_silu_pad(x, None if norm is None else norm.gamma.flatten(), before, keep=keep)
+        roll = not (cache.last or cache.layout.has_halo)
+        gamma = None if norm is None else norm.gamma.flatten()
+        inputs, added = norm_silu_pad(x, gamma, before, keep=keep, roll=roll)
         cache.layout.fill_halo(inputs, first=before is None)
         if cache.last:
             cache.frames.pop(layer, None)
         elif before is None:
             cache.frames[layer] = inputs[-2:].clone()
-        else:
+        elif not roll:
             before.copy_(inputs[-2:])
         del before
         return _convolve(inputs, layer.conv.weight), added

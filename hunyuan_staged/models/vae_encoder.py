@@ -22,8 +22,10 @@ def pack(x: torch.Tensor, *, time: int) -> torch.Tensor:
 
 def pack_with_shortcut(values: torch.Tensor, x: torch.Tensor, *, time: int, copies: int = 1) -> torch.Tensor:
     """pack of [T, H, W, c], its channels `copies` times, plus the shortcut: means of neighbouring channels of pack(x)."""
-    packed = torch.cat([pack(values, time=time)] * copies, dim=-1)
-    return packed + channel_means(pack(x, time=time), packed.shape[-1])
+    packed = pack(values, time=time)
+    if copies > 1:
+        packed = torch.cat([packed] * copies, dim=-1)
+    return packed.add_(channel_means(pack(x, time=time), packed.shape[-1]))
 
 
 def channel_means(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -73,7 +75,7 @@ class Encoder(CausalCoder):
     def _downsample(self, block: Any, x: Any, cache: ConvCache) -> torch.Tensor:
         """Half as high and wide, and with add_temporal_downsample half as long but for a video's first frame."""
         product, added = self._convolve(block.conv, x, None, cache)
-        values = product + block.conv.conv.bias
+        values = product.add_(block.conv.conv.bias)
         if not block.add_temporal_downsample:
             return pack_with_shortcut(values, added, time=1)
         parts = []

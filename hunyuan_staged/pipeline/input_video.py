@@ -45,7 +45,7 @@ LATENT_FRAMES_PER_CHUNK = 1
 
 # Tensors of the first level's width for each frame of a chunk, at its peak: a sum's two parts, its result, the padded input
 # of the next convolution, and what lies in wait. Counted: tests/unit/decoding/test_decoder_memory.py.
-ENCODER_TENSORS = 5
+ENCODER_TENSORS = 4
 
 
 def encoder_working(size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int) -> int:

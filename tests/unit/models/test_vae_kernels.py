@@ -12,13 +12,13 @@ from conftest import ROOT
 from hunyuan_staged.models import vae_decoder
 
 
-def parts(channels: int, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+def parts(channels: int, frames: int, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw).to(device, dtype)
 
-    size = (3, 4, 5, channels)
+    size = (frames, 4, 5, channels)
     return {
         "product": tensor(*size),
         "bias": tensor(channels),
@@ -36,23 +36,30 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> int:
         torch.testing.assert_close(ours.double().cpu(), theirs.double(), rtol=tolerance, atol=tolerance)
 
     count = 0
-    for channels in (8, 24, 3):  # a power of two, none, and what the encoder takes
-        for which in range(32):
-            given = parts(channels, device, dtype, which)
+    for channels, frames in ((8, 3), (24, 2), (3, 1)):  # a power of two, none, and what the encoder takes
+        for which in range(64):
+            given = parts(channels, frames, device, dtype, which)
             bias, residual, gamma, before = (
                 given[name] if which >> place & 1 else None
                 for place, name in enumerate(("bias", "residual", "gamma", "before"))
             )
-            keep = bool(which >> 4)
+            keep, roll = bool(which >> 4 & 1), bool(which >> 5)
             x = given["product"].double().cpu()
             for term in (bias, residual):
                 x = x if term is None else x + term.double().cpu()
-            wide = (None if tensor is None else tensor.double().cpu() for tensor in (gamma, before))
-            wanted, added = vae_decoder.norm_silu_pad(x, *wide)
-            ours, kept = vae_kernels.norm_silu_pad(given["product"], bias, residual, gamma, before, keep=keep)
+            wide_gamma, wide_before = (None if one is None else one.double().cpu() for one in (gamma, before))
+            wanted, added = vae_decoder.norm_silu_pad(x, wide_gamma, wide_before, roll=roll)
+            ours, kept = vae_kernels.norm_silu_pad(
+                given["product"], bias, residual, gamma, before, keep=keep, roll=roll
+            )
             near(ours, wanted)
             if keep:
                 near(kept, added)
+            if before is not None:
+                near(before, wide_before)
+                assert torch.equal(
+                    before, ours[-2:] if roll else parts(channels, frames, device, dtype, which)["before"]
+                )
             count += 1
     for time, group, repeats in ((1, 6, 3), (1, 12, 3), (2, 6, 2), (2, 4, 4)):
         share = (6 if group > 4 else 4) // repeats
@@ -80,13 +87,13 @@ def test_interpreted():
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "100\n"
+    assert result.stdout == "196\n"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3)])
 def test_compiled(dtype, tolerance):
-    assert compare("cuda", dtype, tolerance) == 100
+    assert compare("cuda", dtype, tolerance) == 196
 
 
 @pytest.mark.gpu
