@@ -1,7 +1,8 @@
 """Whole frames or tiles, and chunks, that fit the memory; the time a decoding was measured to take. In bytes."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hunyuan_staged.decoding import tiling
@@ -9,6 +10,8 @@ from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import RESERVE, FreeMemory, gib, refusal
+from hunyuan_staged.memory.cards import Card
+from hunyuan_staged.memory.expected import Expected, estimated, measured
 from hunyuan_staged.memory.operations import decoder_flops
 from hunyuan_staged.memory.timings import measured_decoding
 from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VAE_LAYERS
@@ -175,12 +178,13 @@ def fit_decoding(
     size: tuple[int, int, int],
     free: FreeMemory,
     asked: Request = Request(),
+    remedies: Callable[[], Sequence[str]] = tuple,
 ) -> Decoding:
     """How a video of size (T, H, W) is decoded where nothing, or this, is asked for.
 
     Whole frames, in the longest chunk that fits and is of use; on one process else in bands of their rows, as few as
     will do; else in tiles of the default size, else in small ones. Before tiles get smaller, chunks get shorter: that
-    costs little. Raises InputError where nothing fits, with the flags that would help.
+    costs little. Raises InputError where nothing fits, with the remedies (what gives flags that would help).
     """
     frames, height, width = size
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
@@ -224,10 +228,41 @@ def fit_decoding(
         tried += [tiled(tile, chunk, reason) for tile, reason in wanted if tile for chunk in sizes]
     chosen = next((one for one in tried if one.total + RESERVE <= room), tried[-1])
     if chosen.total > room:
-        remedies = [f"--tile_size {SMALL_TILE_SIZE}" if tiled(SMALL_TILE_SIZE, 1, "").total <= room else "fewer frames"]
         what = chosen.describe(ranks if chosen.tile_size is None else 1)
-        raise InputError(refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies))
+        raise InputError(refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies()))
     return chosen
+
+
+def what_fits(
+    fit: Callable[[tuple[int, int, int], Request], Decoding],
+    size: tuple[int, int, int],
+    asked: Request,
+    temporal_ratio: int,
+) -> list[tuple[str, tuple[int, int, int], Decoding]]:
+    """What to change for a decoding to fit that does not, each with the size (T, H, W) and how that is decoded: other
+    tiles; where none do, fewer frames. fit: fit_decoding of a size."""
+    free_choice, small = (replace(asked, tile_size=tile, whole=False) for tile in (None, SMALL_TILE_SIZE))
+    found: dict[int | None, tuple[str, tuple[int, int, int], Decoding]] = {}
+    for flag, request in (("no flag about tiles", free_choice), (f"--tile_size {SMALL_TILE_SIZE}", small)):
+        with suppress(InputError):
+            how = fit(size, request)
+            found.setdefault(how.tile_size, (flag, size, how))
+    frames, height, width = size
+    for fewer in range(frames - temporal_ratio, 0, -temporal_ratio) if not found else ():
+        with suppress(InputError):
+            shorter = fewer, height, width
+            return [(f"--video_length {fewer} or less in stage 2", shorter, fit(shorter, free_choice))]
+    return list(found.values())
+
+
+def decoding_time(
+    card: Card, config: Mapping[str, Any], size: tuple[int, int, int], decoding: Decoding, overlap: float, ranks: int
+) -> Expected | None:
+    """Seconds of a decoding on a card: as just such a one was measured, else estimated."""
+    seconds = decoding_seconds(card.name, config, size, decoding, overlap, ranks)
+    if seconds is not None:
+        return measured(seconds)
+    return estimated(*decoding_flops(config, size, decoding, overlap, ranks), card)
 
 
 def decoding_seconds(

@@ -4,7 +4,7 @@ Weights are counted from the config, to the byte. Working memory is computed fro
 here with their sources; what was never measured says so. All sizes are in bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hunyuan_staged.errors import InputError
@@ -96,13 +96,13 @@ def plan_blocks(
     *,
     asked: int | None = None,
     ranks: int = 1,
-    remedies: Sequence[str] = (),
+    remedies: Callable[[], Sequence[str]] = tuple,
 ) -> BlockPlan:
     """The layout of a model on one device. asked: how many blocks are to be offloaded; None chooses.
 
     Chosen is the smallest number with which everything and RESERVE fit. ranks: processes of this host, which share one
     copy of the offloaded blocks, and on a CPU have the rest each for itself. Raises InputError, with the numbers and the
-    remedies (flags that would help), where that does not fit; what fits but for the reserve is not refused.
+    remedies (what gives flags that would help), where that does not fit; what fits but for the reserve is not refused.
     """
 
     def needed(offloaded: int) -> int:
@@ -117,7 +117,7 @@ def plan_blocks(
         parts = device_parts(weights, 0, offloaded)
         host = ranks * sum(parts.values()) + offloaded * weights.each
         if host > free.host:
-            raise InputError(refusal(what, f"{gib(host)} of host memory", parts, free, remedies))
+            raise InputError(refusal(what, f"{gib(host)} of host memory", parts, free, remedies()))
         return BlockPlan(offloaded, "as asked" if asked is not None else "no GPU", parts, offloaded * weights.each)
     chosen, reason = asked, "as asked"
     if chosen is None:
@@ -127,7 +127,7 @@ def plan_blocks(
     parts = device_parts(weights, working, chosen)
     if needed(chosen) > free.device:
         asked_for = f" with {chosen} of {everything} blocks offloaded" if chosen else ""
-        raise InputError(refusal(what + asked_for, f"{gib(needed(chosen))} of GPU memory", parts, free, remedies))
+        raise InputError(refusal(what + asked_for, f"{gib(needed(chosen))} of GPU memory", parts, free, remedies()))
     host = chosen * weights.each
     if host > free.host:
         raise InputError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from hunyuan_staged.attention.modes import SPARSE_ATTN_MODE
 from hunyuan_staged.geometry import TEMPORAL_RATIO
-from hunyuan_staged.memory.budget import GIB, BlockWeights, FreeMemory, device_parts
+from hunyuan_staged.memory.budget import GIB
 
 # Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16,
 # compiled, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
@@ -76,33 +76,3 @@ def longest_video(room: int, tokens_a_frame: int, denoising: DenoisingSize) -> i
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return (low - 1) * TEMPORAL_RATIO + 1
-
-
-def denoising_remedies(
-    weights: BlockWeights,
-    denoising: DenoisingSize,
-    free: FreeMemory,
-    *,
-    asked: int | None,
-    num_frames: int,
-    float8: bool,
-    resolution: str,
-) -> list[str]:
-    """The flags that would make a denoising fit that does not: only those that would, alone or with the ones before."""
-    remedies = []
-    if free.device is not None:
-        least = sum(device_parts(weights, denoising.working, weights.count).values())
-        if asked is not None and asked < weights.count:
-            if least <= free.device:
-                return ["--enable_offloading, or no flag about offloading"]
-            remedies.append("--enable_offloading")
-        latent_frames = (num_frames - 1) // TEMPORAL_RATIO + 1
-        room = free.device - (least - denoising.working)
-        shorter = longest_video(room, max(1, denoising.video_tokens // latent_frames), denoising)
-        if shorter:
-            remedies.append(f"--video_length {shorter} or less")
-        if resolution != "480p":
-            remedies.append("--resolution 480p in stage 1")
-    elif not float8:
-        remedies.append("--weights_dtype fp8")
-    return [*remedies, "more GPUs" if free.device is not None else "a GPU"]

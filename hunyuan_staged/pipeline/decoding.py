@@ -29,6 +29,7 @@ from hunyuan_staged.memory.budget import FreeMemory, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model
+from hunyuan_staged.pipeline.forecast_target import card_of
 from hunyuan_staged.pipeline.loaded_decoder import Decoder, LoadedDecoder
 from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.run_options import DEFAULT_FPS, MAX_FPS
@@ -160,7 +161,23 @@ class DecodeSetup:
         options = self.options
         tile_size = None if options.disable_tiling else options.tile_size
         asked = planning.Request(tile_size, options.disable_tiling, options.tile_overlap, self.world.size)
-        return planning.fit_decoding(self.config, weights, self.dtype.itemsize, self.size, free, asked)
+
+        def fit(size: tuple[int, int, int], asked: planning.Request) -> planning.Decoding:
+            return planning.fit_decoding(self.config, weights, self.dtype.itemsize, size, free, asked)
+
+        def remedies() -> list[str]:
+            card = card_of(options, self.world.device)
+            temporal, told = int(self.config["temporal_compression_ratio"]), []
+            for flags, size, how in planning.what_fits(fit, self.size, asked, temporal):
+                about = card and planning.decoding_time(
+                    card, self.config, size, how, options.tile_overlap, self.world.size
+                )
+                told.append(
+                    (about.most if about else 0.0, f"{flags} ({gib(how.total)}{f', {about}' if about else ''})")
+                )
+            return [text for _, text in sorted(told)]
+
+        return planning.fit_decoding(self.config, weights, self.dtype.itemsize, self.size, free, asked, remedies)
 
     def tiling(self, plan: planning.Decoding) -> Tiling:
         """The tiles that a plan decodes in."""

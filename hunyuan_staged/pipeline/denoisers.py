@@ -84,7 +84,7 @@ def model_of(setup: DenoiseSetup) -> tuple[Any, ...]:
 def fits(setup: DenoiseSetup, processes: int, free: FreeMemory) -> bool:
     """Whether the denoising fits in so many processes' memory."""
     try:
-        replace(setup, world=World(0, processes, setup.world.device)).plan(free)
+        replace(setup, world=World(0, processes, setup.world.device)).plan(free, explain=False)
     except InputError:
         return False
     return True

@@ -28,6 +28,7 @@ from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
+from hunyuan_staged.pipeline.choices import Goal, choices
 from hunyuan_staged.pipeline.common import attention_for, torch_dtype
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
@@ -158,25 +159,21 @@ class DenoiseSetup:
             self.caching.kept(settings.branches // side_by_side) if self.caching else 0,
         )
 
-    def plan(self, free: FreeMemory) -> budget.BlockPlan:
-        """How the transformer is laid out in memory; InputError where it does not fit."""
-        asked = offload_asked(self.options, self.weights.count)
+    def plan(self, free: FreeMemory, *, explain: bool = True) -> budget.BlockPlan:
+        """How the transformer is laid out in memory; InputError where it does not fit. explain: with what would help."""
+
+        def remedies() -> list[str]:
+            found = [str(choice) for choice in choices(self, Goal(free))] if explain else []
+            return found if free.device is not None else [*found, "a GPU"]
+
         return budget.plan_blocks(
             f"{self.settings.width}x{self.settings.height}, {self.settings.video_length} frames",
             self.weights,
             self.size.working,
             free,
-            asked=asked,
+            asked=offload_asked(self.options, self.weights.count),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
-            remedies=estimates.denoising_remedies(
-                self.weights,
-                self.size,
-                free,
-                asked=asked,
-                num_frames=self.settings.video_length,
-                float8=bool(self.options.weights_dtype),
-                resolution=self.settings.version.resolution,
-            ),
+            remedies=remedies,
         )
 
     def layout(self, known: dict[tuple[int, int], Layout]) -> Layout:

@@ -140,7 +140,7 @@ class EncodeSetup:
         if free.device is None:
             remedies = ["a GPU"]
         working = estimates.LANGUAGE_WORKING + beside
-        return budget.plan_blocks("the text encoder", weights, working, free, asked=asked, remedies=remedies)
+        return budget.plan_blocks("the text encoder", weights, working, free, asked=asked, remedies=lambda: remedies)
 
     def rows(self, plan: BlockPlan, free: FreeMemory) -> dict[str, object]:
         """The rows that --dry_run prints."""

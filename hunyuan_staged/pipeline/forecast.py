@@ -105,9 +105,7 @@ def _plan_decoding(
     about = setup.config, setup.size, plan, options.tile_overlap, setup.world.size
     expected = None
     if target.card:
-        found = planning.decoding_seconds(target.card.name, *about)
-        flops = planning.decoding_flops(*about)
-        expected = times.estimated(*flops, target.card) if found is None else times.measured(found)
+        expected = planning.decoding_time(target.card, *about)
     rows = setup.rows(plan, target.free, target.world.size)
     version = str(job.config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
     rows = finished(rows, expected, target, ("assumed", assumed), figures(setup.model, version))

@@ -1,6 +1,6 @@
 """The plan of stage 2 that --dry_run prints, super resolution included; forecast.py has the others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,26 +8,20 @@ from typing import Any
 import torch
 
 from hunyuan_staged import geometry, versions
-from hunyuan_staged.attention import ssta
-from hunyuan_staged.attention.modes import SPARSE_ATTN_MODE
 from hunyuan_staged.encoders.text import glyph_text
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.config import read_config
-from hunyuan_staged.memory import expected as times
-from hunyuan_staged.memory import operations, timings
-from hunyuan_staged.memory.budget import BlockPlan
-from hunyuan_staged.memory.cards import Card
-from hunyuan_staged.memory.expected import Expected
-from hunyuan_staged.options import DecodeOptions, DenoiseOptions
-from hunyuan_staged.parallel.layout import plan_layout
+from hunyuan_staged.memory import operations
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, denoising_records, jobs, low_resolution, upscaling
+from hunyuan_staged.pipeline.choices import Goal, choices
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
+from hunyuan_staged.pipeline.denoising_time import denoising_time
 from hunyuan_staged.pipeline.forecast_target import FindTarget, StagePlan, Target, figures, finished, planned, target_of
 from hunyuan_staged.pipeline.transformers import choose_transformer
 from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO, DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
-from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.published import model_for_plan
 
@@ -112,10 +106,13 @@ def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
     version = setup.settings.version.name
     base, larger = setup.job.config.get("transformer_version"), setup.enlarges_to
     rows = denoising_records.rows(setup, plan, target.free)
+    left_to_us = offload_asked(setup.options, setup.weights.count) is None
+    resident = choices(setup, Goal(target.free, resident=True)) if plan.offloaded and left_to_us else []
     rows = finished(
         rows,
         expected,
         target,
+        ("resident with", ", ".join(map(str, resident))),
         ("assumed", assumed),
         figures(setup.folder, base if larger and base else version, larger),
     )
@@ -125,62 +122,3 @@ def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
 def larger_options(options: DenoiseOptions, shape: tuple[int, ...]) -> DenoiseOptions:
     """Those of super resolution for latents [1, C, t, h, w] that are not there yet, whatever lies in their folder."""
     return replace(options, video_length=(shape[2] - 1) * geometry.TEMPORAL_RATIO + 1)
-
-
-def denoising_time(setup: DenoiseSetup, plan: BlockPlan, card: Card) -> Expected | None:
-    """Seconds of the denoising loop on a card: as just such a step was measured, else estimated."""
-    settings, size, caching = setup.settings, setup.size, setup.caching
-    side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.cfg_parallel)
-    least, most = computed_steps(setup.step_shares, caching)
-    found = timings.expected_seconds(
-        card.name,
-        size,
-        plan.offloaded,
-        layers=setup.weights.count,
-        branches=settings.branches,
-        ranks=setup.world.size,
-        steps=most if least == most and not setup.by_step and not setup.options.fp8_matmul else None,
-        float8=bool(setup.options.weights_dtype),
-    )
-    if found is not None:
-        return times.measured(found)
-    config = setup.skeleton.config
-    one = (
-        settings.branches
-        / side_by_side
-        * operations.step_flops(
-            size.video_tokens,
-            size.text_tokens,
-            layers=setup.weights.count,
-            heads=config.num_attention_heads,
-            width=config.attention_head_dim,
-            mlp_ratio=config.mlp_ratio,
-            shards=shards,
-            attended=attended_share(setup),
-        )
-    )
-    return times.estimated(least * one, most * one, card)
-
-
-def computed_steps(shares: Sequence[float], caching: CacheSettings | None) -> tuple[float, float]:
-    """How many guided steps a run takes as long as, at least and at most: a cache may decide as it goes.
-
-    shares: of a guided step, one for each step.
-    """
-    if caching is None:
-        return sum(shares), sum(shares)
-    worth = timings.steps_worth(shares, caching.type, None if caching.adapts else caching.planned)
-    if worth is not None:
-        return worth, worth
-    return sum(share for step, share in enumerate(shares) if not caching.may_reuse(step)), sum(shares)
-
-
-def attended_share(setup: DenoiseSetup) -> float:
-    """Which share of all pairs of tokens attention takes, in mean over steps and blocks."""
-    sparse = ssta.attended_share(setup.shape[2:])
-    found, layers = [], setup.weights.count
-    for step in range(setup.settings.num_inference_steps):
-        mode = setup.attention_at(step)
-        blocks = layers if mode.blocks is None else len(mode.blocks)
-        found.append(1 - (1 - sparse) * blocks / layers if mode.name == SPARSE_ATTN_MODE else 1.0)
-    return sum(found) / len(found)

@@ -38,15 +38,28 @@ class Target:
     assumed: bool = False
 
 
+def card_of(options: RunOptions, device: torch.device) -> Card | None:
+    """The card that --assume_gpu names, else this GPU, where the table has it, or this CPU."""
+    if options.assume_gpu is not None:
+        return assumed_card(options.assume_gpu)
+    if device.type == "cuda":
+        return find_card(gpu_name(device))
+    return timed_cpu(torch_dtype(getattr(options, "dtype", None) or DEFAULT_DTYPE, device))
+
+
 def target_of(options: RunOptions, world: World) -> Target:
-    """What is here, or the card that --assume_gpu names in a host with enough memory. Every rank calls it."""
+    """What is here, or the card that --assume_gpu names in a host with enough memory. Every rank calls it.
+
+    Of processes that are not there, on the first GPUs of this host, it is the one with the least free memory.
+    """
     if options.assume_gpu is not None:
         card = assumed_card(options.assume_gpu)
         return Target(replace(world, device=torch.device("cuda")), budget.card(card.memory_gb), card, assumed=True)
-    if world.device.type == "cuda":
-        return Target(world, free_memory(world), find_card(gpu_name(world.device)))
-    dtype = torch_dtype(getattr(options, "dtype", None) or DEFAULT_DTYPE, world.device)
-    return Target(world, free_memory(world), timed_cpu(dtype))
+    if world.device.type == "cuda" and world.size > 1 and world.store is None:
+        worlds = [replace(world, device=torch.device("cuda", index)) for index in range(world.size)]
+        found = [Target(one, free_memory(one), card_of(options, one.device)) for one in worlds]
+        return min(found, key=lambda target: target.free.device or 0)
+    return Target(world, free_memory(world), card_of(options, world.device))
 
 
 def timed_cpu(dtype: torch.dtype) -> Card:

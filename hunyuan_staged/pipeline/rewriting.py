@@ -66,7 +66,7 @@ class Rewriter:
         remedies = ["--rewrite URL, which asks a server", "no --rewrite"]
         asked = offload_asked(self.options, weights.count)
         working = estimates.LANGUAGE_WORKING
-        return budget.plan_blocks("--rewrite local", weights, working, free, asked=asked, remedies=remedies)
+        return budget.plan_blocks("--rewrite local", weights, working, free, asked=asked, remedies=lambda: remedies)
 
     def describe(self) -> str:
         """Who writes, in a few words."""

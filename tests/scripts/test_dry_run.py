@@ -110,6 +110,12 @@ def test_what_does_not_fit_a_small_card_is_offloaded_there(plan_run):
     found = plan_run("--assume_gpu", "8GB", "--transformer_version", "720p_t2v")
     assert re.match(r"17 of 26 \(", found[TITLES[0]]["offloaded layers"])
     assert re.match(r"40 of 54 \(", found[TITLES[1]]["offloaded blocks"])
+    assert re.fullmatch(
+        r"--weights_dtype fp8 and --video_length \d+ or less \(6\.5 GiB, \d+ to \d+ min\)",
+        found[TITLES[1]]["resident with"],
+    )
+    larger = plan_run("--assume_gpu", "16", "--transformer_version", "720p_t2v")
+    assert "resident with" not in larger[TITLES[1]], "nothing is offloaded"
     assert found[TITLES[2]]["decoding"].startswith("whole frames in 3 bands of rows")
 
 

@@ -198,14 +198,18 @@ def with_free(monkeypatch, device: int | None, host: int = 2**40) -> None:
     monkeypatch.setattr(available, "free_memory", lambda _: budget.FreeMemory(device, host))
 
 
-def test_stage_2_refuses_what_does_not_fit_with_the_numbers(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("mebibytes", "helps"),
+    [(1, "a GPU"), (19, r"--weights_dtype fp8 \(\d+ MiB, \d[\d.]* to \d[\d.]* (s|min)\), a GPU")],
+)
+def test_stage_2_refuses_what_does_not_fit_with_the_numbers(inputs, monkeypatch, capsys, mebibytes, helps):
     before = contents(inputs)
-    with_free(monkeypatch, None, 2**20)
+    with_free(monkeypatch, None, mebibytes * 2**20)
     assert stage2_transformer.main(["--input_dir", str(inputs), "--video_length", "9"]) == 2
     said = capsys.readouterr().err
     assert re.search(
-        r"error: 160x96, 9 frames needs \d+ MiB of host memory \(weights \d+ MiB\); free: host 1 MiB\. "
-        r"What would help: --weights_dtype fp8, a GPU$",
+        rf"error: 160x96, 9 frames needs \d+ MiB of host memory \(weights \d+ MiB\); free: host {mebibytes} MiB\. "
+        rf"What would help: {helps}$",
         said,
     ), said
     assert "loading" not in said and contents(inputs) == before
@@ -223,13 +227,13 @@ def test_stage_2_offloads_what_does_not_fit(inputs, tmp_path, monkeypatch, capsy
     assert torch.equal(load_latents(tmp_path)[0], resident)
 
 
-def with_room_for(monkeypatch, model_path: Path, **asked) -> None:
+def with_room_for(monkeypatch, model_path: Path, spare: int = budget.RESERVE, **asked) -> None:
     """As much free memory as 192x320 px of a single frame take if decoded so."""
     model = open_model(model_path, ["vae"])
     weights = 4 * sum(tensor.numel() for tensor in components.vae_skeleton(model, "decoder").parameters())
     memory, request = budget.FreeMemory(None, 2**40), planning.Request(**asked)
     needed = planning.fit_decoding(components.vae_config(model), weights, 4, (1, 192, 320), memory, request).total
-    with_free(monkeypatch, None, budget.RESERVE + needed)
+    with_free(monkeypatch, None, spare + needed)
 
 
 def test_stage_3_takes_bands_of_whole_frames_and_then_smaller_tiles(tmp_path, tiny_official, monkeypatch, capsys):
@@ -254,3 +258,9 @@ def test_stage_3_takes_bands_of_whole_frames_and_then_smaller_tiles(tmp_path, ti
     assert len(re.findall(rf"8 tiles of 128 px \(whole frames {need}", said)) == 1, said
     assert stage3_vae_decoder.main([*arguments, "--tile_size", "256"]) == 0
     assert "tiles of 256 px (as asked)" in capsys.readouterr().err, "what is asked for wins"
+    with_room_for(monkeypatch, tiny_official, spare=0, tile_size=128)
+    assert stage3_vae_decoder.main([*arguments, "--disable_tiling"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"needs \d+ MiB \(.*What would help: no flag about tiles \(\d+ MiB, \S+ to \S+ s\)$", said.strip()
+    ), said

@@ -13,6 +13,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import budget, estimates, timings
 from hunyuan_staged.memory.available import host_available
 from hunyuan_staged.memory.budget import GIB, BlockWeights, FreeMemory
+from hunyuan_staged.memory.cards import find_card
 from hunyuan_staged.memory.estimates import DenoisingSize
 from hunyuan_staged.memory.offloading import weights_of
 from hunyuan_staged.models.modulations import remove_linears, table_bytes
@@ -151,10 +152,10 @@ def test_a_number_that_was_asked_for_is_honoured_or_refused():
     with pytest.raises(InputError, match="--offload_blocks 55 is more than the 54 blocks of video"):
         budget.plan_blocks("video", WEIGHTS, WHOLE.working, H100, asked=55)
     with pytest.raises(InputError) as refused:
-        budget.plan_blocks("video", WEIGHTS, WHOLE.working, budget.card(16), asked=0, remedies=["--enable_offloading"])
+        budget.plan_blocks("video", WEIGHTS, WHOLE.working, budget.card(16), asked=0, remedies=lambda: ["no flag"])
     assert str(refused.value) == (
         "video needs 18.4 GiB of GPU memory (weights 15.5 GiB, working memory 2.9 GiB); "
-        "free: GPU 15.2 GiB, host 64.0 GiB. What would help: --enable_offloading"
+        "free: GPU 15.2 GiB, host 64.0 GiB. What would help: no flag"
     )
 
 
@@ -169,28 +170,6 @@ def test_on_a_cpu_each_process_has_its_own_weights_and_one_copy_is_shared():
         budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(None, 30 * GIB), ranks=2)
     offloaded = budget.plan_blocks("video", WEIGHTS, WHOLE.working, FreeMemory(None, 18 * GIB), asked=54, ranks=2)
     assert offloaded.host == 54 * WEIGHTS.each
-
-
-def remedies(free: FreeMemory, denoising: DenoisingSize = WHOLE, **given) -> list[str]:
-    options = {"asked": None, "num_frames": 121, "float8": False, "resolution": "720p"} | given
-    return estimates.denoising_remedies(WEIGHTS, denoising, free, **options)
-
-
-def test_only_flags_that_would_help_are_named():
-    assert remedies(budget.card(8), asked=0) == ["--enable_offloading, or no flag about offloading"]
-    room = 22 * GIB // 10
-    said = remedies(FreeMemory(room, 64 * GIB))
-    assert said == ["--video_length 53 or less", "--resolution 480p in stage 1", "more GPUs"]
-    assert "--resolution 480p in stage 1" not in remedies(FreeMemory(room, 64 * GIB), resolution="480p")
-    fitting = replace(WHOLE, video_tokens=geometry.video_tokens(53, 720, 1280))
-    assert budget.plan_blocks("video", WEIGHTS, fitting.working, FreeMemory(room, 64 * GIB)).offloaded == 54
-    longer = replace(WHOLE, video_tokens=geometry.video_tokens(57, 720, 1280))
-    with pytest.raises(InputError):
-        budget.plan_blocks("video", WEIGHTS, longer.working, FreeMemory(room, 64 * GIB))
-    assert remedies(FreeMemory(GIB // 2, 64 * GIB)) == ["--resolution 480p in stage 1", "more GPUs"], (
-        "no length would do"
-    )
-    assert remedies(FreeMemory(None, 8 * GIB)) == ["--weights_dtype fp8", "a GPU"]
 
 
 def test_the_longest_video():
@@ -331,9 +310,7 @@ def test_whole_frames_then_bands_then_tiles():
     # A chunk's frames leave while the next come; in bands they wait for the last band.
     assert decoding(80).parts["frames"] == 2 * 8 * 720 * 1280 * 3
     assert decoding(9).parts["frames"] == 121 * 720 * 1280 * 3
-    with pytest.raises(
-        InputError, match=r"tiles of 128 px, 121 frames, needs 2\.5 GiB .*What would help: fewer frames"
-    ):
+    with pytest.raises(InputError, match=r"tiles of 128 px, 121 frames, needs 2\.5 GiB .*What would help: more memory"):
         decoding(2)
 
 
@@ -355,12 +332,45 @@ def test_what_was_asked_for_is_honoured_or_refused():
     assert decoding(80, tile_size=128).tile_size == 128
     assert decoding(80, tile_size=256).reason == "as asked"
     assert decoding(3.8, tile_size=256).latent_frames_per_chunk == 1, "without the reserve it fits"
-    with pytest.raises(InputError, match=r"tiles of 256 px, 121 frames, needs 3\.8 GiB .* --tile_size 128"):
+    with pytest.raises(InputError, match=r"tiles of 256 px, 121 frames, needs 3\.8 GiB "):
         decoding(3.5, tile_size=256)
     assert chosen(24, whole=True) == (None, 1, 2)
     assert chosen(10.5, whole=True) == (None, 2, 2), "bands are whole frames, too"
-    with pytest.raises(InputError, match=r"whole frames in 8 bands .*, 121 frames, needs 5\.1 GiB .* --tile_size 128"):
+    with pytest.raises(InputError, match=r"whole frames in 8 bands .*, 121 frames, needs 5\.1 GiB "):
         decoding(5, whole=True)
+
+
+def fitting(
+    free: float, size: tuple[int, int, int] = VIDEO, **asked
+) -> list[tuple[str, tuple[int, int, int], int | None]]:
+    """What would help, with the size and the tiles that it leads to."""
+
+    def fit(size: tuple[int, int, int], request: planning.Request) -> planning.Decoding:
+        memory = FreeMemory(int(free * GIB), 64 * GIB)
+        return planning.fit_decoding(DECODER, DECODER_WEIGHTS, 2, size, memory, request)
+
+    return [
+        (flag, size, how.tile_size) for flag, size, how in planning.what_fits(fit, size, planning.Request(**asked), 4)
+    ]
+
+
+def test_other_tiles_or_fewer_frames_are_what_helps():
+    assert fitting(3.5, tile_size=256) == [("no flag about tiles", VIDEO, 128)], "which is the same as to ask for them"
+    assert fitting(5, whole=True) == [("no flag about tiles", VIDEO, 256), ("--tile_size 128", VIDEO, 128)]
+    ((flag, size, _),) = fitting(2.2)
+    assert flag == f"--video_length {size[0]} or less in stage 2" and size[1:] == VIDEO[1:]
+    assert decoding(2.2, size=size).total <= 2.2 * GIB
+    with pytest.raises(InputError):
+        decoding(2.2, size=(size[0] + 4, *VIDEO[1:]))
+    assert fitting(1) == []
+
+
+def test_a_decoding_that_was_not_measured_is_estimated():
+    card, whole = find_card(GPU), decoding(80, latent_frames_per_chunk=1)
+    assert str(planning.decoding_time(card, DECODER, VIDEO, whole, 0.25, 1)) == "5.1 s"
+    config = DECODER | {"latent_channels": 32, "out_channels": 3}
+    bands = planning.decoding_time(card, config, VIDEO, decoding(9), 0.25, 1)
+    assert bands.how == "an estimate" and bands.least < bands.most
 
 
 def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
