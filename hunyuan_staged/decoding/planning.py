@@ -1,19 +1,14 @@
 """Whole frames or tiles, and chunks, that fit the memory; the time a decoding was measured to take. In bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.memory.budget import RESERVE, FreeMemory, gib, refusal
-from hunyuan_staged.memory.cards import Card
-from hunyuan_staged.memory.expected import Expected, estimated, measured
-from hunyuan_staged.memory.operations import decoder_flops
-from hunyuan_staged.memory.timings import measured_decoding
+from hunyuan_staged.memory.budget import RESERVE, FreeMemory, Remedies, gib, refusal
 from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VAE_LAYERS
 
 # Stage 3's, in tensors of a level's width: behind the mid block, for each px of the last level and each frame of a chunk
@@ -23,8 +18,6 @@ DECODER_TENSORS = 3
 MID_BLOCK_TENSORS = 8
 SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
 GATHERED_TENSORS = 4  # of all ranks' keys and values: as they come, and joined
-# What a further band of rows adds at most, of all operations: a level's convolutions reach so far into its neighbours.
-BAND_OVERLAP = 0.15
 # A chunk of whole frames gains nothing beyond so many latents: two frames of 1280x720 (README, "Measured").
 USEFUL_CHUNK = 2 * 45 * 80
 
@@ -178,7 +171,7 @@ def fit_decoding(
     size: tuple[int, int, int],
     free: FreeMemory,
     asked: Request = Request(),
-    remedies: Callable[[], Sequence[str]] = tuple,
+    remedies: Remedies = tuple,
 ) -> Decoding:
     """How a video of size (T, H, W) is decoded where nothing, or this, is asked for.
 
@@ -231,74 +224,3 @@ def fit_decoding(
         what = chosen.describe(ranks if chosen.tile_size is None else 1)
         raise InputError(refusal(f"{what}, {frames} frames,", gib(chosen.total), chosen.parts, free, remedies()))
     return chosen
-
-
-def what_fits(
-    fit: Callable[[tuple[int, int, int], Request], Decoding],
-    size: tuple[int, int, int],
-    asked: Request,
-    temporal_ratio: int,
-) -> list[tuple[str, tuple[int, int, int], Decoding]]:
-    """What to change for a decoding to fit that does not, each with the size (T, H, W) and how that is decoded: other
-    tiles; where none do, fewer frames. fit: fit_decoding of a size."""
-    free_choice, small = (replace(asked, tile_size=tile, whole=False) for tile in (None, SMALL_TILE_SIZE))
-    found: dict[int | None, tuple[str, tuple[int, int, int], Decoding]] = {}
-    for flag, request in (("no flag about tiles", free_choice), (f"--tile_size {SMALL_TILE_SIZE}", small)):
-        with suppress(InputError):
-            how = fit(size, request)
-            found.setdefault(how.tile_size, (flag, size, how))
-    frames, height, width = size
-    for fewer in range(frames - temporal_ratio, 0, -temporal_ratio) if not found else ():
-        with suppress(InputError):
-            shorter = fewer, height, width
-            return [(f"--video_length {fewer} or less in stage 2", shorter, fit(shorter, free_choice))]
-    return list(found.values())
-
-
-def decoding_time(
-    card: Card, config: Mapping[str, Any], size: tuple[int, int, int], decoding: Decoding, overlap: float, ranks: int
-) -> Expected | None:
-    """Seconds of a decoding on a card: as just such a one was measured, else estimated."""
-    seconds = decoding_seconds(card.name, config, size, decoding, overlap, ranks)
-    if seconds is not None:
-        return measured(seconds)
-    return estimated(*decoding_flops(config, size, decoding, overlap, ranks), card)
-
-
-def decoding_seconds(
-    gpu: str | None,
-    config: Mapping[str, Any],
-    size: tuple[int, int, int],
-    decoding: Decoding,
-    overlap: float,
-    ranks: int,
-) -> float | None:
-    """Seconds of a decoding where one just like it has been measured, else None: nothing is guessed."""
-    published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
-    if gpu is None or not published or ranks != 1 or decoding.bands != 1:
-        return None
-    if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
-        return None
-    chunk = decoding.latent_frames_per_chunk
-    piece = decoding.frames_per_piece
-    if piece is not None and piece >= min(size[0], chunk * int(config["temporal_compression_ratio"])):
-        piece = None  # a chunk's
-    return measured_decoding(gpu, size, decoding.tile_size, chunk, piece)
-
-
-def decoding_flops(
-    config: Mapping[str, Any], size: tuple[int, int, int], decoding: Decoding, overlap: float, ranks: int
-) -> tuple[float, float]:
-    """Operations of a decoding on the process that has most of it, at least and at most: what overlaps is done twice."""
-    frames, height, width = size
-    ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
-    rows, columns = height // ratio, width // ratio
-    plain = decoder_flops(dict(config), (frames - 1) // temporal + 1, rows, columns)
-    if decoding.tile_size is not None:
-        cut = tiling.tile_plan(rows, columns, tile_size=decoding.tile_size, tile_overlap=overlap, spatial_ratio=ratio)
-        tiles = len(cut.rows) * len(cut.columns)
-        area = sum(span.size for span in cut.rows) * sum(span.size for span in cut.columns)
-        done = plain * area / (rows * columns) * -(-tiles // ranks) / tiles
-        return done, done
-    alone = row_ranks(rows, ranks)
-    return plain / alone, plain / alone * (1 + BAND_OVERLAP * (decoding.bands - 1))

@@ -14,6 +14,8 @@ SLOTS = 2  # blocks in flight: one computes while the next one's weights arrive
 # Beside what is counted: fragments of the allocator, cuBLAS's workspaces, kernels that load late. Not measured.
 RESERVE = 3 * GIB // 4
 
+Remedies = Callable[[], Sequence[str]]  # what gives the flags that would help, asked only where something does not fit
+
 
 def gib(size: float) -> str:
     """Bytes for a reader, e.g. "4.9 GiB"; less than one as MiB."""
@@ -96,7 +98,7 @@ def plan_blocks(
     *,
     asked: int | None = None,
     ranks: int = 1,
-    remedies: Callable[[], Sequence[str]] = tuple,
+    remedies: Remedies = tuple,
 ) -> BlockPlan:
     """The layout of a model on one device. asked: how many blocks are to be offloaded; None chooses.
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hunyuan_staged.decoding import planning, tiled, whole
+from hunyuan_staged.decoding import planning, tiled, timing, whole
 from hunyuan_staged.decoding.frames import DecodeContext, FrameBatch, check_latents
 from hunyuan_staged.decoding.rows import row_ranks
 from hunyuan_staged.decoding.tiling import Tiling
@@ -25,7 +25,7 @@ from hunyuan_staged.files import contract, provenance, tensors
 from hunyuan_staged.files.config import read_config, update_config
 from hunyuan_staged.files.encoding import ENCODERS, Encoding, default_preset
 from hunyuan_staged.files.video import GIF, require_encoder, write_video
-from hunyuan_staged.memory.budget import FreeMemory, gib
+from hunyuan_staged.memory.budget import FreeMemory, Remedies, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline.common import Lock, chosen_model
@@ -162,22 +162,11 @@ class DecodeSetup:
         tile_size = None if options.disable_tiling else options.tile_size
         asked = planning.Request(tile_size, options.disable_tiling, options.tile_overlap, self.world.size)
 
-        def fit(size: tuple[int, int, int], asked: planning.Request) -> planning.Decoding:
-            return planning.fit_decoding(self.config, weights, self.dtype.itemsize, size, free, asked)
+        def fit(size: timing.Size, asked: planning.Request, remedies: Remedies = tuple) -> planning.Decoding:
+            return planning.fit_decoding(self.config, weights, self.dtype.itemsize, size, free, asked, remedies)
 
-        def remedies() -> list[str]:
-            card = card_of(options, self.world.device)
-            temporal, told = int(self.config["temporal_compression_ratio"]), []
-            for flags, size, how in planning.what_fits(fit, self.size, asked, temporal):
-                about = card and planning.decoding_time(
-                    card, self.config, size, how, options.tile_overlap, self.world.size
-                )
-                told.append(
-                    (about.most if about else 0.0, f"{flags} ({gib(how.total)}{f', {about}' if about else ''})")
-                )
-            return [text for _, text in sorted(told)]
-
-        return planning.fit_decoding(self.config, weights, self.dtype.itemsize, self.size, free, asked, remedies)
+        card = partial(card_of, options, self.world.device)
+        return fit(self.size, asked, lambda: timing.remedies(fit, self.size, asked, self.config, card()))
 
     def tiling(self, plan: planning.Decoding) -> Tiling:
         """The tiles that a plan decodes in."""

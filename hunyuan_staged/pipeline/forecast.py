@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hunyuan_staged import geometry, versions
-from hunyuan_staged.decoding import planning
+from hunyuan_staged.decoding import timing
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.config import read_config
@@ -105,7 +105,7 @@ def _plan_decoding(
     about = setup.config, setup.size, plan, options.tile_overlap, setup.world.size
     expected = None
     if target.card:
-        expected = planning.decoding_time(target.card, *about)
+        expected = timing.decoding_time(target.card, *about)
     rows = setup.rows(plan, target.free, target.world.size)
     version = str(job.config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
     rows = finished(rows, expected, target, ("assumed", assumed), figures(setup.model, version))

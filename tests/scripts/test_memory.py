@@ -200,7 +200,7 @@ def with_free(monkeypatch, device: int | None, host: int = 2**40) -> None:
 
 @pytest.mark.parametrize(
     ("mebibytes", "helps"),
-    [(1, "a GPU"), (19, r"--weights_dtype fp8 \(\d+ MiB, \d[\d.]* to \d[\d.]* (s|min)\), a GPU")],
+    [(1, "a GPU"), (20, r"--weights_dtype fp8 \(\d+ MiB, \d[\d.]* to \d[\d.]* (s|min)\), a GPU")],
 )
 def test_stage_2_refuses_what_does_not_fit_with_the_numbers(inputs, monkeypatch, capsys, mebibytes, helps):
     before = contents(inputs)

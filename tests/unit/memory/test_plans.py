@@ -8,7 +8,7 @@ import torch
 
 from hunyuan_staged import geometry
 from hunyuan_staged.bench import cards
-from hunyuan_staged.decoding import planning
+from hunyuan_staged.decoding import planning, timing
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import budget, estimates, timings
 from hunyuan_staged.memory.available import host_available
@@ -350,7 +350,7 @@ def fitting(
         return planning.fit_decoding(DECODER, DECODER_WEIGHTS, 2, size, memory, request)
 
     return [
-        (flag, size, how.tile_size) for flag, size, how in planning.what_fits(fit, size, planning.Request(**asked), 4)
+        (flag, size, how.tile_size) for flag, size, how in timing.what_fits(fit, size, planning.Request(**asked), 4)
     ]
 
 
@@ -367,16 +367,16 @@ def test_other_tiles_or_fewer_frames_are_what_helps():
 
 def test_a_decoding_that_was_not_measured_is_estimated():
     card, whole = find_card(GPU), decoding(80, latent_frames_per_chunk=1)
-    assert str(planning.decoding_time(card, DECODER, VIDEO, whole, 0.25, 1)) == "5.1 s"
+    assert str(timing.decoding_time(card, DECODER, VIDEO, whole, 0.25, 1)) == "5.1 s"
     config = DECODER | {"latent_channels": 32, "out_channels": 3}
-    bands = planning.decoding_time(card, config, VIDEO, decoding(9), 0.25, 1)
+    bands = timing.decoding_time(card, config, VIDEO, decoding(9), 0.25, 1)
     assert bands.how == "an estimate" and bands.least < bands.most
 
 
 def test_the_time_of_a_decoding_is_a_measured_one_or_unknown():
     def seconds(decoding: planning.Decoding, **given) -> float | None:
         options = {"gpu": GPU, "config": DECODER, "size": VIDEO, "overlap": 0.25, "ranks": 1} | given
-        return planning.decoding_seconds(decoding=decoding, **options)
+        return timing.decoding_seconds(decoding=decoding, **options)
 
     tiles = decoding(80, tile_size=256)
     assert seconds(tiles) == 8.61
