@@ -5,12 +5,28 @@ transformers' own class takes seconds to import; this one gives the same bits.
 Letters: B batch, L tokens, C width, H heads of D.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """What makes a LanguageModel; names and defaults are those of transformers' Qwen2_5_VLTextConfig."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-5
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_theta": 1e6})
 
 
 class Hidden(NamedTuple):
@@ -113,7 +129,7 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """All layers of config, transformers' Qwen2_5_VLTextConfig.
+    """All layers of config, a LanguageConfig or transformers' own.
 
     Source: transformers' Qwen2_5_VLTextModel with attention by scaled_dot_product_attention.
     """

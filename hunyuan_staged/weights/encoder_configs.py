@@ -1,12 +1,14 @@
-"""The configs of the encoders as transformers' classes, built from the keys of the schema alone: what else a file says, an
-attention implementation to be fetched and run, say, reaches nobody.
+"""The configs of the encoders, most as transformers' classes, built from the keys of the schema alone: what else a file
+says, an attention implementation to be fetched and run, say, reaches nobody.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.language import LanguageConfig
 from hunyuan_staged.versions import SKIPPED_LAYERS
 from hunyuan_staged.weights.key_maps import refuse_names
 from hunyuan_staged.weights.schema import (
@@ -24,13 +26,19 @@ from hunyuan_staged.weights.schema import (
 Config = Mapping[str, Any]  # what a config.json says
 
 
-def language_config(content: Config, path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[Any, int]:
+def language_config(content: Config, path: Path, skipped: int = SKIPPED_LAYERS) -> tuple[LanguageConfig, int]:
     """(the text config without the skipped layers, the number of layers left), from any form of config.json.
 
     path: where the content is from, for messages.
     """
-    from transformers import Qwen2_5_VLTextConfig
+    chosen, rope = _language_settings(content, path)
+    kept = chosen["num_hidden_layers"] - skipped
+    own = {field.name: chosen[field.name] for field in fields(LanguageConfig) if field.name in chosen}
+    return LanguageConfig(**own | {"num_hidden_layers": kept, "rope_parameters": rope}), kept
 
+
+def _language_settings(content: Config, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the checked settings of the language model, those of its rotation)."""
     kind = content.get("model_type")
     if kind not in ("qwen2_5_vl", "qwen2_5_vl_text"):
         raise InputError(f"{path}: model_type is {quoted(kind)}; allowed are qwen2_5_vl and qwen2_5_vl_text")
@@ -53,19 +61,24 @@ def language_config(content: Config, path: Path, skipped: int = SKIPPED_LAYERS) 
     refuse_names(f"{path} lacks", [name for name in ("mrope_section",) if name not in rope])
     sections = rope["mrope_section"]
     require_equal(path, f"the sum of mrope_section {sections}", sum(sections), chosen["hidden_size"] // heads // 2)
-    theta = rope.get("rope_theta", chosen.pop("rope_theta", 1e6))
-    kept = chosen["num_hidden_layers"] - skipped
-    dropped = ("layer_types", "use_sliding_window", "rope_theta", "num_hidden_layers")
-    text: Any = Qwen2_5_VLTextConfig(
+    theta = rope.get("rope_theta", chosen.get("rope_theta", 1e6))
+    return chosen, {"rope_type": "default", "mrope_section": sections, "rope_theta": theta}
+
+
+def _whole_text_config(content: Config, path: Path) -> Any:
+    """transformers' config of all layers of the language model."""
+    from transformers import Qwen2_5_VLTextConfig
+
+    chosen, rope = _language_settings(content, path)
+    dropped = ("layer_types", "use_sliding_window", "rope_theta")
+    return Qwen2_5_VLTextConfig(
         **{name: value for name, value in chosen.items() if name not in dropped},
-        num_hidden_layers=kept,
-        rope_parameters={"rope_type": "default", "mrope_section": sections, "rope_theta": theta},
+        rope_parameters=rope,
         attn_implementation="sdpa",
-        # Nothing is generated; the defaults would be warned of where the vocabulary is smaller.
+        # The defaults would be warned of where the vocabulary is smaller.
         bos_token_id=None,
         eos_token_id=None,
     )
-    return text, kept
 
 
 def whole_config(content: Config, path: Path, image_token: int) -> Any:
@@ -75,7 +88,7 @@ def whole_config(content: Config, path: Path, image_token: int) -> Any:
     """
     from transformers import Qwen2_5_VLConfig
 
-    inner, _ = language_config(content, path, skipped=0)
+    inner = _whole_text_config(content, path)
     vision = content.get("vision_config")
     if not isinstance(vision, dict):
         raise InputError(f"{path} describes no vision tower (vision_config)")

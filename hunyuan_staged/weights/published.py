@@ -12,6 +12,7 @@ from typing import Any
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.geometry import BUCKET_BASE, LATENT_CHANNELS
+from hunyuan_staged.models.language import LanguageConfig
 from hunyuan_staged.models.modules import TransformerConfig
 from hunyuan_staged.models.vae_modules import VaeConfig
 from hunyuan_staged.versions import (
@@ -145,9 +146,7 @@ def _has_config(model: ModelFolder, part: str, version: str | None) -> bool:
     return folder.is_dir() and (part == "scheduler" or (folder / "config.json").is_file())
 
 
-def published_language_config(layers: int | None = None) -> Any:
-    """transformers' config of the language model, of the layers that stage 1 runs or of so many."""
-    from transformers import Qwen2_5_VLTextConfig
-
+def published_language_config(layers: int | None = None) -> LanguageConfig:
+    """The config of the language model, of the layers that stage 1 runs or of so many."""
     kept = QWEN_7B["num_hidden_layers"] - SKIPPED_LAYERS if layers is None else layers
-    return Qwen2_5_VLTextConfig(**QWEN_7B | {"num_hidden_layers": kept})
+    return LanguageConfig(**QWEN_7B | {"num_hidden_layers": kept})
