@@ -16,7 +16,7 @@ from hunyuan_staged.memory.offloading import StreamedBlocks
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modulations import Modulations
-from hunyuan_staged.parallel.layout import Layout, LoneShare, plan_layout
+from hunyuan_staged.parallel.layout import Layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import SILENT, Reporter, quiet
 from hunyuan_staged.sampling import cache, loop
@@ -112,20 +112,6 @@ class Denoiser:
             report.info("{}: {} steps computed, {} reused".format(cached.settings.type, *cached.counts))
         counts = cached.counts if cached else (settings.num_inference_steps - start.done, 0)
         return Denoised(latents, time.perf_counter() - started, counts)
-
-    @torch.no_grad()
-    def rehearse(self, setup: "DenoiseSetup") -> None:
-        """Run the forward of a setup once, with its first block alone and without the other ranks: what a first step would
-        compile, choose or import is there then. Nothing else comes of it."""
-        settings, world = setup.settings, setup.world
-        branches, shards = plan_layout(world.size, settings.branches, setup.cfg_parallel)
-        layout = LoneShare(branches, shards, *divmod(world.rank, shards))
-        forward = self.forward(setup.attention_at(0), setup.shape[2:], layout, compile=setup.compiled)
-        inputs = torch.zeros(1, self.model.config.in_channels, *setup.shape[2:], device=world.device, dtype=setup.dtype)
-        (prompt,) = guidance_branches(setup.job.embeddings, 1.0, device=world.device, dtype=setup.dtype)
-        (time, following), *_ = step_times(setup.sigmas, use_meanflow=self.model.config.use_meanflow)
-        timestep_r = None if following is None else torch.tensor([following])
-        forward(inputs, torch.tensor([time]), prompt, timestep_r, lambda blocks, *tokens: blocks(*tokens, 0, 1)[0])
 
     def forward(
         self, attention: AttentionMode, latent_size: Sequence[int], layout: Layout, *, compile: bool = False

@@ -45,11 +45,6 @@ class Denoisers:
         """Have the setup's transformer on the device, all of it, for a `load` to come. No rank need call it."""
         self._denoiser, self._model, self._early = setup.load_resident(), model_of(setup), True
 
-    def rehearse(self, setup: DenoiseSetup) -> None:
-        """Run what load_early loaded once; see Denoiser.rehearse."""
-        assert self._denoiser is not None
-        self._denoiser.rehearse(setup)
-
     def load(self, setup: DenoiseSetup, plan: BlockPlan, report: Reporter = SILENT) -> Denoiser:
         """The setup's transformer, laid out as planned. Every rank calls it."""
         model = model_of(setup)

@@ -8,22 +8,20 @@ ever, and gets those that are there, if they are the ones.
 import gc
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hunyuan_staged.attention.packages import reason_of
-from hunyuan_staged.decoding import whole
-from hunyuan_staged.decoding.frames import DecodeContext
-from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.encoders.endpoint import LOCAL
 from hunyuan_staged.memory import available
 from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory, gib
 from hunyuan_staged.parallel.environment import rank_info
+from hunyuan_staged.parallel.threads import device_threads
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import forecast
 from hunyuan_staged.pipeline.decoding import DecodeSetup
@@ -31,15 +29,14 @@ from hunyuan_staged.pipeline.denoisers import Denoisers
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.forecast_target import StagePlan, Target
 from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
+from hunyuan_staged.pipeline.rehearsal import one_block, rehearse_decoding, rehearse_denoising
 from hunyuan_staged.run_options import RunOptions
 from hunyuan_staged.runtime.environment import Early, IsDue
-from hunyuan_staged.runtime.progress import SILENT, quiet
 from hunyuan_staged.weights.single_file import TransformerFile
 
 # Of each process on a GPU, beside what torch allocates: its context, and kernels. Measured: 0.5 GiB.
 CONTEXT = 3 * GIB // 4
 PIECE = 2**24  # bytes of a file that are read ahead at a time
-SIDE = 8  # of rehearsed latents
 DUE = "the turn came first"
 
 
@@ -94,25 +91,40 @@ def _load(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device,
         return f"not loaded early: {gib(needed)} needed, free: {free.describe()}"
     if is_due():
         return DUE
-    told = f"loaded early: {gib(plan.memory.resident)}"
+    needs[own] = Need(needs[own].total, needs[own].total)
+    load = _load_denoiser if isinstance(plan.setup, DenoiseSetup) else _load_decoder
     try:
-        loaded = load_denoiser(plan.setup) if isinstance(plan.setup, DenoiseSetup) else load_decoder(plan.setup)
-        kept.append(loaded)
-        needs[own] = Need(needs[own].total, needs[own].total)
-        if is_due() or peak(needs, own) > room:
-            return f"{told}, not rehearsed"
-        return _trying(f"{told}, not rehearsed", lambda: f"{told}, {_rehearse(loaded, plan)}")
+        rehearsed = load(plan, kept, peak(needs, own) <= room)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # which is the other stage's
+    return f"loaded early: {gib(plan.memory.resident)}, {rehearsed}"
 
 
-def _rehearse(loaded: Denoisers | LoadedDecoder, plan: StagePlan) -> str:
-    if isinstance(loaded, Denoisers):
-        loaded.rehearse(plan.setup)
-    else:
-        rehearse_decoder(loaded, plan.setup, plan.memory)
-    return "rehearsed"
+def _load_denoiser(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
+    """Load a transformer on a thread, beside the compiler's work on a copy of one block."""
+    setup, told = plan.setup, "not rehearsed"
+    model = one_block(setup) if rehearse else None
+    with device_threads(1, "loading early", setup.world.device) as pool:
+        loading = pool.submit(load_denoiser, setup)
+        if model is not None:
+            told = _rehearsed(partial(rehearse_denoising, setup, model))
+        kept.append(loading.result())
+    return told
+
+
+def _load_decoder(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
+    decoders = load_decoder(plan.setup)
+    kept.append(decoders)
+    return _rehearsed(partial(rehearse_decoding, plan.setup, plan.memory, decoders)) if rehearse else "not rehearsed"
+
+
+def _rehearsed(rehearse: Callable[[], None]) -> str:
+    def work() -> str:
+        rehearse()
+        return "rehearsed"
+
+    return _trying("not rehearsed", work)
 
 
 def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> str:
@@ -138,16 +150,6 @@ def load_decoder(setup: DecodeSetup) -> LoadedDecoder:
     decoders = LoadedDecoder()
     setup.load(decoders)
     return decoders
-
-
-def rehearse_decoder(decoders: LoadedDecoder, setup: DecodeSetup, plan: Decoding) -> None:
-    """Decode small frames in three chunks, the first, one between and the last: kernels do not depend on the size."""
-    decoder, config = setup.load(decoders)
-    chunk = plan.latent_frames_per_chunk
-    latents = torch.zeros(1, setup.job.latents.shape[1], 2 * chunk + 1, SIDE, SIDE)
-    alone = DecodeContext(World(0, 1, setup.world.device), quiet, SILENT.warn, False)
-    small = replace(plan, tile_size=None, bands=1)
-    deque(whole.decode_whole(decoder, latents, config, small, alone), maxlen=0)
 
 
 def weight_files(setup: DenoiseSetup) -> list[Path]:

@@ -41,12 +41,15 @@ def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
     gpu = None if options.dry_run else _own_gpu()
     if gpu is None:
         return NOTHING_EARLY
-    if not options.no_compile:
+    if not options.no_compile and not has_room(gpu):
         _import(COMPILER)
     if gpu.capability >= HOPPER and may_take_flash4(options):
         kernel_cache.keep_flash4_kernels()
         obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next
-    return _load(gpu, is_due)
+    early = _load(gpu, is_due)
+    if not options.no_compile:  # where there is room the compiler was imported beside the loading
+        _import(COMPILER)
+    return early
 
 
 def warm_decoding(options: DecodeOptions, is_due: IsDue) -> Early:
