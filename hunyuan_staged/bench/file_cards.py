@@ -50,7 +50,7 @@ def _cells(kind: str, steps: int) -> list[str]:
         dtype.itemsize,
         "cudnn",
         True,
-        block=offloading.widened_bytes(block, dtype),
+        block=offloading.widened_bytes([block], dtype),
         modulations=table_bytes(steps, versions.LAYERS, width, dtype.itemsize),
     ).working
     return [plan_cell(weights, working, budget.card(card), "blocks") for card in CARDS]

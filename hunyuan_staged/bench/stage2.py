@@ -116,7 +116,7 @@ def memory_use(setup: Setup, video_tokens: int) -> dict[str, Any]:
         setup.attention.name,
         setup.compile,
         setup.layout.shards,
-        offloading.widened_bytes(setup.model.transformer_blocks[0], dtype),
+        offloading.widened_bytes(setup.model.transformer_blocks, dtype),
         setup.modulations.table.nbytes,
     )
     planned_bytes = sum(budget.device_parts(setup.block_weights, planned.working, setup.offloaded).values())

@@ -4,7 +4,7 @@ The host's copy is one for all ranks of a machine.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,10 +26,10 @@ def weights_of(model: nn.Module, blocks: Sequence[nn.Module] | nn.ModuleList, dt
     return BlockWeights(len(blocks), largest, (everything - inside) * dtype.itemsize)
 
 
-def widened_bytes(block: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a block in `dtype` where it is stored in another form, which it takes besides while it is computed; else
+def widened_bytes(blocks: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of a block in `dtype` where some are stored in another form, which it takes besides while it is computed; else
     0."""
-    return wide_elements(block) * dtype.itemsize
+    return max(map(wide_elements, blocks), default=0) * dtype.itemsize
 
 
 def evenly_spaced(offloaded: int, count: int) -> list[int]:

@@ -26,6 +26,7 @@ from hunyuan_staged.sampling.guidance import Guidance, guidance_branches
 from hunyuan_staged.sampling.precompute import step_times
 from hunyuan_staged.sampling.recorder import Recorder
 from hunyuan_staged.sampling.state import Start
+from hunyuan_staged.weights.quantization import one_kind
 
 if TYPE_CHECKING:
     from hunyuan_staged.pipeline.denoising import DenoiseSetup
@@ -118,12 +119,15 @@ class Denoiser:
     ) -> transformer.Transformer:
         """The forward for latents of (frames, height, width) on a layout."""
         frames, height, width = latent_size
+        blocks: Any = self.blocks
+        if compile and one_kind.are_mixed(self.model.transformer_blocks):
+            blocks = one_kind.OneKind(self.model.transformer_blocks if blocks is None else blocks)
         return transformer.Transformer(
             self.model,
             attention,
             (frames, height, width),
             layout,
-            self.blocks,
+            blocks,
             modulations=self.modulations,
             compile=compile,
         )

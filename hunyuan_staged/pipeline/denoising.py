@@ -154,7 +154,7 @@ class DenoiseSetup:
             self.by_step.hungriest if self.by_step else self.attention.name,
             self.compiled,
             shards,
-            widened_bytes(self.skeleton.transformer_blocks[0], self.dtype),
+            widened_bytes(self.skeleton.transformer_blocks, self.dtype),
             table_bytes(steps, self.weights.count, width, self.dtype.itemsize),
             self.caching.kept(settings.branches // side_by_side) if self.caching else 0,
         )

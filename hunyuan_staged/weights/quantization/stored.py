@@ -17,8 +17,10 @@ class StoredLinear(nn.Module):
 
     stored: nn.Parameter
     bias: nn.Parameter | None
+    out_features: int
+    in_features: int
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: "nn.Linear | StoredLinear") -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.bias = linear.bias
