@@ -2,11 +2,13 @@
 
 Every setting runs over the same held-out prompts and seeds: shapes and cards, known and new wordings. Against the exact
 run of the same prompt it gives the relative error of the latents, PSNR and SSIM of the frames, their flicker, and what
-the judge of evaluate.py finds right, with 95 % intervals. clips.jsonl has a line for each clip, and a run that was
-stopped goes on behind it; quality.json has the table, quality.png loss against work with the Pareto line.
+the judge of evaluate.py finds right, with 95 % intervals. Settings that store weights otherwise (bf16, fp8, gguf-…)
+compute in bf16. clips.jsonl has a line for each clip, and a run that was stopped goes on behind it; quality.json has the
+table, quality.png loss against work with the Pareto line.
 """
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hunyuan_staged import presets
+from hunyuan_staged.demo import stored_weights
 from hunyuan_staged.errors import InputError, run_tool
 from hunyuan_staged.files.atomic import check_output_dir, replacing
 from hunyuan_staged.options import DenoiseOptions
@@ -54,7 +57,7 @@ def _settings() -> dict[str, dict[str, Any]]:
     found["taylorcache-as-balanced"] = {"preset": "balanced", "cache_type": "taylorcache"}
     found["ssta"] = {"attn_mode": "flex-block-attn"}
     found["ssta-middle"] = {"attn_schedule": "exact:0-5,sparse:6-23,exact:24-29"}
-    return found
+    return found | {form: {} for form in stored_weights.FORMS}
 
 
 def _cached(kind: str, **flags: float) -> dict[str, Any]:
@@ -98,6 +101,7 @@ class Instrument:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._pipeline = evaluate.DemoPipeline(model_path, device)
+        self._forms: dict[str, evaluate.DemoPipeline] = {}  # of those whose weights are stored otherwise
         self._prompts = cache(evaluate.held_out_prompts)
         self._reference: tuple[Any, tuple[Any, np.ndarray]] | None = None
 
@@ -138,8 +142,19 @@ class Instrument:
         from hunyuan_staged.demo import evaluate
 
         options = DenoiseOptions(seed=evaluate.SEED + clip.number, **SETTINGS[clip.setting])
-        latents, work = self._pipeline.denoise(self._scene(clip)[1], options)
+        pipeline = self._form(clip.setting) if clip.setting in stored_weights.FORMS else self._pipeline
+        latents, work = pipeline.denoise(self._scene(clip)[1], options)
         return latents, self._pipeline.decode(latents), work
+
+    def _form(self, form: str) -> Any:
+        """The pipeline with its weights stored in a form, and computing in bf16."""
+        import torch
+
+        if form not in self._forms:
+            made = copy.copy(self._pipeline)
+            made.transformer, made.dtype = stored_weights.stored(made.transformer, form), torch.bfloat16
+            self._forms[form] = made
+        return self._forms[form]
 
 
 # -- all clips --
