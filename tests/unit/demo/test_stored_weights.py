@@ -31,6 +31,7 @@ def test_weights_are_those_of_the_model_within_the_forms_step(form):
         assert layers[name].weight.dtype == torch.bfloat16
         assert getattr(layers[name], "fp8_matmul", False) == (form == "fp8-matmul" and not modulation)
         widest = layer.weight.unflatten(1, (-1, 32)).abs().amax(dim=2).repeat_interleave(32, dim=1)
-        allowed = widest * (HALF_A_STEP["bf16"] if plain else HALF_A_STEP[form] * 1.01 + 2.0**-8)
+        # bf16 rounds before and after
+        allowed = widest * (HALF_A_STEP["bf16"] if plain else HALF_A_STEP[form] * 1.01 + 2.0**-7)
         assert ((layers[name].weight.float() - layer.weight).abs() <= allowed).all(), name
     assert made.proj_out.weight.dtype == torch.bfloat16 and model.proj_out.weight.dtype == torch.float32
