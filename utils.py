@@ -184,7 +184,6 @@ class Run(Reporter):
         """Print what --dry_run is asked for, a line for each row, on the first process; there is no closing report."""
         self.record_plan(rows, title)
         if self.world.is_main:
-            rows = ({"job": self._job} if self._job else {}) | dict(rows)
             width = max(map(len, rows))
             lines = [f"{name:{width}}  {one_line(value)}\n" for name, value in rows.items()]
             heading = f"{'' if not self.planned else chr(10)}{title}\n" if title else ""
@@ -372,20 +371,30 @@ def run_jobs(
 
 
 def plan_script(argv: Sequence[str]) -> int:
-    """`python utils.py GPUS STAGE1 STAGE2 [ENLARGING] STAGE3`, flags as JSON: what run_staged.sh --dry_run runs."""
+    """`python utils.py GPUS STAGE1 STAGE2 [ENLARGING] STAGE3`, flags as JSON: what run_staged.sh --dry_run runs.
+
+    A draft has two stages alone.
+    """
     from hunyuan_staged.parsing import options_of_run
 
     processes, *flags = argv
-    encode, denoise, *enlarge, decode = options_of_run([json.loads(words) for words in flags])
+    options = options_of_run([json.loads(words) for words in flags])
+    many = options[0].jobs is not None
 
-    def body(run: Run, _: object) -> None:
-        from hunyuan_staged.pipeline import forecast
+    def check(encode: Any) -> Jobs | None:
+        return jobs_of(encode, options) if many else None
+
+    def body(run: Run, jobs: Jobs | None) -> None:
+        from hunyuan_staged.pipeline import forecast, forecast_jobs
 
         world = forecast.world_of(int(processes), run.world)
-        for title, rows in forecast.plan_run(encode, denoise, decode, world, run, *enlarge).items():
+        if jobs:
+            forecast_jobs.show(run, options, jobs, world)
+            return
+        for title, rows in forecast.plan_run(options, world, run).items():
             run.show_plan(rows, title)
 
-    return run_stage("plan", encode, body=body, every_rank=False)
+    return run_stage("plan", options[0], check=check, body=body, every_rank=False)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:

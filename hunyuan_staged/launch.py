@@ -119,10 +119,10 @@ def run(python: str, command: Command) -> int:
     if whole.request:
         jobs = jobs_of_run(whole.request, options, command.gpus)
         stages = partial(run_stages, python, command, numbers, began=began)
-        plan = partial(plan_stages, python, command)
+        plan = partial(plan_stages, python, command, numbers)
         return run_many(jobs, options, whole.lists, plan if options[0].dry_run else stages)
     if options[0].dry_run:
-        return plan_stages(python, command, whole.lists)
+        return plan_stages(python, command, numbers, whole.lists)
     events = EventLog(options[-1].log_json, "run")
     events.write("start", flags=command.flags, gpus=command.gpus)
     status = run_stages(python, command, numbers, whole.lists, began)
@@ -141,10 +141,10 @@ def run(python: str, command: Command) -> int:
     return 0
 
 
-def plan_stages(python: str, command: Command, lists: Sequence[list[str]]) -> int:
-    """Print the plan of a whole run, by the stages' lists of flags; the status of the process that makes it."""
+def plan_stages(python: str, command: Command, numbers: Sequence[int], lists: Sequence[list[str]]) -> int:
+    """Print the plan of stages by number, each with its list of flags; the status of the process that makes it."""
     with Supervisor() as supervisor:
-        words = [python, str(ROOT / "utils.py"), str(command.gpus), *map(json.dumps, lists)]
+        words = [python, str(ROOT / "utils.py"), str(command.gpus), *map(json.dumps, lists[: len(numbers)])]
         return supervisor.run(words, 1, name="the plan")
 
 

@@ -21,7 +21,8 @@ def denoising_time(setup: "DenoiseSetup", plan: BlockPlan, card: Card) -> Expect
     """Seconds of the denoising loop on a card: as just such a step was measured, else estimated."""
     settings, size, caching = setup.settings, setup.size, setup.caching
     side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.cfg_parallel)
-    least, most = computed_steps(setup.step_shares, caching)
+    # Of a draft the first steps alone.
+    least, most = computed_steps(setup.step_shares[: setup.options.stop_after], caching)
     found = timings.expected_seconds(
         card.name,
         size,

@@ -36,6 +36,8 @@ from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights.hub import diffusers_repository
 
+TITLES = {1: "stage 1: prompt → embeddings", 2: "stage 2: embeddings → latents", 3: "stage 3: latents → video"}
+LARGER = "stage 2: larger latents,"
 TEMPLATE_TOKENS = 108  # of the chat round a prompt, which the language model reads, too
 
 
@@ -122,33 +124,22 @@ def world_of(processes: int, world: World) -> World:
     return World(0, processes, world.device)
 
 
-def plan_run(
-    encode: EncodeOptions,
-    denoise: DenoiseOptions,
-    decode: DecodeOptions,
-    world: World,
-    report: Reporter = SILENT,
-    enlarge: DenoiseOptions | None = None,
-) -> dict[str, Rows]:
+def plan_run(options: Sequence[Any], world: World, report: Reporter = SILENT) -> dict[str, Rows]:
     """The plans of a whole run in a folder of its own, by title; the last row is the time of all.
 
-    Args:
-        world: of stages 2 and 3.
-        enlarge: what super resolution is given.
+    options: as of plan_processes; world: of stages 2 and 3.
     """
-    if denoise.transformer_version and not denoise.transformer and not denoise.model_path:
-        encode = _of_version(encode, denoise.transformer_version)
-    found = plan_processes([encode, denoise, *([enlarge] if enlarge else []), decode], world, report)
+    encode, denoise, *more = options
+    found = plan_processes([encoding_of_run(encode, denoise), denoise, *more], world, report)
     stages = [plan for plans in found for plan in plans]
-    second = stages[1:-1]
+    second = stages[1 : -1 if more else None]
     expected = times.total(stage.expected for stage in stages)
     if expected:
         told = f"{expected} ({expected.how}); loading the weights and starting up come on top"
     else:
         told = str(next(stage.rows for stage in stages[::-1] if not stage.expected)["expected time"])
-    titles = ["stage 1: prompt → embeddings", "stage 2: embeddings → latents"]
-    titles += [f"stage 2: larger latents, {plan.config['transformer_version']}" for plan in second[1:]]
-    titles.append("stage 3: latents → video")
+    titles = [TITLES[1], TITLES[2], *(f"{LARGER} {plan.config['transformer_version']}" for plan in second[1:])]
+    titles += [TITLES[3]] if more else []
     return dict(zip(titles, (stage.rows for stage in stages), strict=True)) | {"the whole run": {"time": told}}
 
 
@@ -178,8 +169,11 @@ def plan_processes(
     return found
 
 
-def _of_version(options: EncodeOptions, name: str) -> EncodeOptions:
-    """Stage 1's options for a version that is named alone, as it is published."""
+def encoding_of_run(options: EncodeOptions, denoise: DenoiseOptions) -> EncodeOptions:
+    """Stage 1's options in a plan: for a version that stage 2 is given alone, those of it as it is published."""
+    name = denoise.transformer_version
+    if not name or denoise.transformer or denoise.model_path:
+        return options
     version = versions.parse_version(name)
     if version.task == "i2v" and not options.image_path:
         raise InputError(f"{name} makes videos from an image: give --image_path", option="transformer_version")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def target_of(options: RunOptions, world: World) -> Target:
     return Target(world, free_memory(world), card_of(options, world.device))
 
 
+@cache
 def timed_cpu(dtype: torch.dtype) -> Card:
     """This machine's CPU, by the rate of a matrix product."""
     x = torch.ones(PRODUCT, PRODUCT, dtype=dtype)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,9 @@ class JobRun(Protocol):
     def warn(self, text: str) -> None:
         """A warning for the log."""
 
+    def show_plan(self, rows: Mapping[str, object], title: str = "") -> None:
+        """Print a plan."""
+
     def group(self, world: World, index: int, count: int) -> None:
         """Be one of a group of processes from here on."""
 
@@ -72,6 +75,9 @@ class Stage:
 def run_all(run: JobRun, stage: Stage, options: Any, jobs: Jobs) -> None:
     """Make all jobs, and say at the end what became of each. InputError for a size of groups that the run cannot have."""
     whole = run.world
+    if options.dry_run:
+        _show_plan(run, options, jobs)
+        return
     for line in jobs.bad:
         run.warn(f"left out: {line}")
     todo = job_folders.ordered(jobs.good, options, stage.number)
@@ -86,6 +92,15 @@ def run_all(run: JobRun, stage: Stage, options: Any, jobs: Jobs) -> None:
     for warns, line in closing_lines(jobs, outcomes):
         (run.warn if warns else run.info)(line)
     run.status = status_of(jobs, outcomes)
+
+
+def _show_plan(run: JobRun, options: Any, jobs: Jobs) -> None:
+    """Print one plan of all jobs."""
+    from hunyuan_staged.pipeline import forecast_jobs
+
+    if run.world.is_main:
+        forecast_jobs.show(run, [options], jobs, World(0, run.world.size, run.world.device))
+    run.status = int(run.world.from_main("planned", str(run.status)))
 
 
 def watch(run: JobRun, stage: Stage, options: Any) -> None:
@@ -189,7 +204,7 @@ def _task(stage: Stage, options: Any, job: Job, is_main: bool) -> Task:
     folder = job_folders.written_to(own, stage.number)
 
     def prepared() -> Any:
-        if is_main and stage.number == 1 and not options.dry_run:
+        if is_main and stage.number == 1:
             job_folders.write_json(folder / contract.JOB_FILE, text_of(job))
         return own
 
@@ -214,12 +229,11 @@ def _task_of_folder(stage: Stage, options: Any, folder: Path) -> Task:
 def _make(run: JobRun, world: World, stage: Stage, task: Task) -> Outcome:
     """Make one job, and record what became of it; every process of a group calls it, and all agree."""
     started, name = time.perf_counter(), task.name
-    status, text, dry_run = DONE, "", False
+    status, text = DONE, ""
     assert world.within is not None
     with run.job(name, world):
         try:
             options = task.options()
-            dry_run = options.dry_run
             job_folders.check_earlier(options, stage.number)
             stage.body(run, options)
             status = run.outcome
@@ -244,6 +258,6 @@ def _make(run: JobRun, world: World, stage: Stage, task: Task) -> Outcome:
     said = world.within.all_gather_text("end of a job", json.dumps([status, text]))
     words = [json.loads(word) for word in said]
     status, text = next((word for word in words if word[1]), words[0])
-    if world.is_main and not dry_run and status != BUSY:
+    if world.is_main and status != BUSY:
         job_folders.record(task.folder, stage.number, text, done=status == DONE)
     return Outcome(name, status, text, time.perf_counter() - started)

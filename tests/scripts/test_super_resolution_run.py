@@ -18,13 +18,21 @@ from forked import Moment, run_ranks, run_stage
 from PIL import Image
 from safetensors.torch import load_file
 
+from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.encoders.image import pixels_of, resize_and_center_crop
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_latents
 from hunyuan_staged.files.video import read_video, write_video
-from hunyuan_staged.weights.components import load_vae_encoder
+from hunyuan_staged.models.embeddings import Conditioning
+from hunyuan_staged.models.transformer import Transformer
+from hunyuan_staged.pipeline.low_resolution import load_upsampler
+from hunyuan_staged.sampling.conditions import LowResolutionCondition, condition_channels, upsample_latents
+from hunyuan_staged.sampling.loop import Sampling, denoise
+from hunyuan_staged.sampling.schedule import flow_sigmas
+from hunyuan_staged.weights.components import load_transformer, load_vae_encoder
 from hunyuan_staged.weights.folder import open_model
+from hunyuan_staged.weights.upsampler import open_upsampler
 
 STEP = "hunyuan_staged.sampling.loop.euler_step"
 LARGER = contract.at_resolution(contract.LATENTS_FILE, "demo_hd")
@@ -89,6 +97,31 @@ def test_larger_latents_lie_beside_those_of_the_base(done):
         LARGER,
         contract.CONFIG_FILE,
     }
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_run_is_the_parts_that_the_golden_numbers_hold(done, tmp_path, tiny_super_resolution, image):
+    """With another seed than the default: the noise of both draws, upsampler, condition, shift, meanflow, put together."""
+    folder = with_image(tmp_path / "out", tiny_super_resolution) if image else shutil.copytree(done, tmp_path / "out")
+    status, said = enlarge(folder, "--seed", 7)
+    assert status == 0, said
+    model, device, name = (
+        open_model(tiny_super_resolution, ("transformer",)),
+        torch.device("cpu"),
+        "demo_hd_sr_distilled",
+    )
+    upsampler = load_upsampler(open_upsampler(tiny_super_resolution / "upsampler" / name), device)
+    generator = torch.Generator().manual_seed(7)
+    noise, second = (torch.randn(1, 32, 2, 9, 15, generator=generator) for _ in range(2))
+    embeddings, _ = load_embeddings(folder)
+    first = embeddings[contract.large_image_latents("demo_hd")] if image else None
+    larger = upsample_latents(upsampler, load_latents(folder)[0], 9, 15, torch.float32)
+    condition = LowResolutionCondition(condition_channels(noise, first), 0.3 * larger + 0.7 * second)
+    transformer = load_transformer(model, name, device=device, dtype=torch.float32)
+    prompt = Conditioning.from_embeddings(embeddings, device=device, dtype=torch.float32)
+    velocity = Transformer(transformer, choose_attention("torch", device, torch.float32), (2, 9, 15))
+    expected = denoise(velocity, noise, condition, [prompt], flow_sigmas(6, 2.0), Sampling(1.0, use_meanflow=True))
+    assert (latents(folder) - expected).norm() / expected.norm() < 1e-5
 
 
 def test_runs_repeat_and_offloading_keeps_the_bits(done, again):
