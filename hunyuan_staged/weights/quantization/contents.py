@@ -13,7 +13,7 @@ from hunyuan_staged.weights.quantization.formats import PLAIN
 from hunyuan_staged.weights.quantization.gguf_file import GgufHeader
 from hunyuan_staged.weights.quantization.header import Header
 from hunyuan_staged.weights.quantization.scaled_linear import ScaledLinear, scale_bytes
-from hunyuan_staged.weights.quantization.stored import Replacement
+from hunyuan_staged.weights.quantization.stored import FLOAT8, Replacement
 
 Leaves = dict[str, torch.Tensor]  # of a stored layer, by the names of its tensors
 STORED = (*PLAIN, *scaled_fp8.TYPES)  # what weights of a safetensors file may be in
@@ -82,7 +82,7 @@ class SafetensorsContents:
     scales: dict[str, torch.Tensor]
 
     def keeping(self, name: str) -> Replacement | None:
-        float8 = self.header.dtypes[name] == scaled_fp8.TYPES[0] and len(self.header.shapes[name]) == 2
+        float8 = scaled_fp8.TYPES.get(self.header.dtypes[name]) == FLOAT8 and len(self.header.shapes[name]) == 2
         return ScaledLinear if float8 else None
 
     def read(

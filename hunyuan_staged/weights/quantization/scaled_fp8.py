@@ -18,7 +18,7 @@ MARKER = "scaled_fp8"
 SCALES = ("weight_scale", "scale_weight")
 UNUSED = ("input_scale", "scale_input", "comfy_quant")
 HEADER_ENTRY = "_quantization_metadata"
-TYPES = ("F8_E4M3", "F8_E5M2")
+TYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # by what a file calls them
 SCALE_TYPES = ("F32", "BF16", "F16")
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
@@ -60,7 +60,7 @@ def read_scales(header: Header) -> dict[str, torch.Tensor]:
     """The scale of each weight that has one, float32, [1] or [out, 1].
 
     InputError for a scale without a float8 weight, weights without a scale beside others with one, a scale of another
-    shape, and one that is no finite number from 0 on.
+    shape, and one that is no number from 0 on, or so large that the weights would not be finite.
     """
     found, wrong = {}, []
     with safe_open(header.path, "pt") as file:
@@ -76,8 +76,9 @@ def read_scales(header: Header) -> dict[str, torch.Tensor]:
                 wrong.append(f"{name} {header.dtypes[name]} {shape} for a weight {header.shapes[weight]}")
             else:
                 scale = file.get_tensor(name).float().view(-1, 1)
-                if not (torch.isfinite(scale) & (scale >= 0)).all():
-                    wrong.append(f"{name}, which holds what is no finite number from 0 on")
+                largest = scale * torch.finfo(TYPES[header.dtypes[weight]]).max
+                if not (torch.isfinite(largest) & (scale >= 0)).all():
+                    wrong.append(f"{name}, which holds what is no finite number from 0 on, or makes weights infinite")
                 found[weight] = scale
     refuse_names(f"{header.path}: scales that do not fit", wrong)
     bare = [name for name, dtype in header.dtypes.items() if dtype in TYPES and name not in found and name != MARKER]
@@ -88,7 +89,7 @@ def read_scales(header: Header) -> dict[str, torch.Tensor]:
 
 def dequantised(tensor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """A tensor of a file: in float8, it is made float32 and multiplied by its scale, if there is one."""
-    if tensor.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if tensor.dtype not in TYPES.values():
         return tensor
     wide = tensor.float()
     return wide if scale is None else wide * scale.to(wide.device).view(-1, *[1] * (wide.ndim - 1))
