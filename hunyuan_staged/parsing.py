@@ -46,6 +46,18 @@ class Parser(argparse.ArgumentParser):
             refuse(str(error))
 
 
+class OpenParser(Parser):
+    """Leaves the flags that it does not know in `flags`, for whoever is handed them; with the default takes_flags False,
+    which a subcommand may have, it refuses them."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, flags = self.parse_known_args(args, namespace)
+        if flags and not getattr(found, "takes_flags", True):
+            self.error(f"unrecognized arguments: {' '.join(flags)}")
+        found.flags = flags
+        return found
+
+
 def tool_parser(name: str, description: str | None, kind: type[Parser] = Parser) -> Parser:
     """The parser of a tool, `python -m NAME`, for errors.run_tool: --debug, and whatever is added."""
     raw = argparse.RawDescriptionHelpFormatter

@@ -19,7 +19,7 @@ from hunyuan_staged.bench.stage2 import bench_stage2
 from hunyuan_staged.bench.stage3 import bench_encoding, bench_stage3
 from hunyuan_staged.decoding import tiling
 from hunyuan_staged.errors import InputError, run_tool
-from hunyuan_staged.parsing import Parser, add_debug, tool_parser
+from hunyuan_staged.parsing import OpenParser, Parser, add_debug, tool_parser
 from hunyuan_staged.sampling import cache_settings
 
 
@@ -117,19 +117,9 @@ def add_encoding(stages: Any) -> None:
     encoding.set_defaults(run=bench_encoding)
 
 
-class BenchParser(Parser):
-    """A parser that leaves the flags that it does not know to a benchmark that takes them."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, others = self.parse_known_args(args, namespace)
-        if others and not getattr(known, "takes_flags", False):
-            self.error(f"unrecognized arguments: {' '.join(others)}")
-        known.flags = others
-        return known
-
-
 def build_parser() -> Parser:
-    parser = tool_parser("hunyuan_staged.bench", __doc__, BenchParser)
+    parser = tool_parser("hunyuan_staged.bench", __doc__, OpenParser)
+    parser.set_defaults(takes_flags=False)
     stages = parser.add_subparsers(dest="stage", required=True)
     add_stage2(stages)
     add_stage3(stages)

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hunyuan_staged import launch
 from hunyuan_staged.cluster.actor import StageCommand
@@ -20,7 +19,7 @@ from hunyuan_staged.errors import InputError, print_error, run_tool
 from hunyuan_staged.jobs.outcomes import closing_lines, status_of
 from hunyuan_staged.jobs.reading import Jobs
 from hunyuan_staged.launch_jobs import conclude, jobs_of_run, written_queue
-from hunyuan_staged.parsing import Parser, add_debug
+from hunyuan_staged.parsing import OpenParser, Parser, add_debug
 from hunyuan_staged.pipeline.job_folders import ordered
 from hunyuan_staged.runtime.environment import check_working_folder
 from hunyuan_staged.runtime.signals import Interrupted, Interrupts
@@ -36,20 +35,11 @@ examples:
 """
 
 
-class _Parser(Parser):
-    """Leaves what it does not know in `flags`, for the stages."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, flags = self.parse_known_args(args, namespace)
-        found.flags = [*flags, *(["--debug"] if found.debug else [])]
-        return found
-
-
 def build_parser() -> Parser:
-    """The cluster's own flags."""
+    """The cluster's own flags; the others are the stages'."""
     raw = argparse.RawDescriptionHelpFormatter
     name = "python -m hunyuan_staged.cluster"
-    parser = _Parser(name, description=__doc__, epilog=EXAMPLE, formatter_class=raw, allow_abbrev=False)
+    parser = OpenParser(name, description=__doc__, epilog=EXAMPLE, formatter_class=raw, allow_abbrev=False)
     for kind, what in (
         ("encoders", "encode prompts (stage 1)"),
         ("denoisers", "denoise (stage 2)"),
@@ -147,11 +137,16 @@ def make(args: argparse.Namespace, jobs: Jobs, whole: WholeRun) -> int:
     return status_of(jobs, outcomes)
 
 
+def flags_of_stages(args: argparse.Namespace) -> list[str]:
+    """What the stages get."""
+    return [*args.flags, *(["--debug"] if args.debug else [])]
+
+
 def run(args: argparse.Namespace) -> int:
     """What the flags ask for; the exit status."""
     check_working_folder()
     check(args)
-    whole = read_whole_run(args.flags)
+    whole = read_whole_run(flags_of_stages(args))
     options = whole.options
     if whole.request is None:
         raise InputError("give --jobs FILE, --seeds, or --prompt several times: what is there to make?")

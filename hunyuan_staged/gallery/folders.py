@@ -17,6 +17,8 @@ from hunyuan_staged.files.provenance import sha256
 from hunyuan_staged.files.tensors import opened
 from hunyuan_staged.gallery.finishing import decode_command, denoise_command, job_line
 from hunyuan_staged.geometry import BUCKET_BASE
+from hunyuan_staged.options import DecodeOptions
+from hunyuan_staged.pipeline.decoding import choose_latents
 from hunyuan_staged.pipeline.job_folders import failure_of, read_job
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
@@ -92,9 +94,12 @@ def read(folder: Path, root: Path) -> Job:
         job.picture = inside(folder / contract.PREVIEW_PICTURE, root)
         config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
         _describe(job, config)
-        job.video = _video(folder, config, root)
+        resolution = _resolution(folder)
+        job.video = _video(folder, resolution, config, root)
         job.changed = max(path.lstat().st_mtime for path in folder.iterdir())
-        _judge(job, config)
+        if resolution:
+            job.settings["super resolution"] = resolution
+        _judge(job, config, resolution)
     except (InputError, OSError) as error:
         job.status, job.note, job.commands, job.line = BROKEN, printable(str(error)), [], None
     return job
@@ -121,19 +126,27 @@ def _describe(job: Job, config: Mapping[str, Any]) -> None:
     job.seconds = sum(times) if times and math.isfinite(sum(times)) else None
 
 
-def _video(folder: Path, config: Mapping[str, Any], root: Path) -> Path | None:
-    """The job's video: the largest in its folder, else the one that the config names, if that lies below the root."""
+def _resolution(folder: Path) -> str | None:
+    """Of the latents that stage 3 decodes, where super resolution has made those; else None."""
+    return choose_latents(DecodeOptions(input_dir=str(folder))) if contract.latents_present(folder) else None
+
+
+def _video(folder: Path, resolution: str | None, config: Mapping[str, Any], root: Path) -> Path | None:
+    """The job's video: that of its latents, of none the largest, else the one that the config names, if that lies below
+    the root."""
     named = config.get("output_video")
-    candidates = [folder / name for name in VIDEO_FILES]
+    own = contract.at_resolution(contract.VIDEO_FILE, resolution)
+    latents = folder / contract.at_resolution(contract.LATENTS_FILE, resolution)
+    candidates = [folder / name for name in ([own] if latents.is_file() else VIDEO_FILES)]
     if named and Path(named).suffix in SUFFIXES:
         candidates.append(Path(named))
     return next(filter(None, (inside(path, root) for path in candidates)), None)
 
 
-def _judge(job: Job, config: Mapping[str, Any]) -> None:
+def _judge(job: Job, config: Mapping[str, Any], resolution: str | None) -> None:
     """How far the job is, and what finishes it."""
     folder = job.folder
-    latents = folder / contract.LATENTS_FILE
+    latents = folder / contract.at_resolution(contract.LATENTS_FILE, resolution)
     state = next(filter(Path.is_file, (folder / name for name in STATE_FILES)), None)
     failure = failure_of(folder)
     asked = read_job(folder).values
@@ -150,7 +163,10 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
     elif latents.is_file():
         job.status = DECODE
         if job.video:
-            job.video, job.note = None, f"{contract.VIDEO_FILE} is of other latents: it will be replaced"
+            own = contract.at_resolution(contract.VIDEO_FILE, resolution)
+            replaced = job.video.name not in VIDEO_FILES or job.video.name == own
+            job.note = f"{job.video.name} is of other latents{': it will be replaced' * replaced}"
+            job.video = None
     elif (folder / contract.EMBEDDINGS_FILE).is_file():
         job.status = ENCODED
         job.note = "stage 2 has left nothing here: flags of its command line are not known"
@@ -173,7 +189,7 @@ def _judge(job: Job, config: Mapping[str, Any]) -> None:
 def _replaced(latents: Path, video: Path, config: Mapping[str, Any]) -> bool:
     """Whether a video is of other latents than those that are there now."""
     recorded = config.get(contract.LATENTS_HASH)
-    if video.name != contract.VIDEO_FILE or recorded is None or not latents.is_file():
+    if recorded is None or not latents.is_file():
         return False
     # Only where the times let one think so: reading all latents of a large folder takes a while.
     return latents.stat().st_mtime > video.stat().st_mtime and sha256(latents) != recorded

@@ -83,14 +83,16 @@ def ready(stage: int, folder: Path, options: Any) -> int | None:
 
     A job that has failed in this stage, or in one before, waits until its failure is removed.
     """
-    output = contract.STAGE_OUTPUT[stage]
-    if stage == 2:
-        output = contract.at_resolution(output, getattr(options, "super_resolution", None))
+    larger = getattr(options, "super_resolution", None) if stage == 2 else getattr(options, "latents", None)
+    larger = None if stage == 1 or larger == contract.BASE else larger
+    output, inputs = contract.at_resolution(contract.STAGE_OUTPUT[stage], larger), contract.STAGE_INPUTS[stage]
+    if larger:
+        inputs = (*inputs, contract.at_resolution(contract.LATENTS_FILE, larger if stage == 3 else None))
     failure = failure_of(folder)
     if (folder / output).exists() or (failure and failure[0] <= stage):
         return None
     try:
-        return max((folder / name).stat().st_mtime_ns for name in contract.STAGE_INPUTS[stage])
+        return max((folder / name).stat().st_mtime_ns for name in inputs)
     except FileNotFoundError:
         return None
 

@@ -255,6 +255,24 @@ def test_a_watched_folder(tmp_path, embedded, single):
     assert torch.equal(latents(folder / "one"), single[1]) and torch.equal(latents(folder / "two"), single[2])
 
 
+def test_a_worker_finishes_its_step_and_leaves_and_another_goes_on(tmp_path, embedded, single):
+    folder = tmp_path / "runs"
+    shutil.copytree(embedded, folder / "one")
+    (folder / "one" / contract.JOB_FILE).write_text('{"seed": 1}')
+    moment = Moment(STEP, 2, (signal.SIGTERM,))
+    status, said = run_stage(2, "--watch", folder, *SMALL, said=tmp_path / "said", moment=moment)
+    assert status == 143, said
+    left = {path.name for path in (folder / "one").iterdir()}
+    assert load_state(folder / "one")[1]["step"] == "2" and contract.LOCK_FILE not in left
+    worker = Forked(2, "--watch", folder, *SMALL, said=tmp_path / "said")
+    wait_for(folder / "one" / contract.LATENTS_FILE, worker)
+    while (folder / "one" / contract.LOCK_FILE).exists():
+        time.sleep(0.05)
+    worker.process.terminate()
+    assert worker.status() == 143 and "going on after step 2 of 4" in worker.said()
+    assert torch.equal(latents(folder / "one"), single[1])
+
+
 def test_prompts_make_many_videos_and_one_load(tmp_path, tiny_official):
     """Stages 1 and 3: the files of single runs, and nothing twice."""
     prompts = ["a red circle", 'a sign that says "7"']

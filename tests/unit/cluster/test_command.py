@@ -87,4 +87,4 @@ def test_each_stage_has_its_actors_and_no_more_than_there_are_jobs():
 
 def test_what_the_stages_get_is_their_flags():
     args = command.build_parser().parse_args([*JOBS, "--decoders", "2", "--fps", "12", "--debug"])
-    assert args.flags == [*JOBS, "--fps", "12", "--debug"]
+    assert command.flags_of_stages(args) == [*JOBS, "--fps", "12", "--debug"]

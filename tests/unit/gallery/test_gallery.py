@@ -95,6 +95,34 @@ def test_a_video_of_other_latents_is_not_the_jobs(tmp_path):
     assert (found.status, found.video) == (folders.STOPPED, None)
 
 
+def test_larger_latents_are_what_is_decoded(tmp_path):
+    """A video of the base run was taken for that of the larger latents, and an old larger one for that of a new run."""
+    folder = job(tmp_path, "a")
+    base = tensors.save_latents(folder, torch.zeros(1, 32, 2, 6, 10), {})
+    about = {contract.LATENTS_HASH: sha256(base.read_bytes()).hexdigest(), contract.ENLARGED_FROM: base.name}
+    small, large = (folder / contract.at_resolution(contract.VIDEO_FILE, size) for size in (None, "demo_hd"))
+
+    def decoded(latents: Path, video: Path) -> folders.Job:
+        recorded = {"prompt": "a", contract.LATENTS_HASH: sha256(latents.read_bytes()).hexdigest()}
+        (folder / contract.CONFIG_FILE).write_text(json.dumps(recorded))
+        video.touch()
+        return read(tmp_path)["a"]
+
+    found = decoded(base, small)
+    os.utime(small, (1, 1))
+    assert (found.status, found.video, found.settings) == (folders.FINISHED, small, {})
+    larger = tensors.save_latents(folder, torch.zeros(1, 32, 2, 9, 15), about, "demo_hd")
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.video, found.settings) == (folders.DECODE, None, {"super resolution": "demo_hd"})
+    assert [flags(line) for line in found.commands] == [[f"--input_dir={folder}"]]
+    found = decoded(larger, large)
+    assert (found.status, found.video, found.commands) == (folders.FINISHED, large, [])
+    tensors.save_latents(folder, torch.ones(1, 32, 2, 6, 10), {})
+    (found,) = read(tmp_path).values()
+    assert (found.status, found.video, found.settings) == (folders.DECODE, None, {})
+    assert found.note == "output_video.mp4 is of other latents: it will be replaced"
+
+
 def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
     """Through the state's JSON and a shell's words; files by their whole paths."""
     adapter = tmp_path / "it's an adapter.safetensors"
