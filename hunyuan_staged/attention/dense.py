@@ -18,6 +18,11 @@ SAGE_HEAD_WIDTHS = (64, 96, 128)  # of version 1.0.6
 # choice, 128 x 128 through registers, takes 3 % longer (README, ideas tried).
 FLASH4_TILE: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "intra_wg_overlap": True}
 FLASH4_TILE_HEADS = 128
+# What is left of the queries after the last whole wave of tiles, a tile on each multiprocessor: smaller tiles, where they
+# take less than another wave of large ones. A small tile of 128 queries takes about 0.7 of a large one's time.
+FLASH4_SMALL_TILE: dict[str, Any] = {"tile_mn": (128, 128), "mma_pv_is_rs": True, "intra_wg_overlap": True}
+FLASH4_SMALL_TILE_TIME = 0.7
+LEAST_GAIN = 0.02  # of a call's time; less is not worth a second launch
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -56,9 +61,35 @@ def flash_attn_4(capability: tuple[int, int], head_width: int) -> Kernel:
     kernel: Any = interface.flash_attn_func
     inner: Any = getattr(interface, "_flash_attn_fwd", None)
     chosen = capability[0] == HOPPER[0] and head_width == FLASH4_TILE_HEADS and inner is not None
-    if chosen and FLASH4_TILE.keys() <= signature(inner).parameters.keys():
-        kernel = partial(inner, **FLASH4_TILE)
+    if chosen and {*FLASH4_TILE, "out"} <= signature(inner).parameters.keys():
+        kernel = partial(_by_waves, inner)
     return lambda q, k, v: packages.output_alone(kernel(q, k, v))
+
+
+def _by_waves(inner: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    first = whole_waves(q.shape[1], q.shape[2], torch.cuda.get_device_properties(q.device).multi_processor_count)
+    out = torch.empty_like(q)
+    inner(q[:, :first], k, v, out=out[:, :first], **FLASH4_TILE)
+    if first < q.shape[1]:
+        inner(q[:, first:], k, v, out=out[:, first:], **FLASH4_SMALL_TILE)
+    return out
+
+
+def whole_waves(queries: int, heads: int, processors: int) -> int:
+    """How many of a sequence's queries go through large tiles; the others go through small ones.
+
+    A GPU works on as many tiles at once as it has multiprocessors. Of few heads (one of eight ranks has 4) a last wave with
+    few tiles costs several percent.
+    """
+    large, small = (tile["tile_mn"][0] for tile in (FLASH4_TILE, FLASH4_SMALL_TILE))
+    tiles = -(-queries // large) * heads
+    waves, rest = divmod(tiles, processors)
+    first = waves * processors // heads * large
+    if not waves or not rest or first >= queries:
+        return queries
+    small_waves = -(-(-(-(queries - first) // small) * heads) // processors)
+    taken = -(-(first // large * heads) // processors) + small_waves * FLASH4_SMALL_TILE_TIME
+    return first if taken <= (waves + 1) * (1 - LEAST_GAIN) else queries
 
 
 def sageattention_kernel(head_width: int) -> Kernel:

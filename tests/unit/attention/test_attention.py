@@ -82,6 +82,22 @@ def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted
     assert torch.allclose(out, exact(q, k, v), atol=1e-6)
 
 
+def flash4_that_notes(monkeypatch, tiles: list, takes_tiles: bool) -> None:
+    """flash-attn-4 on a Hopper of 2 multiprocessors; what it computes is torch's."""
+
+    def inner(q, k, v, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, out=None):
+        tiles.append(tile_mn)
+        result = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return (result if out is None else out.copy_(result)), None
+
+    package = SimpleNamespace(flash_attn_func=lambda q, k, v: inner(q, k, v))
+    package._flash_attn_fwd = inner if takes_tiles else package.flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=package))
+    hopper(monkeypatch, "flash_attn.cute")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+
+
 @pytest.mark.parametrize(
     ("capability", "width", "takes_tiles", "tile"),
     [
@@ -94,17 +110,7 @@ def test_sageattn_gets_heads_of_a_width_that_it_takes(monkeypatch, width, wanted
 def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability, width, takes_tiles, tile):
     """On Hopper, for heads of 128, if this version of the package lets one choose; else it chooses."""
     tiles = []
-
-    def inner(q, k, v, tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None):
-        tiles.append(tile_mn)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v).transpose(1, 2), None
-
-    package = SimpleNamespace(flash_attn_func=lambda q, k, v: inner(q, k, v))
-    package._flash_attn_fwd = inner if takes_tiles else package.flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=package))
-    hopper(monkeypatch, "flash_attn.cute")
+    flash4_that_notes(monkeypatch, tiles, takes_tiles)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q, k, v = torch.randn(3, 1, 9, 2, width, generator=torch.Generator().manual_seed(0))
     for mode in ("flash", "flash4"):
@@ -112,6 +118,32 @@ def test_flash4_gets_a_tile_of_ours_where_that_is_faster(monkeypatch, capability
         assert chosen.name == "flash4"
         assert torch.allclose(chosen.kernels(GRID, 1)[0](q, k, v), exact(q, k, v), atol=1e-6)
     assert tiles == [tile] * 4, "a trial and a call for each mode"
+
+
+def test_the_queries_of_a_last_wave_with_few_tiles_go_through_small_ones(monkeypatch):
+    tiles = []
+    flash4_that_notes(monkeypatch, tiles, True)
+    attend = choose_attention("flash4", CUDA, torch.bfloat16).kernels(GRID, 1)[0]
+    tiles.clear()
+    q, k, v = torch.randn(3, 1, 500, 1, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(attend(q, k, v), exact(q, k, v), atol=1e-6)
+    assert tiles == [(192, 128), (128, 128)]
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "first"),
+    [
+        (47056, 4, 44352),  # 7.45 waves, 49 frames of 720p on 8 ranks: 7 of large tiles and one of small ones
+        (47056, 16, 47056),  # 29.8 waves
+        (111856, 4, 111856),  # 17.7 waves: small tiles would gain 1.7 %
+        (7000, 4, 6336),  # 1.1 waves
+        (6336, 4, 6336),  # one whole wave
+        (100, 4, 100),  # less than a wave
+        (32900, 200, 32900),  # more heads than multiprocessors
+    ],
+)
+def test_how_many_queries_go_through_large_tiles(queries, heads, first):
+    assert dense.whole_waves(queries, heads, processors=132) == first
 
 
 def broken(monkeypatch, package: str, failure: Exception) -> None:
@@ -297,3 +329,17 @@ def test_every_kernel_agrees_with_float32_on_the_gpu(mode, width, tolerance):
     except InputError as error:
         pytest.skip(str(error))
     assert distance(attend(q, k, v), reference) < tolerance
+
+
+@pytest.mark.gpu
+def test_flash4_agrees_with_float32_where_two_sizes_of_tiles_share_the_queries():
+    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    queries = 192 * (processors // 4) + 664
+    assert dense.whole_waves(queries, 4, processors) < queries
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 1, queries, 4, 128, device="cuda", dtype=torch.bfloat16, generator=draw)
+    try:
+        attend = choose_attention("flash4", CUDA, torch.bfloat16).kernels(GRID, 1)[0]
+    except InputError as error:
+        pytest.skip(str(error))
+    assert distance(attend(q, k, v), exact(q, k, v)) < 5e-3
