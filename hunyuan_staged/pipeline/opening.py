@@ -1,7 +1,7 @@
 """Opening a model for a stage: a folder in either layout, a hub id, or single files; with files in the place of parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,66 @@ COMFY_FOLDERS = ("diffusion_models", "unet", "text_encoders", "clip_vision", "va
 Choose = Callable[[Path, bool], TransformerVersion]  # a version by a transformer's file, and whether it is meanflow's
 
 
+@dataclass(frozen=True)
+class Files:
+    """What stands in the place of a model folder: a transformer's file, or a folder of files for parts, each of which has
+    been looked at once.
+
+    found: those files by part. passed_over: why the others are no part of a model.
+    """
+
+    path: Path
+    found: Mapping[str, Sequence[PartFile]]
+    passed_over: Sequence[str] = ()
+
+    def part(self, part: str) -> PartFile | None:
+        """The file for a part; InputError where there are two."""
+        files = self.found.get(part, ())
+        if len(files) > 1:
+            option = PARTS[part].option or "transformer"
+            raise InputError(
+                f"{self.path} holds two files for the {PARTS[part].title}, {files[0].path.name} and {files[1].path.name}; "
+                f"name one by --{option}"
+            )
+        return files[0] if files else None
+
+    def transformer(self) -> tuple[Path, PartFile | None]:
+        """The transformer's file, and what has been seen of it."""
+        if self.path.is_file():
+            return self.path, None
+        file = self.part("transformer")
+        if file is None:
+            raise InputError(f"{self.path} holds no transformer's file")
+        return file.path, file
+
+    def warn(self, report: Reporter) -> None:
+        """Say which files are passed over."""
+        for why in self.passed_over:
+            report.warn(f"passed over: {why}")
+
+
+def look_at(path: Path) -> Files | None:
+    """The files at a path that is a transformer's file, or a folder of files for parts and none in a layout; else None."""
+    found: dict[str, list[PartFile]] = {}
+    passed_over = []
+    try:
+        if path.is_file():
+            return Files(path, found)
+        if (path / "model_index.json").exists() or any(path.glob("transformer/**/config.json")):
+            return None
+        for file in single_files(path):
+            try:
+                one = opened("--model_path", file)
+            except InputError as error:
+                passed_over.append(error.text.removeprefix("--model_path "))
+                continue
+            if one is not None:
+                found.setdefault(one.part, []).append(one)
+    except (OSError, ValueError):
+        return None
+    return Files(path, found, passed_over) if found else None
+
+
 def open_for(
     options: RunOptions, path: str, parts: Sequence[str], report: Reporter, version: str | None = None
 ) -> ModelFolder:
@@ -35,29 +95,42 @@ def open_for(
     given = {part: open_part(part, Path(file)) for part, file in asked.items() if file}
     for file in given.values():
         report.info(file.describe())
+    choose = partial(version_of_file, getattr(options, "transformer_version", None), {}, report)
+
+    def plan(others: Sequence[str]) -> ModelFolder:
+        return model_for_plan(path, others, version)
+
+    return _open(path, parts, given, choose, report, plan if options.dry_run else None)
+
+
+def open_recorded(path: str, config: Mapping[str, Any], report: Reporter) -> ModelFolder:
+    """The model of a run, for its VAE: that file which the config records, else the model's own."""
+    file = config.get("vae")
+    return _open(path, ["vae"], {"vae": open_part("vae", Path(file))} if file else {}, _no_version, report)
+
+
+def _open(
+    path: str,
+    parts: Sequence[str],
+    given: Mapping[str, PartFile],
+    choose: Choose,
+    report: Reporter,
+    plan: Callable[[Sequence[str]], ModelFolder] | None = None,
+) -> ModelFolder:
+    """A model, with the files that are given in the place of parts. plan: what opens a folder or a hub id where nothing is
+    to be loaded."""
     others = [part for part in parts if part not in given]
     place = expanded(path)
-    if is_files(place):
-        choose = partial(version_of_file, getattr(options, "transformer_version", None), {}, report)
-        model: ModelFolder = open_files(place, others, choose, report)
-    elif options.dry_run:
-        model = model_for_plan(path, others, version)
+    files = look_at(place)
+    if files:
+        model: ModelFolder = open_files(files, others, choose, report)
+    elif plan:
+        model = plan(others)
     elif not others and not place.exists():
         model = PartsFolder(place, "official")  # nothing of it is read
     else:
         model = open_model(path, others, report.progress)
     return replace(model, files={**model.files, **given})
-
-
-def open_recorded(path: str, config: Mapping[str, Any], report: Reporter) -> ModelFolder:
-    """The model of a run, for its VAE: that file which the config records, else the model's own."""
-    place, file = expanded(path), config.get("vae")
-    others = [] if file else ["vae"]
-    if is_files(place):
-        model: ModelFolder = open_files(place, others, _no_version, report)
-    else:
-        model = open_model(path, others, report.progress)
-    return replace(model, files={**model.files, "vae": open_part("vae", Path(file))}) if file else model
 
 
 def expanded(path: str) -> Path:
@@ -72,25 +145,6 @@ def _no_version(path: Path, meanflow: bool) -> TransformerVersion:
     raise AssertionError("no transformer was asked for")
 
 
-def is_files(path: Path) -> bool:
-    """Whether a path is a transformer's file, or a folder of files for parts and none in a layout."""
-    try:
-        if path.is_file():
-            return True
-        if (path / "model_index.json").exists() or any(path.glob("transformer/**/config.json")):
-            return False
-        return any(map(_is_part, single_files(path)))
-    except (OSError, ValueError):
-        return False
-
-
-def _is_part(file: Path) -> bool:
-    try:
-        return opened("--model_path", file) is not None
-    except InputError:
-        return False
-
-
 def single_files(path: Path) -> list[Path]:
     """The files for parts in a folder, its own and those of folders as ComfyUI has them."""
     folders = [path, *(path / base / name for base in ("", "split_files") for name in COMFY_FOLDERS)]
@@ -103,59 +157,25 @@ def single_files(path: Path) -> list[Path]:
     ]
 
 
-def transformer_file(path: Path, report: Reporter) -> Path:
-    """The transformer's file in a folder of single files, or the one file that the path is."""
-    if path.is_file():
-        return path
-    found = _by_part(path, ("transformer",), report)
-    if "transformer" not in found:
-        raise InputError(f"{path} holds no transformer's file")
-    return found["transformer"].path
-
-
-def open_files(path: Path, parts: Sequence[str], choose: Choose, report: Reporter) -> PartsFolder:
-    """A transformer's file, or a folder of files for parts; InputError names a part that it lacks, or has twice."""
-    found = {} if path.is_file() else _by_part(path, parts, report)
+def open_files(files: Files, parts: Sequence[str], choose: Choose, report: Reporter) -> PartsFolder:
+    """The model that files make up; InputError names a part that they lack, or have twice."""
+    path = files.path
+    files.warn(report)
+    found = {part: file for part in parts if (file := files.part(part))}
     transformer = None
     if "transformer" in parts:
-        if not path.is_file() and "transformer" not in found:
-            raise InputError(f"{path} holds no transformer's file")
-        own = path if path.is_file() else found["transformer"].path
-        transformer = open_transformer(own, partial(choose, own), "--model_path")
+        own, seen = files.transformer()
+        transformer = open_transformer(own, partial(choose, own), "--model_path", seen)
         report.info(transformer.describe())
-    files = {part: file for part, file in found.items() if part in parts and part in FILE_PARTS}
-    for file in files.values():
+    found = {part: file for part, file in found.items() if part in FILE_PARTS}
+    for file in found.values():
         report.info(file.describe())
-    model = PartsFolder(path, "official", files=files, transformer=transformer)
+    model = PartsFolder(path, "official", files=found, transformer=transformer)
     for part in parts:
         if part in FILE_PARTS and not model.has(part):
             what = "is a transformer alone" if path.is_file() else f"has no file for the {PARTS[part].title}"
             raise InputError(f"{path} {what}; give --{PARTS[part].option} FILE")
     return model
-
-
-def _by_part(path: Path, parts: Sequence[str], report: Reporter) -> dict[str, PartFile]:
-    """The files of a folder by the parts that they are; those of other kinds are passed over with a warning.
-
-    InputError where two are of one part that is asked for.
-    """
-    found: dict[str, PartFile] = {}
-    for file in single_files(path):
-        try:
-            one = opened("--model_path", file)
-        except InputError as error:
-            report.warn(f"passed over: {error.text.removeprefix('--model_path ')}")
-            continue
-        if one is None or one.part not in parts:
-            continue
-        if one.part in found:
-            option = PARTS[one.part].option or "transformer"
-            raise InputError(
-                f"{path} holds two files for the {PARTS[one.part].title}, {found[one.part].path.name} and {file.name}; "
-                f"name one by --{option}"
-            )
-        found[one.part] = one
-    return found
 
 
 def version_of_file(

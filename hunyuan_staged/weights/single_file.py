@@ -29,6 +29,7 @@ from hunyuan_staged.weights.key_maps import (
     refuse_names,
 )
 from hunyuan_staged.weights.loading import Progress
+from hunyuan_staged.weights.part_files import PartFile
 from hunyuan_staged.weights.quantization.contents import Contents, contents
 from hunyuan_staged.weights.quantization.formats import GGUF, PLAIN, Format, recognise
 from hunyuan_staged.weights.quantization.header import Header
@@ -254,15 +255,18 @@ def _has_meanflow(shapes: Iterable[str]) -> bool:
     return any(name.startswith("time_embed.timestep_embedder_r.") for name in shapes)
 
 
-def open_transformer(path: Path, choose: Callable[[bool], Version], flag: str = FLAG) -> TransformerFile:
+def open_transformer(
+    path: Path, choose: Callable[[bool], Version], flag: str = FLAG, seen: PartFile | None = None
+) -> TransformerFile:
     """Recognise a transformer's file. choose: the version, by whether the weights are meanflow's; flag: that named it.
+    seen: the file where it has been looked at, which is not read once more.
 
     InputError for a format that is not read, for tensors that are unknown, absent or of another shape (the first three),
     and for a version that these weights cannot be.
     """
-    header, kind = recognise(flag, path)
     what = f"{flag} {path}"
-    held = contents(header)
+    header, kind = (seen.header, seen.kind) if seen else recognise(flag, path)
+    held = seen.contents if seen else contents(header)
     names = _without_prefix(held.names)
     shapes = _with_patch_axes(_shapes(what, header, names))
     meanflow = _has_meanflow(shapes)
