@@ -133,8 +133,7 @@ def run(python: str, command: Command) -> int:
     if 3 not in numbers:
         events.write("done", seconds={"all": seconds})
         return 0
-    decoded = None if options[-1].latents == contract.BASE else options[-1].latents
-    name = contract.at_resolution(contract.VIDEO_FILE, decoded)
+    name = contract.at_resolution(contract.VIDEO_FILE, contract.resolution_asked(options[-1].latents))
     video = Path(options[-1].output_video or Path(options[-1].input_dir) / name).absolute()
     events.write("done", seconds={"all": seconds}, video=video)
     write_stdout(f"{video}\n")

@@ -110,8 +110,7 @@ def run_many(
 
 def conclude(jobs: Jobs, options: Sequence[Any]) -> None:
     """The last lines of a whole run of many videos: on standard output the path of each that is there."""
-    decoded = getattr(options[-1], "latents", None)
-    video = contract.at_resolution(contract.VIDEO_FILE, None if decoded == contract.BASE else decoded)
+    video = contract.at_resolution(contract.VIDEO_FILE, contract.resolution_asked(options[-1].latents))
     for line in jobs.bad:
         print(f"not a job: {one_line(line)}", file=sys.stderr, flush=True)
     for job in jobs.good:

@@ -38,6 +38,11 @@ def at_resolution(name: str, resolution: str | None) -> str:
     return name if resolution is None else f"{stem}_{resolution}.{kind}"
 
 
+def resolution_asked(latents: str | None) -> str | None:
+    """The resolution of super resolution that stage 3's option names; None: that of the base run, or none is named."""
+    return None if latents == BASE else latents
+
+
 # What each stage writes into its folder.
 STAGE_FILES = {
     1: (EMBEDDINGS_FILE, CONFIG_FILE, JOB_FILE, FAILURE_FILE),

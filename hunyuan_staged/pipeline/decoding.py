@@ -49,7 +49,9 @@ def locks(options: DecodeOptions) -> list[Lock]:
     """What a run must lock before it reads; InputError where there are no latents."""
     folder = Path(options.input_dir)
     if options.latents or not contract.latents_present(folder):
-        contract.require_file(folder / contract.at_resolution(contract.LATENTS_FILE, _asked(options)))
+        contract.require_file(
+            folder / contract.at_resolution(contract.LATENTS_FILE, contract.resolution_asked(options.latents))
+        )
     found: list[Lock] = [(folder / contract.LOCK_FILE, (*contract.STAGE_FILES[3], *contract.larger_files(3)))]
     if options.output_video:
         video = Path(options.output_video)
@@ -62,10 +64,6 @@ def locks(options: DecodeOptions) -> list[Lock]:
     return found
 
 
-def _asked(options: DecodeOptions) -> str | None:
-    return None if options.latents == contract.BASE else options.latents
-
-
 def choose_latents(options: DecodeOptions, report: Reporter = SILENT) -> str | None:
     """The resolution of the latents to decode, None: those of the base run.
 
@@ -73,7 +71,7 @@ def choose_latents(options: DecodeOptions, report: Reporter = SILENT) -> str | N
     to be passed over.
     """
     if options.latents:
-        return _asked(options)
+        return contract.resolution_asked(options.latents)
     folder = Path(options.input_dir)
     for resolution in contract.latents_present(folder):
         former = _former(folder, resolution)

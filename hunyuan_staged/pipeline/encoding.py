@@ -22,7 +22,7 @@ from hunyuan_staged.memory import budget, estimates, offloading
 from hunyuan_staged.memory.budget import BlockPlan, BlockWeights, FreeMemory
 from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import rewriting
+from hunyuan_staged.pipeline import low_resolution, rewriting
 from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes
 from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 from hunyuan_staged.pipeline.opening import open_for
@@ -171,6 +171,9 @@ def resolve(
         report.warn(
             f"{folder.path} has no weights of {version.name}, its config alone: stage 2 needs --transformer FILE"
         )
+    target = None if options.dry_run or isinstance(folder, PartsFolder) else options.super_resolution
+    if target and (lacking := low_resolution.missing_weights(folder, version.resolution, target)):
+        report.warn(f"{lacking}; stage 2 then needs --super_resolution_transformer and --super_resolution_upsampler")
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)
     rewriter = None

@@ -70,7 +70,7 @@ def plan_encoding(
 def plan_decoding(options: DecodeOptions, world: World, report: Reporter = SILENT) -> StagePlan:
     """The plan of stage 3, for the latents that are there, or for those of a run by default settings."""
     folder = Path(options.input_dir)
-    asked = None if options.latents in (None, contract.BASE) else options.latents
+    asked = contract.resolution_asked(options.latents)
     there = [*contract.latents_present(folder), *[None] * (folder / contract.LATENTS_FILE).is_file()]
     if there if options.latents is None else asked in there:
         job = decoding.read_job(options, report)

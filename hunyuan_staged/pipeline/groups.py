@@ -9,6 +9,7 @@ from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, jobs
 from hunyuan_staged.pipeline.common import free_memory
+from hunyuan_staged.pipeline.decoding import video_path
 from hunyuan_staged.pipeline.denoisers import fits
 
 SCALING = 0.96  # of twice the processes on one video, against twice the videos: decoding on two H200 (benchmarks.md)
@@ -52,5 +53,5 @@ def _latents(own: DenoiseOptions) -> Path:
 
 def decoding_size(world: World, videos: Sequence[DecodeOptions]) -> int:
     """choose_size for stage 3, which decodes in tiles what does not fit; every rank calls it."""
-    left = [own for own in videos if not (Path(own.input_dir) / contract.VIDEO_FILE).exists()] or videos
+    left = [own for own in videos if not video_path(own, contract.resolution_asked(own.latents)).exists()] or videos
     return int(world.from_main("group size", str(choose_size(world.size, len(left)) if left else 1)))

@@ -83,8 +83,8 @@ def ready(stage: int, folder: Path, options: Any) -> int | None:
 
     A job that has failed in this stage, or in one before, waits until its failure is removed.
     """
-    larger = getattr(options, "super_resolution", None) if stage == 2 else getattr(options, "latents", None)
-    larger = None if stage == 1 or larger == contract.BASE else larger
+    option = {2: "super_resolution", 3: "latents"}.get(stage)
+    larger = contract.resolution_asked(getattr(options, option)) if option else None
     output, inputs = contract.at_resolution(contract.STAGE_OUTPUT[stage], larger), contract.STAGE_INPUTS[stage]
     if larger:
         inputs = (*inputs, contract.at_resolution(contract.LATENTS_FILE, larger if stage == 3 else None))

@@ -12,7 +12,8 @@ from hunyuan_staged.models.upsampler import LatentUpsampler, build_upsampler
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.sampling.conditions import LowResolutionCondition, augment, condition_channels, upsample_latents
 from hunyuan_staged.sampling.schedule import super_resolution_noise
-from hunyuan_staged.versions import SuperResolutionVersion
+from hunyuan_staged.versions import SuperResolutionVersion, super_resolution_chain
+from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.loading import assign_weights
 from hunyuan_staged.weights.upsampler import UpsamplerFiles
 
@@ -24,6 +25,17 @@ def enlarged_shape(version: SuperResolutionVersion, shape: tuple[int, ...]) -> S
     height, width = (side * SPATIAL_RATIO for side in shape[-2:])
     height, width = enlarged_size(version.base, version.resolution, height, width)
     return (1, shape[1], shape[2], height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+
+
+def missing_weights(folder: ModelFolder, base: str, target: str) -> str | None:
+    """What a model lacks that enlarges a base run to a resolution; None: nothing, or it is on a hub."""
+    for version in super_resolution_chain(base, target) if not folder.repo else ():
+        for part in ("upsampler", "transformer"):
+            try:
+                folder.super_resolution_folder(part, version.name)
+            except InputError as error:
+                return str(error)
+    return None
 
 
 def check_config(version: SuperResolutionVersion, config: Mapping[str, Any]) -> None:

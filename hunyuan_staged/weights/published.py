@@ -23,7 +23,7 @@ from hunyuan_staged.versions import (
     super_resolution_named,
 )
 from hunyuan_staged.weights.folder import ModelFolder, is_version, layout_of
-from hunyuan_staged.weights.hub import PARTS, PUBLISHED_RESOLUTIONS
+from hunyuan_staged.weights.hub import PARTS, PUBLISHED_RESOLUTIONS, PUBLISHED_SUPER_RESOLUTION
 
 # Qwen2.5-VL-7B-Instruct's language part.
 QWEN_7B: dict[str, Any] = {
@@ -107,8 +107,10 @@ def model_for_plan(model_path: str | None, parts: Sequence[str], version: str | 
     """
     local = None if model_path is None else _local(model_path)
     lacking = [part for part in parts if local is None or not _has_config(local, part, version)]
-    if local is not None and not lacking:
-        return replace(local, planned=True)
+    larger = super_resolution_named(version) if version else None
+    unpublished = larger is not None and larger.resolution not in PUBLISHED_SUPER_RESOLUTION
+    if local is not None and (unpublished or not lacking):
+        return replace(local, planned=True)  # which says itself what it lacks
     offered = [version] if version else published_versions()
     named = (model_path or "").rpartition("-")[2]
     if is_version(named) and not version:  # a repository in diffusers' layout holds one, and ends with its name

@@ -350,10 +350,16 @@ def test_refusals_are_one_line_and_change_nothing(again, more, message):
     assert before == {path.name: path.stat().st_mtime_ns for path in again.iterdir()}
 
 
-def test_a_model_without_super_resolution_is_told(again, tiny_official):
-    status, said = enlarge(again, "--model_path", tiny_official)
-    assert status == 2
-    assert said.splitlines()[-1] == f"error: {tiny_official} has no upsampler/demo_hd_sr_distilled"
+def test_a_model_without_super_resolution_is_told(again, tmp_path, tiny_official):
+    """By stage 2, by its plan (which took other numbers than the demo's), and by stage 1, before the base run."""
+    lacks = f"{tiny_official} has no upsampler/demo_hd_sr_distilled"
+    for more in ((), ("--dry_run",)):
+        status, said = enlarge(again, "--model_path", tiny_official, *more)
+        assert (status, said.splitlines()[-1]) == (2, f"error: {lacks}")
+    args = ["--model_path", tiny_official, "--super_resolution", "demo_hd", "--output_dir", tmp_path / "new"]
+    status, said = run_stage(1, *args, said=tmp_path / "said")
+    assert status == 0, said
+    assert f"{lacks}; stage 2 then needs --super_resolution_transformer and --super_resolution_upsampler" in said
 
 
 def test_480p_becomes_1080p_in_two_runs(tmp_path, tiny_enlarging):
