@@ -22,6 +22,8 @@ from hunyuan_staged.runtime.environment import (
     IsDue,
     await_turn,
     check_environment,
+    imports_begin,
+    imports_end,
     job_pipes,
     process_age,
     set_library_settings,
@@ -312,6 +314,7 @@ def run_stage(
             about = {"options": vars(options), "processes": world.size, "device": str(world.device)}
             about |= {"early": early.told} if early.told else {}
             events.write("start", **about, age=ages | {"start": process_age()})
+            imports_end()
             with Run(name, world, interrupts, events, early.kept) as run:
                 body(run, checked)
                 world.barrier("end")
@@ -403,6 +406,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     A signal waits until main listens to signals, and does nothing once main is done; see signals.hold_back.
     """
     hold_back()
+    imports_begin()
     try:
         status = main()
     finally:

@@ -5,10 +5,11 @@ the weights. No number follows from any of it: in its turn the stage reads its i
 ever, and gets those that are there, if they are the ones.
 """
 
+import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from hunyuan_staged.weights.single_file import TransformerFile
 CONTEXT = 3 * GIB // 4
 PIECE = 2**24  # bytes of a file that are read ahead at a time
 DUE = "the turn came first"
+SWITCH_SECONDS = 2e-4  # a piece of a file takes some milliseconds; Python's own are 5
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,23 @@ def _load_denoiser(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
     """Load a transformer on a thread, beside the compiler's work on a copy of one block."""
     setup, told = plan.setup, "not rehearsed"
     model = one_block(setup) if rehearse else None
-    with device_threads(1, "loading early", setup.world.device) as pool:
+    with device_threads(1, "loading early", setup.world.device) as pool, _taking_turns():
         loading = pool.submit(load_denoiser, setup)
         if model is not None:
             told = _rehearsed(partial(rehearse_denoising, setup, model))
         kept.append(loading.result())
     return told
+
+
+@contextlib.contextmanager
+def _taking_turns() -> Iterator[None]:
+    """Have the compiler, which is all Python, let the threads in that load, each of which needs the interpreter briefly."""
+    former = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(former)
 
 
 def _load_decoder(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:

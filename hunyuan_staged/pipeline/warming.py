@@ -13,7 +13,7 @@ from hunyuan_staged.memory.budget import CARD_OVERHEAD
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.parallel.environment import rank_info
 from hunyuan_staged.parsing import options_of_run
-from hunyuan_staged.runtime.environment import NOTHING_EARLY, Early, IsDue, run_flags
+from hunyuan_staged.runtime.environment import NOTHING_EARLY, Early, IsDue, imports_end, run_flags
 from hunyuan_staged.runtime.gpus import GpuFacts, gpu_facts
 
 WORLD = "hunyuan_staged.parallel.world"
@@ -98,6 +98,7 @@ def _load(gpu: GpuFacts, is_due: IsDue) -> Early:
 
     if not torch.cuda.is_available():
         return NOTHING_EARLY
+    imports_end()
     room = has_room(gpu)
     if room:
         torch.cuda.set_device(gpu.index)

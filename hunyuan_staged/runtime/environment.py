@@ -1,5 +1,6 @@
 """What a run needs of the environment that it was started in."""
 
+import gc
 import json
 import os
 import re
@@ -60,6 +61,18 @@ def process_age() -> float | None:
         return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 3)
     except (OSError, AttributeError):
         return None
+
+
+def imports_begin() -> None:
+    """Leave out collections of garbage while modules are imported: torch's objects are many, and all stay."""
+    gc.disable()
+
+
+def imports_end() -> None:
+    """Collect garbage again, among what is made from now on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def job_pipes() -> tuple[int, int] | None:

@@ -198,10 +198,20 @@ def assign_weights(
         finite[name] = are_finite(value)
     refuse_names(f"{origin} holds tensors that the model does not have", leftover)
     refuse_names(f"{origin} lacks tensors of the model", list(missing))
-    # Asked now and not tensor by tensor, so that a GPU need not be waited for.
-    refuse_names(f"{origin} holds NaN or Inf, in {dtype}, in", [name for name, all_ in finite.items() if not all_])
+    refuse_names(f"{origin} holds NaN or Inf, in {dtype}, in", _untrue(finite))
     assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer that no file holds must be made anew"
     return module.eval()
+
+
+def _untrue(answers: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the answers [] that are False. Asked at once, so that a GPU is waited for but once."""
+    places: dict[torch.device, list[str]] = {}
+    for name, answer in answers.items():
+        places.setdefault(answer.device, []).append(name)
+    true: dict[str, bool] = {}
+    for names in places.values():
+        true |= dict(zip(names, torch.stack([answers[name] for name in names]).tolist(), strict=True))
+    return [name for name in answers if not true[name]]
 
 
 def are_finite(values: torch.Tensor) -> torch.Tensor:
