@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import shlex
 import sys
@@ -411,7 +412,19 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         status = main()
     finally:
         ignore_signals()
+    if started_by_launcher() is not None:
+        _exit_at_once(status)
     sys.exit(status)
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """End a stage of a whole run, all of whose work is done: the next one waits, and Python's own end takes seconds."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if "multiprocessing.util" in sys.modules:  # else its tracker would speak of semaphores that tqdm left
+        sys.modules["multiprocessing.util"]._exit_function()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -50,15 +50,17 @@ class Need:
     resident: int
 
 
-def load_early(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device) -> Early:
+def load_early(
+    options: Sequence[Any], own: int, is_due: IsDue, device: torch.device, imports: Callable[[], object] = bool
+) -> Early:
     """What the stage of number `own`, counted from 0, has on the device before its turn: Denoisers or a LoadedDecoder.
 
     They have run once, where there is room and time for that: then nothing is left to be compiled. options: of the run's
-    stages. Nothing, with the reason, where there is no room, and where something fails: whatever that is, the turn meets
-    it again, and says so.
+    stages. imports: what stage 2 needs for that, and has time for beside the loading. Nothing, with the reason, where there
+    is no room, and where something fails: whatever that is, the turn meets it again, and says so.
     """
     kept: list[Any] = []
-    told = _trying("not loaded early", lambda: _load(options, own, is_due, device, kept))
+    told = _trying("not loaded early", lambda: _load(options, own, is_due, device, kept, imports))
     return Early(kept[0] if kept else None, told)
 
 
@@ -80,37 +82,62 @@ def _trying(without: str, work: Callable[[], str]) -> str:
     return told
 
 
-def _load(options: Sequence[Any], own: int, is_due: IsDue, device: torch.device, kept: list[Any]) -> str:
+def _load(
+    options: Sequence[Any],
+    own: int,
+    is_due: IsDue,
+    device: torch.device,
+    kept: list[Any],
+    imports: Callable[[], object],
+) -> str:
     """Fill `kept`; in a phrase what has come of that."""
     why_not = obstacle(options) or (DUE if is_due() else None)
     if why_not:
         return why_not
     info, free = rank_info(), available.free_memory(device)
-    plans = plan_processes(options, own, World(info.rank, info.size, device), free)
+    world = World(info.rank, info.size, device)
+    # To try its kernels takes a stage seconds, and has time until the weights are under way.
+    plans = plan_processes(options, None, world, free)
     needs, plan = list(map(need_of, plans)), plans[own][0]
     needed, room = peak(needs, own), sys.maxsize if free.device is None else free.device
     if getattr(plan.memory, "offloaded", 0) or needed > room:
         return f"not loaded early: {gib(needed)} needed, free: {free.describe()}"
-    if is_due():
-        return DUE
     needs[own] = Need(needs[own].total, needs[own].total)
-    load = _load_denoiser if isinstance(plan.setup, DenoiseSetup) else _load_decoder
+    fits = peak(needs, own) <= room
     try:
-        rehearsed = load(plan, kept, peak(needs, own) <= room)
+        if isinstance(plan.setup, DenoiseSetup):
+            rehearse = partial(_rehearse_denoising, options, own, world, free, imports, is_due) if fits else None
+            told = _load_denoiser(plan.setup, kept, rehearse)
+        else:
+            told = _load_decoder(plan, kept, fits)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # which is the other stage's
-    return f"loaded early: {gib(plan.memory.resident)}, {rehearsed}"
+    return f"loaded early: {gib(plan.memory.resident)}, {told}"
 
 
-def _load_denoiser(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
-    """Load a transformer on a thread, beside the compiler's work on a copy of one block."""
-    setup, told = plan.setup, "not rehearsed"
-    model = one_block(setup) if rehearse else None
+def _rehearse_denoising(
+    options: Sequence[Any],
+    own: int,
+    world: World,
+    free: FreeMemory,
+    imports: Callable[[], object],
+    is_due: IsDue,
+) -> str:
+    """Import the compiler, try this stage's own kernels, and compile on a copy of one block."""
+    imports()
+    if is_due():
+        return f"not rehearsed: {DUE}"
+    setup = plan_processes(options, own, world, free)[own][0].setup
+    rehearse_denoising(setup, one_block(setup))
+    return "rehearsed"
+
+
+def _load_denoiser(setup: DenoiseSetup, kept: list[Any], rehearse: Callable[[], str] | None) -> str:
+    """Load a transformer on a thread, beside the compiler's work."""
     with device_threads(1, "loading early", setup.world.device) as pool, _taking_turns():
         loading = pool.submit(load_denoiser, setup)
-        if model is not None:
-            told = _rehearsed(partial(rehearse_denoising, setup, model))
+        told = _trying("not rehearsed", rehearse) if rehearse else "not rehearsed"
         kept.append(loading.result())
     return told
 
@@ -129,15 +156,12 @@ def _taking_turns() -> Iterator[None]:
 def _load_decoder(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
     decoders = load_decoder(plan.setup)
     kept.append(decoders)
-    return _rehearsed(partial(rehearse_decoding, plan.setup, plan.memory, decoders)) if rehearse else "not rehearsed"
 
-
-def _rehearsed(rehearse: Callable[[], None]) -> str:
     def work() -> str:
-        rehearse()
+        rehearse_decoding(plan.setup, plan.memory, decoders)
         return "rehearsed"
 
-    return _trying("not rehearsed", work)
+    return _trying("not rehearsed", work) if rehearse else "not rehearsed"
 
 
 def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> str:

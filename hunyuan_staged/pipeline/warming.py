@@ -3,7 +3,7 @@
 No number follows from any of it. What cannot be done early is done in the stage's turn, where its failure is reported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 
 from hunyuan_staged.attention import kernel_cache, modes
@@ -25,12 +25,12 @@ DENOISING = (
     ),
     *(f"hunyuan_staged.sampling.{name}" for name in ("callbacks", "preview_writer", "state")),
 )
+# What torch.compile imports when it is first called.
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codecache", "triton")
 DECODING = (
     WORLD,
     *(f"hunyuan_staged.pipeline.{name}" for name in ("decoding", "decoding_records", "loaded_decoder")),
 )
-# What torch.compile imports when it is first called.
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codecache", "triton")
 # A context takes about 0.5 GB of a GPU, which stage 1 may need on a small one.
 AMPLE_BYTES = 40 * 2**30
 
@@ -41,14 +41,18 @@ def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
     gpu = None if options.dry_run else _own_gpu()
     if gpu is None:
         return NOTHING_EARLY
-    if not options.no_compile and not has_room(gpu):
-        _import(COMPILER)
-    if gpu.capability >= HOPPER and may_take_flash4(options):
-        kernel_cache.keep_flash4_kernels()
-        obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next
-    early = _load(gpu, is_due)
-    if not options.no_compile:  # where there is room the compiler was imported beside the loading
-        _import(COMPILER)
+
+    def import_kernels() -> None:
+        if not options.no_compile:
+            _import(COMPILER)
+        if gpu.capability >= HOPPER and may_take_flash4(options):
+            kernel_cache.keep_flash4_kernels()
+            obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next
+
+    if not has_room(gpu):
+        import_kernels()
+    early = _load(gpu, is_due, import_kernels)
+    import_kernels()  # unless they were imported beside the loading
     return early
 
 
@@ -91,7 +95,7 @@ def has_room(gpu: GpuFacts) -> bool:
     return gpu.shared and gpu.total >= AMPLE_BYTES
 
 
-def _load(gpu: GpuFacts, is_due: IsDue) -> Early:
+def _load(gpu: GpuFacts, is_due: IsDue, imports: Callable[[], object] = bool) -> Early:
     """Make the GPU's context and that of its matrix products, and load what is known, where there is room beside the stage
     that works; else have the weights read into the host's cache."""
     import torch
@@ -112,5 +116,5 @@ def _load(gpu: GpuFacts, is_due: IsDue) -> Early:
 
     own, options = told[0], options_of_run(told[1])
     if room:
-        return early.load_early(options, own, is_due, torch.device("cuda", gpu.index))
+        return early.load_early(options, own, is_due, torch.device("cuda", gpu.index), imports)
     return early.read_early(options, own, is_due, gpu.total - CARD_OVERHEAD)

@@ -138,6 +138,9 @@ def test_what_cannot_be_rehearsed_is_loaded_all_the_same(tiny_official, tmp_path
     found = early.load_early(options_of_run(flags_of(tmp_path, tiny_official)), 1, never, CPU)
     assert isinstance(found.kept, Denoisers)
     assert found.told.endswith(" MiB, not rehearsed: ZeroDivisionError: ours")
+    turn = iter([False, True])
+    found = early.load_early(options_of_run(flags_of(tmp_path, tiny_official)), 1, lambda: next(turn), CPU)
+    assert isinstance(found.kept, Denoisers) and found.told.endswith(" MiB, not rehearsed: the turn came first")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

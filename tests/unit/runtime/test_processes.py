@@ -195,3 +195,36 @@ def test_a_stage_knows_whether_it_is_one_of_a_whole_run(whole, monkeypatch):
     with Supervisor() as supervisor:
         status = supervisor.run([sys.executable, "-c", program], 1, name="x.py", began=12.5 if whole else None)
     assert status == (7 if whole else 0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stage_of_a_whole_run_ends_at_once_with_its_status_and_what_it_said(whole, tmp_path, monkeypatch, capfd):
+    """Python's own end, which takes down what a library has left, took seconds, while the next stage waited."""
+    monkeypatch.delenv(WHOLE_RUN, raising=False)
+    program = f"""import atexit, sys
+sys.path.insert(0, {str(ROOT)!r})
+import utils
+atexit.register(print, "Python's own end")
+def main():
+    sys.stdout.write("done")
+    return 5
+utils.run_script(main)
+"""
+    with Supervisor() as supervisor:
+        assert supervisor.run([sys.executable, "-c", program], 1, name="x.py", began=12.5 if whole else None) == 5
+    assert capfd.readouterr().out == ("done" if whole else "donePython's own end\n")
+
+
+def test_garbage_is_left_while_modules_are_imported_and_what_they_made_is_kept():
+    program = f"""import gc, sys
+sys.path.insert(0, {str(ROOT)!r})
+from hunyuan_staged.runtime.environment import imports_begin, imports_end
+imports_end()
+before = gc.get_freeze_count()
+imports_begin()
+off = gc.isenabled()
+imports_end()
+print(before, off, gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "0 False True True\n"
