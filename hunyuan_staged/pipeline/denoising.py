@@ -42,6 +42,7 @@ from hunyuan_staged.sampling.guidance_plan import GuidancePlan
 from hunyuan_staged.sampling.precompute import ModulationReader
 from hunyuan_staged.weights import components, loading, lora
 from hunyuan_staged.weights.folder import ModelFolder
+from hunyuan_staged.weights.single_file import TransformerFile
 
 Setup = TypeVar("Setup", bound="DenoiseSetup")
 
@@ -250,7 +251,8 @@ def assemble(
     """A setup of a kind. chosen: model folder, its path or hub id, settings; more: what this kind has besides."""
     folder, path, settings = chosen
     version = settings.version
-    for warning in resolving.sampling_warnings(options, settings):
+    file = folder.path if isinstance(folder, TransformerFile) else None
+    for warning in resolving.sampling_warnings(options, settings, file):
         report.warn(warning)
     dtype = torch_dtype(settings.dtype, world.device)
     config = components.transformer_config(folder, version.name)

@@ -1,7 +1,9 @@
 """What a denoising is, after options, config, embeddings and version have been brought together. Loads nothing."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hunyuan_staged import geometry, presets, versions
@@ -17,6 +19,8 @@ from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion, 
 from hunyuan_staged.weights.folder import ModelFolder
 
 MAX_SHIFT = 100
+_NAMED_FOUR = re.compile(r"(?<!\d)4[-_ ]?steps?(?![a-z])")  # in the name of weights or of an adapter for four steps
+MOST_FEW_STEPS = 8  # that such an adapter is run with
 # What lightx2v's distilled weights and adapters were made for.
 FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0}
 
@@ -136,9 +140,9 @@ def pick_version(config: Mapping[str, Any], offered: Sequence[str], *, sparse: b
     return version
 
 
-def sampling_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
-    """What to tell a user whose settings these weights were not made for."""
-    return [*_size_warnings(settings), *_version_warnings(options, settings)]
+def sampling_warnings(options: DenoiseOptions, settings: Settings, file: Path | None = None) -> list[str]:
+    """What to tell a user whose settings these weights were not made for. file: the transformer's, where it is one."""
+    return [*_size_warnings(settings), *_version_warnings(options, settings, file)]
 
 
 def _size_warnings(settings: Settings) -> list[str]:
@@ -148,11 +152,20 @@ def _size_warnings(settings: Settings) -> list[str]:
     return [warning] if warning else []
 
 
-def _version_warnings(options: DenoiseOptions, settings: Settings) -> list[str]:
+def _version_warnings(options: DenoiseOptions, settings: Settings, file: Path | None) -> list[str]:
     version = settings.version
-    if not options.four_steps or isinstance(version, SuperResolutionVersion):
-        return version.warnings(settings.guidance_scale, settings.num_inference_steps)
-    if options.lora or (version.cfg_distilled and options.transformer):
+    told = version.warnings(settings.guidance_scale, settings.num_inference_steps)
+    if isinstance(version, SuperResolutionVersion):
+        return told
+    if not options.four_steps:
+        names = [path.name for path in (file, *(path for path, _ in options.adapter_files())) if path]
+        return told + [
+            f"{name}: its name speaks of 4 steps, and this run takes {settings.num_inference_steps}; --four_steps takes "
+            "4 steps, shift 5 and guidance 1"
+            for name in names
+            if _NAMED_FOUR.search(name.lower()) and settings.num_inference_steps > MOST_FEW_STEPS
+        ]
+    if options.lora or (version.cfg_distilled and file):
         return []
     return [f"--four_steps is for weights or an adapter made for it, and {version.name} has no adapter"]
 
