@@ -3,6 +3,7 @@
 Shapes: T frames, H x W pixels; a latent has (T-1)/4+1 frames of H/16 x W/16.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -140,3 +141,10 @@ def video_tokens(num_frames: int, height: int, width: int, patch: Sequence[int] 
     for length, side in zip(grid, patch, strict=True):
         total *= length // side
     return total
+
+
+def chunk_spans(latent_frames: int, latent_frames_per_chunk: int, temporal_ratio: int) -> list[slice]:
+    """The frames of each chunk: the first latent frame is one frame, any other temporal_ratio of them."""
+    stops = [*range(latent_frames_per_chunk, latent_frames, latent_frames_per_chunk), latent_frames]
+    edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

@@ -179,7 +179,7 @@ def bench_encoding(args: argparse.Namespace) -> dict[str, Any]:
 
     from hunyuan_staged.models.vae_encoder import Encoder
     from hunyuan_staged.parallel.world import lone_world
-    from hunyuan_staged.pipeline import input_video
+    from hunyuan_staged.pipeline import vae_encoding
 
     device = lone_world().device
     cuda = device.type == "cuda"
@@ -190,7 +190,7 @@ def bench_encoding(args: argparse.Namespace) -> dict[str, Any]:
     video = torch.empty(1, 3, *size, dtype=dtype).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     encoder = Encoder(module)
     weights = sum(tensor.nbytes for tensor in module.parameters())
-    chunk = args.at_once or input_video.LATENT_FRAMES_PER_CHUNK
+    chunk = args.at_once or vae_encoding.LATENT_FRAMES_PER_CHUNK
     moments: list[torch.Tensor] = []
 
     def work() -> None:
@@ -209,7 +209,7 @@ def bench_encoding(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "first_extra_seconds": round(first - seconds, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0,
-        "planned_gib": round((weights + input_video.encoder_working(size, config, dtype.itemsize)) / 2**30, 2),
+        "planned_gib": round((weights + vae_encoding.encoder_working(size, config, dtype.itemsize)) / 2**30, 2),
         "finite": bool(torch.isfinite(moments[0]).all()),
     }
     if args.one_piece:

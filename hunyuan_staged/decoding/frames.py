@@ -1,6 +1,5 @@
 """What every way of decoding needs: who decodes and is told, and decoded pixels on their way out."""
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.geometry import chunk_spans
 from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import quiet
@@ -26,13 +26,6 @@ class FrameBatch:
 
     frames: torch.Tensor
     floats: torch.Tensor | None = None
-
-
-def chunk_spans(latent_frames: int, latent_frames_per_chunk: int, temporal_ratio: int) -> list[slice]:
-    """The frames of each chunk: the first latent frame is one frame, any other temporal_ratio of them."""
-    stops = [*range(latent_frames_per_chunk, latent_frames, latent_frames_per_chunk), latent_frames]
-    edges = [0, *((stop - 1) * temporal_ratio + 1 for stop in stops)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:

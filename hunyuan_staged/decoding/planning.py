@@ -47,9 +47,16 @@ def decoder_working(
     behind = DECODER_TENSORS * channels[-1] * chunk * height * width
     if chunk - 2 < frames:
         behind += int(_remembered(channels, int(config.get("layers_per_block") or VAE_LAYERS), ratio) * open_px)
-    scores = min(SCORES_AT_ONCE, positions * positions * latent_frames) * SCORE_BYTES
-    inside = MID_BLOCK_TENSORS * channels[0] * latent_frames * positions * itemsize + scores
+    inside = mid_block_working(channels[0], latent_frames, (positions, positions), itemsize)
     return max(behind * itemsize, inside) + channels[0] * latent_frames * open_px // ratio**2 * itemsize
+
+
+def mid_block_working(channels: int, latent_frames: int, positions: tuple[int, int], itemsize: int) -> int:
+    """Bytes beside the weights in a mid block. positions: of a frame of latents, a rank's and all."""
+    own, everywhere = positions
+    scores = min(SCORES_AT_ONCE, own * everywhere * latent_frames) * SCORE_BYTES
+    gathered = GATHERED_TENSORS * everywhere if own < everywhere else 0
+    return channels * latent_frames * itemsize * (MID_BLOCK_TENSORS * own + gathered) + scores
 
 
 def whole_working(
@@ -88,11 +95,8 @@ def whole_working(
         if chunk < frames:
             values += sum(2 * convolutions * width * area for width, area in zip(channels, areas, strict=True))
         behind = max(behind, values)
-    positions, everywhere = rows * columns, height * width // ratio**2
-    scores = min(SCORES_AT_ONCE, positions * everywhere * latent_frames) * SCORE_BYTES
-    mid = channels[0] * latent_frames * itemsize
-    inside = mid * (MID_BLOCK_TENSORS * positions + (GATHERED_TENSORS * everywhere if ranks > 1 else 0)) + scores
-    return max(behind * itemsize, inside) + mid * positions
+    inside = mid_block_working(channels[0], latent_frames, (rows * columns, height * width // ratio**2), itemsize)
+    return max(behind * itemsize, inside) + channels[0] * latent_frames * rows * columns * itemsize
 
 
 @dataclass(frozen=True)

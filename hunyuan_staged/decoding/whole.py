@@ -65,6 +65,17 @@ class RowShard(FrameLayout):
         )
         return torch.cat(parts, dim=1)
 
+    def scatter_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The own rows of rank 0's [n, y, ..], y being the same multiple of all rows; elsewhere x, in which they arrive."""
+        if self.rank:
+            self.exchange([], [(x, 0)])
+            return x
+        parts = [
+            part.contiguous() for part in x.split([x.shape[1] // sum(self.counts) * n for n in self.counts], dim=1)
+        ]
+        self.exchange([(parts[peer], peer) for peer in self._others], [])
+        return parts[0]
+
     def on_first(self, x: torch.Tensor) -> torch.Tensor:
         """On rank 0 all ranks' [n, y, ..] joined, y being the same multiple of their rows; elsewhere x, which is sent."""
         x = x.contiguous()

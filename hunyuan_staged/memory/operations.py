@@ -54,3 +54,20 @@ def decoder_flops(config: dict[str, Any], latent_frames: int, height: int, width
             total += width_here * channels[level + 1] * 4 * longer * frames * positions
             frames, positions = (frames - 1) * longer + 1, positions * 4
     return 2.0 * 27 * (total + channels[-1] * config["out_channels"] * frames * positions)
+
+
+def encoder_flops(config: dict[str, Any], frames: int, height: int, width: int) -> float:
+    """Of the VAE encoder's convolutions for a video of T x H x W px, as decoder_flops."""
+    channels, layers = list(config["block_out_channels"]), config["layers_per_block"]
+    spatial, temporal = config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+    positions = height * width
+    total = config["in_channels"] * channels[0] * frames * positions
+    for level, width_here in enumerate(channels):
+        total += 2 * layers * width_here**2 * frames * positions
+        if 2**level < spatial:
+            shorter = 2 if 2**level >= spatial // temporal else 1
+            total += width_here * channels[level + 1] // (4 * shorter) * frames * positions
+            frames, positions = (frames - 1) // shorter + 1, positions // 4
+    # The mid block, conv_out.
+    total += (4 * channels[-1] + 2 * config["latent_channels"]) * channels[-1] * frames * positions
+    return 2.0 * 27 * total

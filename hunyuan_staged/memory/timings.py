@@ -74,6 +74,14 @@ def measured_decoding(
     return None
 
 
+def measured_encoding(gpu: str | None, size: tuple[int, int, int]) -> float | None:
+    """Seconds of encoding a video of (T, H, W), a frame of latents at a time, as measured_decoding."""
+    for row in benchmarks()["records"]:
+        if row.get("encodes") == list(size) and benchmarks()["machines"][row["machine"]]["gpu"] == gpu:
+            return float(row["seconds"])
+    return None
+
+
 @cache
 def reused_shares() -> dict[str, float]:
     """Seconds of a reused step of each fixed schedule's cache, of a computed one's.

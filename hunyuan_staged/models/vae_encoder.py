@@ -6,13 +6,14 @@ two frames of its input, and the mid block, whose attention sees all earlier fra
 Letters: T frames, H x W positions, C channels of a level; t, h, w of the latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 
-from hunyuan_staged.models.vae_decoder import CausalCoder, ConvCache, PendingSum
+from hunyuan_staged.geometry import chunk_spans
+from hunyuan_staged.models.vae_decoder import ALL_ROWS, CausalCoder, ConvCache, FrameLayout, PendingSum
 
 
 def pack(x: torch.Tensor, *, time: int) -> torch.Tensor:
@@ -47,18 +48,29 @@ class Encoder(CausalCoder):
         frames, height, width = video.shape[2:]
         if (frames - 1) % time or height % space or width % space:
             raise ValueError(f"{frames} frames of {height}x{width}; allowed: {time}n + 1 frames, sides of {space}n")
-        values = torch.cat(list(self._chunks(video, (latent_frames_per_chunk or frames) * time)))
-        return self._behind_chunks(values).permute(3, 0, 1, 2)[None]
+        count = (frames - 1) // time + 1
+        spans = chunk_spans(count, latent_frames_per_chunk or count, time)
+        return self.of_chunks(lambda now: self.frames(video, now), spans).permute(3, 0, 1, 2)[None]
 
-    def _chunks(self, video: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-        """[t, h, w, C] in front of the mid block. The first frame, which becomes a latent of its own, joins a chunk."""
-        cache, start = ConvCache(), 0
-        while start < video.shape[2]:
-            stop = start + size if start else 1 + size - self.module.time_ratio
-            cache.first, cache.last = start == 0, stop >= video.shape[2]
-            chunk = video[0, :, start:stop].to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous()
-            yield self._down(chunk, cache)
-            start = stop
+    @property
+    def latent_channels(self) -> int:
+        """C: as many means as log-variances."""
+        return int(self.module.conv_out.conv.out_channels) // 2
+
+    def frames(self, video: torch.Tensor, now: slice) -> torch.Tensor:
+        """Some frames of a video [1, 3, T, H, W] as they are computed: [n, H, W, 3] on the encoder's device."""
+        return video[0, :, now].to(self.device, self.dtype).permute(1, 2, 3, 0).contiguous()
+
+    @torch.no_grad()
+    def of_chunks(
+        self, take: Callable[[slice], torch.Tensor], spans: Sequence[slice], layout: FrameLayout = ALL_ROWS
+    ) -> torch.Tensor:
+        """The posterior [t, h, w, 2 C] of a layout's rows. take(span): these rows of some frames, as `frames` has them."""
+        cache, values = ConvCache(layout), []
+        for number, now in enumerate(spans):
+            cache.first, cache.last = number == 0, number == len(spans) - 1
+            values.append(self._down(take(now), cache))
+        return self._behind_chunks(torch.cat(values), layout)
 
     def _down(self, chunk: torch.Tensor, cache: ConvCache) -> torch.Tensor:
         """A chunk of frames [T, H, W, 3] through the levels."""
@@ -87,11 +99,11 @@ class Encoder(CausalCoder):
             parts.append(pack_with_shortcut(values, added, time=2))
         return torch.cat(parts)
 
-    def _behind_chunks(self, x: Any) -> torch.Tensor:
+    def _behind_chunks(self, x: Any, layout: FrameLayout) -> torch.Tensor:
         """The mid block and conv_out, over all latents: [t, h, w, C] → [t, h, w, 2 C']."""
-        module, cache = self.module, ConvCache(last=True)
+        module, cache = self.module, ConvCache(layout, last=True)
         first, second = module.mid_block.resnets
-        x = self._attention(module.mid_block.attentions[0], self._resnet(first, x, cache).add())
+        x = self._attention(module.mid_block.attentions[0], self._resnet(first, x, cache).add(), layout)
         x = self._resnet(second, x, cache)
         product, x = self._convolve(module.conv_out, x, module.norm_out, cache)
         return product + module.conv_out.conv.bias + channel_means(x, product.shape[-1])

@@ -5,6 +5,7 @@ setup = setup.rewrite()
 encoding_records.write(setup, encoding.encode(setup, plan))
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from hunyuan_staged.options import EncodeOptions, offload_asked
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import low_resolution, rewriting
 from hunyuan_staged.pipeline.common import EncoderDtypes, Lock, encoder_dtypes
+from hunyuan_staged.pipeline.image_encoding import encode_image, larger_sizes
 from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 from hunyuan_staged.pipeline.opening import open_for
+from hunyuan_staged.pipeline.vae_encoding import EncodingPlan, plan_for_model
 from hunyuan_staged.run_options import DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
@@ -132,8 +135,29 @@ class EncodeSetup:
         """Of the language model, in bytes."""
         return offloading.weights_of(self.skeleton, self.skeleton.layers, self.dtypes.text)
 
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """(height, width) of the image by resolution: the run's, at the bucket nearest to the image's own ratio, and those
+        of the super resolution that is to follow. None without an image."""
+        if self.picture is None:
+            return {}
+        given = geometry.check_size(self.options.width, self.options.height)
+        size = given or geometry.nearest_size(self.version.resolution, self.picture.height / self.picture.width)
+        return {self.version.resolution: size} | larger_sizes(
+            self.version.resolution, self.options.super_resolution, *size
+        )
+
+    def plan_image(self, free: FreeMemory) -> EncodingPlan | None:
+        """What the VAE's encoder takes for the image, at its largest size; InputError where it does not fit."""
+        sizes = sorted(self.image_sizes.values(), key=math.prod)
+        return plan_for_model((1, *sizes[-1]), self.folder, self.dtypes.image, free) if sizes else None
+
     def plan(self, free: FreeMemory, *, beside: int = 0) -> BlockPlan:
-        """How the language model is laid out in memory; InputError where it does not fit. beside: bytes of other parts."""
+        """How the language model is laid out in memory; InputError where it, or what follows it, does not fit.
+
+        beside: bytes of other parts.
+        """
+        self.plan_image(free)
         weights = self.weights
         asked = offload_asked(self.options, weights.count)
         remedies = ["--enable_offloading, or no flag about offloading" if asked == 0 else "a GPU with more memory"]
@@ -144,11 +168,12 @@ class EncodeSetup:
 
     def rows(self, plan: BlockPlan, free: FreeMemory) -> dict[str, object]:
         """The rows that --dry_run prints."""
-        weights = self.weights
+        weights, of_image = self.weights, self.plan_image(free)
         return {
             "version": self.version.name,
             "weights": f"{budget.gib(weights.total)} of the language model, {self.dtypes.text}",
             **plan.rows(weights.count, free, "layers"),
+            **({"image": f"{of_image.what} through the VAE's encoder, {of_image.memory}"} if of_image else {}),
             **(self.rewriter.rows(free) if self.rewriter else {}),
             "ranks": 1,
         }
@@ -247,51 +272,3 @@ def encode_text(
     del glyph_tokenizer, glyph_model
     encoders.release("glyph")
     return tensors
-
-
-def encode_image(setup: EncodeSetup, encoders: LoadedEncoders, report: Reporter = SILENT) -> dict[str, torch.Tensor]:
-    """image_embeds and image_latents, at the bucket nearest to the image's own ratio; nothing without an image.
-
-    Where super resolution is to follow, also the image's latents at each of its sizes.
-    """
-    picture, folder, device, dtype = setup.picture, setup.folder, setup.world.device, setup.dtypes.image
-    if picture is None:
-        return {}
-    given = geometry.check_size(setup.options.width, setup.options.height)
-    height, width = given or geometry.nearest_size(setup.version.resolution, picture.height / picture.width)
-    fitted = image.resize_and_center_crop(picture, height, width)
-    report.info(f"image {picture.width}x{picture.height} → {width}x{height}")
-    sizes = larger_sizes(setup.version.resolution, setup.options.super_resolution, height, width)
-    with report.timed("load"):
-        load = partial(encoder_components.load_image_encoder, folder, device=device, dtype=dtype)
-        processor, model = encoders.get("image", (folder.identity, dtype), load)
-    with report.timed("compute"):
-        embeds = image.encode_image(processor, model, fitted)
-    del processor, model
-    encoders.release("image")
-    with report.timed("load"):
-        load_vae = partial(components.load_vae_encoder, folder, device=device, dtype=dtype, progress=report.progress)
-        encoder, config = encoders.get("vae", (folder.path, dtype), load_vae)
-    with report.timed("compute"):
-        latents = image.encode_first_frame(encoder, fitted, config["scaling_factor"])
-        larger = {}
-        for resolution, size in sizes.items():
-            enlarged = image.resize_and_center_crop(picture, *size)
-            name = contract.large_image_latents(resolution)
-            larger[name] = image.encode_first_frame(encoder, enlarged, config["scaling_factor"])
-    del encoder
-    encoders.release("vae")
-    return {"image_embeds": embeds, "image_latents": latents, **larger}
-
-
-def larger_sizes(base: str, target: str | None, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """(height, width) by the resolutions that lead from a base run's size to a larger one; none where there is none.
-
-    InputError where none does, and for a size that is no bucket of the base.
-    """
-    sizes = {}
-    for version in versions.super_resolution_chain(base, target) if target else ():
-        height, width = sizes[version.resolution] = geometry.enlarged_size(
-            version.base, version.resolution, height, width
-        )
-    return sizes

@@ -23,6 +23,7 @@ from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import decoding, encoding, encoding_records, low_resolution
 from hunyuan_staged.pipeline.forecast_denoising import assume_denoising, larger_options, likely_config
 from hunyuan_staged.pipeline.forecast_target import (
+    TITLES,
     FindTarget,
     Rows,
     StagePlan,
@@ -36,8 +37,6 @@ from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.weights.hub import diffusers_repository
 
-TITLES = {1: "stage 1: prompt → embeddings", 2: "stage 2: embeddings → latents", 3: "stage 3: latents → video"}
-LARGER = "stage 2: larger latents,"
 TEMPLATE_TOKENS = 108  # of the chat round a prompt, which the language model reads, too
 
 
@@ -138,7 +137,7 @@ def plan_run(options: Sequence[Any], world: World, report: Reporter = SILENT) ->
         told = f"{expected} ({expected.how}); loading the weights and starting up come on top"
     else:
         told = str(next(stage.rows for stage in stages[::-1] if not stage.expected)["expected time"])
-    titles = [TITLES[1], TITLES[2], *(f"{LARGER} {plan.config['transformer_version']}" for plan in second[1:])]
+    titles = [TITLES[1], *(plan.title for plan in second)]
     titles += [TITLES[3]] if more else []
     return dict(zip(titles, (stage.rows for stage in stages), strict=True)) | {"the whole run": {"time": told}}
 

@@ -14,11 +14,25 @@ from hunyuan_staged.files.config import read_config
 from hunyuan_staged.memory import operations
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import denoising, denoising_records, jobs, low_resolution, upscaling
+from hunyuan_staged.pipeline import denoising, denoising_records, jobs, low_resolution, upscaling, vae_encoding
 from hunyuan_staged.pipeline.choices import Goal, choices
+from hunyuan_staged.pipeline.common import chosen_model
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.denoising_time import denoising_time
-from hunyuan_staged.pipeline.forecast_target import FindTarget, StagePlan, Target, figures, finished, planned, target_of
+from hunyuan_staged.pipeline.forecast_target import (
+    INPUT_VIDEO,
+    LARGER,
+    TITLES,
+    FindTarget,
+    StagePlan,
+    Target,
+    figures,
+    finished,
+    planned,
+    target_of,
+)
+from hunyuan_staged.pipeline.input_video import InputVideo, encoder_dtype
+from hunyuan_staged.pipeline.opening import open_recorded
 from hunyuan_staged.pipeline.transformers import choose_transformer
 from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO, DEMO_CHECKPOINT
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -96,8 +110,30 @@ def _plans(
     if not options.super_resolution:
         return [_plan(denoising.resolve(options, job, target.world, report), target, assumed)]
     plans: list[StagePlan] = []
-    upscaling.enlarge(options, job, target.world, lambda setup, _: plans.append(_plan(setup, target, assumed)), report)
+    upscaling.enlarge(
+        options,
+        job,
+        target.world,
+        lambda setup, _: plans.append(_plan(setup, target, assumed)),
+        report,
+        lambda video: plans.append(_plan_video(video, options, job.config, target, report)),
+    )
     return plans
+
+
+def _plan_video(
+    video: InputVideo, options: DenoiseOptions, config: Mapping[str, Any], target: Target, report: Reporter
+) -> StagePlan:
+    """The plan of encoding a video of the user's."""
+    path = chosen_model(options.model_path, options.input_dir, config)
+    folder = open_recorded(path, config, report, planned=True)
+    dtype = encoder_dtype(target.world.device)
+    plan = vae_encoding.plan_for_model(video.size, folder, dtype, target.free, target.world.size)
+    vae = components.vae_config(folder)
+    expected = vae_encoding.encoding_time(plan, vae, target.card) if target.card else None
+    version = str(config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
+    rows = finished(plan.rows(target.free), expected, target, figures(folder, version))
+    return StagePlan(rows, expected, config, video.shape, video, plan, INPUT_VIDEO)
 
 
 def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
@@ -116,7 +152,9 @@ def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
         ("assumed", assumed),
         figures(setup.folder, base if larger and base else version, larger),
     )
-    return StagePlan(rows, expected, {**setup.job.config, "transformer_version": version}, setup.shape, setup, plan)
+    config = {**setup.job.config, "transformer_version": version}
+    title = f"{LARGER} {version}" if larger else TITLES[2]
+    return StagePlan(rows, expected, config, setup.shape, setup, plan, title)
 
 
 def larger_options(options: DenoiseOptions, shape: tuple[int, ...]) -> DenoiseOptions:

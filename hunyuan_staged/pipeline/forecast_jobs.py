@@ -31,7 +31,7 @@ from hunyuan_staged.pipeline import (
     jobs,
     upscaling,
 )
-from hunyuan_staged.pipeline.forecast_target import Rows, StagePlan, Target, target_of
+from hunyuan_staged.pipeline.forecast_target import LARGER, TITLES, Rows, StagePlan, Target, target_of
 from hunyuan_staged.run_options import RunOptions
 
 NUMBERS = {EncodeOptions: 1, DenoiseOptions: 2, DecodeOptions: 3}
@@ -291,4 +291,4 @@ def _counts(todo: Sequence[Planned], index: int) -> str:
 
 def _title(options: Any) -> str:
     larger = isinstance(options, DenoiseOptions) and options.super_resolution
-    return f"{forecast.TITLES[NUMBERS[type(options)]]}" if not larger else f"{forecast.LARGER} {larger}"
+    return f"{LARGER} {larger}" if larger else TITLES[NUMBERS[type(options)]]

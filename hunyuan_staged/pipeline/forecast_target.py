@@ -25,6 +25,10 @@ PRODUCT, PRODUCT_SECONDS = 1024, 0.1  # the side of the matrices, and how long t
 CPU_REACHED = (0.1, 0.8)
 UNKNOWN = "unknown: neither measured nor a card whose rate is known; --assume_gpu lists those"
 
+TITLES = {1: "stage 1: prompt → embeddings", 2: "stage 2: embeddings → latents", 3: "stage 3: latents → video"}
+LARGER = "stage 2: larger latents,"
+INPUT_VIDEO = "stage 2: input video → latents"
+
 Rows = dict[str, object]
 FindTarget = Callable[[RunOptions, World], "Target"]
 
@@ -79,7 +83,10 @@ def timed_cpu(dtype: torch.dtype) -> Card:
 @dataclass(frozen=True)
 class StagePlan:
     """The plan of a stage: its rows, the seconds it takes beside loading (None: not known), what follows it, and what it
-    was made from: the setup, and how that is laid out in memory (BlockPlan, Decoding)."""
+    was made from: the setup, and how that is laid out in memory (BlockPlan, Decoding, EncodingPlan).
+
+    title: of stage 2's, in the plan of a whole run.
+    """
 
     rows: Rows
     expected: Expected | None
@@ -87,6 +94,7 @@ class StagePlan:
     shape: tuple[int, ...]
     setup: Any
     memory: Any
+    title: str = ""
 
 
 def planned(setup: Any, target: Target) -> Any:

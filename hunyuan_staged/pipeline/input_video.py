@@ -1,11 +1,10 @@
 """A video of the user's as what super resolution enlarges: its frames through the VAE's encoder, in the latents' place."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +23,11 @@ from hunyuan_staged.geometry import (
     nearest_size,
     size_for_ratio,
 )
-from hunyuan_staged.memory import available
-from hunyuan_staged.memory.budget import FreeMemory, gib, refusal
-from hunyuan_staged.models.vae_constants import VAE_CHANNELS, VAE_LAYERS
-from hunyuan_staged.models.vae_encoder import Encoder
+from hunyuan_staged.memory.budget import gib
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import vae_encoding
+from hunyuan_staged.pipeline.common import free_memory
 from hunyuan_staged.pipeline.jobs import output_dir
 from hunyuan_staged.run_options import MAX_FPS
 from hunyuan_staged.runtime.progress import Reporter
@@ -39,43 +37,6 @@ from hunyuan_staged.weights.folder import ModelFolder
 
 MAX_SIDE = 8192  # px, of a video that is read
 DEFAULT_FRAMES = 121  # that are taken at most: as many as the published versions make
-# So many frames of latents at a time: what the encoder needs does not grow with the video.
-LATENT_FRAMES_PER_CHUNK = 1
-
-
-# Tensors of the first level's width for each frame of a chunk, at its peak: a sum's two parts, its result, the padded input
-# of the next convolution, and what lies in wait. Counted: tests/unit/decoding/test_decoder_memory.py.
-ENCODER_TENSORS = 4
-
-
-def encoder_working(size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int) -> int:
-    """Bytes beside the weights while a video (T, H, W) is encoded chunk by chunk."""
-    frames, height, width = size
-    channels = list(config.get("block_out_channels") or VAE_CHANNELS)
-    convolutions = (
-        2 * int(config.get("layers_per_block") or VAE_LAYERS) + 1
-    )  # of a level: resnets', and the downsampler's
-    remembered = sum(2 * convolutions * wide / 4**level for level, wide in enumerate(channels))
-    chunk = min(frames, LATENT_FRAMES_PER_CHUNK * TEMPORAL_RATIO)
-    values = ((ENCODER_TENSORS * chunk + 2) * channels[0] + remembered) * height * width
-    latents = channels[-1] * math.prod(latent_shape(*size, 1))
-    return int(values + latents) * itemsize
-
-
-def plan_encoding(
-    size: tuple[int, int, int], config: Mapping[str, Any], weights: int, itemsize: int, free: FreeMemory
-) -> dict[str, int]:
-    """What encoding a video (T, H, W) takes, by part, in bytes; InputError where a GPU has less.
-
-    What it takes on a CPU was never measured, so that nothing is refused there.
-    """
-    parts = {"weights": weights, "working memory": encoder_working(size, config, itemsize)}
-    total = sum(parts.values())
-    if free.device is not None and total > free.device:
-        what = f"encoding {size[0]} frames of {size[2]}x{size[1]}"
-        remedies = ["a GPU with more memory", "a --super_resolution that starts from smaller frames"]
-        raise InputError(refusal(what, f"{gib(total)} of GPU memory", parts, free, remedies), option="input_video")
-    return parts
 
 
 @dataclass(frozen=True)
@@ -93,6 +54,20 @@ class InputVideo:
     def shape(self) -> tuple[int, int, int, int, int]:
         """[1, C, t, h, w] of its latents."""
         return latent_shape(self.frames, self.height, self.width, LATENT_CHANNELS)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        return self.frames, self.height, self.width
+
+    def pixels(self, dtype: torch.dtype, report: Reporter) -> torch.Tensor:
+        """All frames that are taken, [1, 3, T, H, W] in [-1, 1]."""
+        pictures = report.progress(self.pictures(), desc="reading video", unit="frame", total=self.frames)
+        # In the encoder's dtype, which it would be brought to: of 121 frames of 720p 0.6 GiB.
+        pixels = torch.empty(1, 3, *self.size, dtype=dtype)
+        for number, picture in enumerate(pictures):
+            pixels[0, :, number] = picture
+        return pixels
 
     def pictures(self) -> Iterator[torch.Tensor]:
         """The frames that are taken, each [3, H, W] in [-1, 1]."""
@@ -137,54 +112,57 @@ def nearest_base(target: str, height: int, width: int) -> str:
 OpenModel = Callable[[], ModelFolder]
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """What a video is encoded in."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def write_latents(
     video: InputVideo, options: DenoiseOptions, open_model: OpenModel, world: World, report: Reporter
 ) -> None:
-    """Encode a video into the folder's latents for super resolution, unless they are there already. The first process does
-    it, and the others wait. open_model: gives what has the VAE."""
-    if world.is_main:
-        _write_latents(video, options, open_model(), world, report)
+    """Encode a video into the folder's latents for super resolution, unless they are there already.
+
+    Every process calls it, and encodes rows of it; the first one reads and writes. open_model: gives what has the VAE.
+    """
+    folder, dtype = open_model(), encoder_dtype(world.device)
+    path = output_dir(options) / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
+    made_from = _made_from(video, folder, dtype, world.device) if world.is_main else ""
+    if world.from_main("input video", "there" if made_from and _is_made_from(path, made_from) else "to do") == "there":
+        report.info(f"{path} is there, made from the same: taken as it is")
+        return
+    plan = vae_encoding.plan_for_model(video.size, folder, dtype, free_memory(world), world.size)
+    report.info(f"{video.path} is encoded {plan.method}: {gib(plan.total)}{' each' * (plan.ranks > 1)}")
+    encoder = None
+    if world.rank < plan.ranks:
+        with report.timed("load"):
+            load = components.load_vae_encoder
+            encoder, _ = load(folder, device=world.device, dtype=dtype, progress=report.progress)
+    with report.timed("compute"):
+        pixels = video.pixels(dtype, report) if world.is_main else None
+        world.barrier("input video read")
+        mean = vae_encoding.encode_video(encoder, pixels, video.size, world)
+    if mean is not None:
+        latents = (mean * components.vae_config(folder)["scaling_factor"]).float().cpu()
+        about = {"height": str(video.height), "width": str(video.width), "num_frames": str(video.frames)}
+        if 1 <= video.info.fps <= MAX_FPS:
+            about["fps"] = f"{video.info.fps:g}"
+        tensors.save_latents(path.parent, latents, about | {contract.MADE_FROM: made_from}, contract.INPUT)
     world.barrier("video encoded")
 
 
-def _write_latents(
-    video: InputVideo, options: DenoiseOptions, folder: ModelFolder, world: World, report: Reporter
-) -> None:
-    dtype = torch.float16 if world.device.type == "cuda" else torch.float32
-    made_from = provenance.digest(
+def _made_from(video: InputVideo, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> str:
+    """The hash of all that determines a video's latents."""
+    return provenance.digest(
         {
             "video": provenance.sha256(video.path),
             "shape": video.shape,
             "vae": folder.fingerprint(["vae"]),
             "dtype": str(dtype),
-            "device": world.device.type,
+            "device": device.type,
         }
     )
-    name = contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
-    path = output_dir(options) / name
-    if path.is_file() and tensors.latents_metadata(path.parent, contract.INPUT).get(contract.MADE_FROM) == made_from:
-        report.info(f"{path} is there, made from the same: taken as it is")
-        return
-    config = components.vae_config(folder)
-    weights = sum(tensor.numel() for tensor in components.vae_skeleton(folder, "encoder").parameters()) * dtype.itemsize
-    free = available.free_memory(world.device)
-    parts = plan_encoding((video.frames, video.height, video.width), config, weights, dtype.itemsize, free)
-    report.info(
-        f"{video.path} is encoded {LATENT_FRAMES_PER_CHUNK * TEMPORAL_RATIO} frames at a time: {gib(sum(parts.values()))}"
-    )
-    with report.timed("load"):
-        encoder, config = components.load_vae_encoder(
-            folder, device=world.device, dtype=dtype, progress=report.progress
-        )
-    with report.timed("compute"):
-        pictures = report.progress(video.pictures(), desc="reading video", unit="frame", total=video.frames)
-        # In the encoder's dtype, which it would be brought to: of 121 frames of 720p 0.6 GiB.
-        pixels = torch.empty(1, 3, video.frames, video.height, video.width, dtype=dtype)
-        for number, picture in enumerate(pictures):
-            pixels[0, :, number] = picture
-        mean, _ = Encoder(encoder)(pixels, LATENT_FRAMES_PER_CHUNK).chunk(2, dim=1)
-        latents = (mean * config["scaling_factor"]).float().cpu()
-    about = {"height": str(video.height), "width": str(video.width), "num_frames": str(video.frames)}
-    if 1 <= video.info.fps <= MAX_FPS:
-        about["fps"] = f"{video.info.fps:g}"
-    tensors.save_latents(path.parent, latents, about | {contract.MADE_FROM: made_from}, contract.INPUT)
+
+
+def _is_made_from(path: Path, made_from: str) -> bool:
+    """Whether latents are there, and say that this is what they were made from."""
+    return path.is_file() and tensors.latents_metadata(path.parent, contract.INPUT).get(contract.MADE_FROM) == made_from

@@ -103,10 +103,14 @@ def open_for(
     return _open(path, parts, given, choose, report, plan if options.dry_run else None)
 
 
-def open_recorded(path: str, config: Mapping[str, Any], report: Reporter) -> ModelFolder:
-    """The model of a run, for its VAE: that file which the config records, else the model's own."""
+def open_recorded(path: str, config: Mapping[str, Any], report: Reporter, *, planned: bool = False) -> ModelFolder:
+    """The model of a run, for its VAE: that file which the config records, else the model's own.
+
+    planned: nothing of it is to be loaded.
+    """
     file = config.get("vae")
-    return _open(path, ["vae"], {"vae": open_part("vae", Path(file))} if file else {}, _no_version, report)
+    given = {"vae": open_part("vae", Path(file))} if file else {}
+    return _open(path, ["vae"], given, _no_version, report, partial(model_for_plan, path) if planned else None)
 
 
 def _open(

@@ -28,6 +28,7 @@ from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, input_video, low_resolution
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.common import chosen_model, free_memory
+from hunyuan_staged.pipeline.input_video import InputVideo
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
 from hunyuan_staged.pipeline.opening import open_for, open_recorded
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -145,11 +146,13 @@ def enlarge(
     world: World,
     denoise: Callable[[UpscaleSetup, bool], object],
     report: Reporter = SILENT,
+    encode: Callable[[InputVideo], object] | None = None,
 ) -> None:
     """Enlarge the latents of a folder to what the options ask for, by as many runs as that takes.
 
     denoise(setup, reuse) does one and writes its latents, or shows its plan; reuse: latents that are there already and were
-    made so will do. Of several runs all are planned before the first begins. Every rank calls it.
+    made so will do. encode(video): what a plan does with a video of the user's. Of several runs all are planned before the
+    first begins. Every rank calls it.
     """
     assert options.super_resolution is not None
     video = input_video.look_at(options, report) if options.input_video else None
@@ -167,7 +170,9 @@ def enlarge(
         planned = resolve(options, job, world, version, larger)
         planned.plan(free_memory(world))
         larger = planned.shape
-    if video and not options.dry_run:
+    if video and encode:
+        encode(video)
+    elif video:
         model_path = chosen_model(options.model_path, options.input_dir, job.config)
         input_video.write_latents(video, options, partial(open_recorded, model_path, job.config, report), world, report)
     first = contract.INPUT if video else None

@@ -123,6 +123,10 @@ def test_an_image_decides_the_size_and_processes_the_layout(plan_run):
     image = str(ROOT / "docs" / "first_frame.png")
     flags = ["--assume_gpu", "H100", "--image_path", image, "--transformer_version", "480p_i2v"]
     found = plan_run(*flags, gpus=4)
+    assert re.fullmatch(
+        r"1 frame of \d+x\d+ through the VAE's encoder, 1\.\d GiB: weights 743 MiB, working memory \d+ MiB",
+        found[TITLES[0]]["image"],
+    )
     assert found[TITLES[1]]["version"] == "480p_i2v"
     assert found[TITLES[1]]["tokens"].endswith(f" of the video, {256 + 729} of the text")
     assert found[TITLES[1]]["ranks"] == "4: 2 guidance branches x 2 sequence shards"

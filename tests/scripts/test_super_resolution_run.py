@@ -279,7 +279,12 @@ def test_a_part_of_a_video_in_another_shape(again, clip):
     status, said = enlarge(again, "--input_video", clip, "--video_length", 5, "--aspect_ratio", "1:1", "--dry_run")
     assert status == 0, said
     assert "taken are 5, cropped and resized to 128x128 (demo)" in said
-    assert planned(said, "video") == "192x192, 5 frames"
+    # First the plan of its encoding, then that of super resolution.
+    videos = [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("video ")]
+    assert videos == ["128x128, 5 frames", "192x192, 5 frames"]
+    assert planned(said, "encoding") == "4 frames at a time"
+    assert re.fullmatch(r"\d+ MiB: weights \d+ MiB, working memory \d+ MiB", planned(said, "memory"))
+    assert " (an estimate: this CPU" in planned(said, "expected time")
     assert not (again / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)).exists()
     status, said = enlarge(again, "--input_video", clip, "--video_length", 13)
     assert status == 2

@@ -6,7 +6,7 @@ from hunyuan_staged.decoding import frames, tiled, whole
 from hunyuan_staged.decoding.frames import DecodeContext, FrameBatch
 from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, Tiling
-from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder
+from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
 from hunyuan_staged.parallel.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -52,13 +52,24 @@ def decoded(*args, **options) -> frames.FrameBatch:
     )
 
 
-def rough_decoder(layers: int = 1) -> torch.nn.Module:
-    """A small decoder of the real structure, whose gammas and biases are no ones and noughts."""
-    decoder = tiny_decoder(layers=layers)
-    for parameter in decoder.parameters():
+def roughened(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with gammas and biases that are no ones and noughts."""
+    for parameter in module.parameters():
         if parameter.ndim != 5:
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-    return decoder
+    return module
+
+
+def rough_decoder(layers: int = 1) -> torch.nn.Module:
+    """A small decoder of the real structure."""
+    return roughened(tiny_decoder(layers=layers))
+
+
+def rough_encoder() -> torch.nn.Module:
+    """A small encoder of the real structure."""
+    torch.manual_seed(1)
+    config = VaeConfig(block_out_channels=(4, 4, 8, 16, 64), layers_per_block=1)
+    return roughened(VaeEncoder(config).requires_grad_(False))
 
 
 def decode(

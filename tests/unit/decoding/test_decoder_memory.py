@@ -12,7 +12,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import FreeMemory
 from hunyuan_staged.models import vae_decoder, vae_encoder
 from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
-from hunyuan_staged.pipeline import input_video
+from hunyuan_staged.pipeline import vae_encoding
 
 GIB = 2**30
 CONFIG = {"spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
@@ -105,20 +105,20 @@ def test_pieces_bring_720p_down_to_12_gib():
 
 @pytest.mark.parametrize("size", [(121, 720, 1280), (121, 480, 848), (25, 1072, 1904)])
 def test_the_plan_is_what_the_encoder_holds(size):
-    held = encoder_peak(size, input_video.LATENT_FRAMES_PER_CHUNK)
-    planned = input_video.encoder_working(size, CONFIG, 2)
+    held = encoder_peak(size, vae_encoding.LATENT_FRAMES_PER_CHUNK)
+    planned = vae_encoding.encoder_working(size, CONFIG, 2)
     assert held <= planned <= 1.1 * held
 
 
 def test_a_video_of_720p_is_encoded_in_12_gib():
     weights = 2 * sum(parameter.numel() for parameter in VaeEncoder(VaeConfig()).parameters())
-    parts = input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(12 * GIB, GIB))
-    assert sum(parts.values()) / GIB == pytest.approx(9.1, abs=0.1)
+    plan = vae_encoding.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(12 * GIB, GIB))
+    assert plan.total / GIB == pytest.approx(9.1, abs=0.1)
     message = (
         r"^--input_video encoding 121 frames of 1280x720 needs 9\.\d GiB of GPU memory "
         r"\(weights 743 MiB, working memory 8\.\d GiB\); free: GPU 8\.0 GiB, host 1\.0 GiB\. "
         r"What would help: a GPU with more memory, a --super_resolution"
     )
     with pytest.raises(InputError, match=message):
-        input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(8 * GIB, GIB))
-    assert input_video.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(None, GIB)) == parts
+        vae_encoding.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(8 * GIB, GIB))
+    assert vae_encoding.plan_encoding((121, 720, 1280), CONFIG, weights, 2, FreeMemory(None, GIB)) == plan

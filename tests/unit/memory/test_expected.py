@@ -1,12 +1,17 @@
 """Cards and the time that is expected on them."""
 
+from dataclasses import asdict
+
 import pytest
+import torch
 
 from hunyuan_staged.attention import ssta
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory import expected, operations, timings
 from hunyuan_staged.memory.cards import Card, assumed_card, find_card, known_cards
 from hunyuan_staged.memory.expected import Expected
+from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
+from hunyuan_staged.pipeline import vae_encoding
 
 FULL = {"layers": 54, "heads": 16, "width": 128, "mlp_ratio": 4.0}
 
@@ -94,3 +99,34 @@ def test_parts_add_up_and_small_estimates_do_not_hide_what_was_measured():
 def test_a_driver_calls_no_two_cards_the_same():
     assert find_card(None) is None and find_card("NVIDIA T4") is None
     assert all(find_card(card.name) == card for card in known_cards())
+
+
+def convolved(module: torch.nn.Module, x: torch.Tensor) -> float:
+    """Operations of a module's 3 x 3 x 3 convolutions, by what goes through them."""
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv3d) and layer.kernel_size == (3, 3, 3):
+            layer.register_forward_hook(lambda layer, _, out: found.append(54.0 * layer.in_channels * out.numel()))
+    module(x)
+    return sum(found)
+
+
+def test_the_operations_of_the_vae_are_those_of_its_convolutions():
+    config = VaeConfig()
+    with torch.device("meta"), torch.no_grad():
+        encoded = convolved(VaeEncoder(config), torch.empty(1, 3, 9, 32, 48))
+        decoded = convolved(VaeDecoder(config), torch.empty(1, 32, 3, 2, 3))
+    assert operations.encoder_flops(asdict(config), 9, 32, 48) == encoded
+    assert operations.decoder_flops(asdict(config), 3, 2, 3) == decoded
+
+
+def test_encoding_a_video_takes_as_long_as_measured_or_by_its_operations():
+    h200 = find_card("NVIDIA H200")
+    video, config = (121, 720, 1280), asdict(VaeConfig())
+    one, two = (vae_encoding.EncodingPlan(video, ranks, {}) for ranks in (1, 2))
+    measured = vae_encoding.encoding_time(one, config, h200)
+    assert measured == expected.measured(3.285)
+    estimate = vae_encoding.encoding_time(two, config, h200)
+    assert estimate.how == "an estimate" and estimate.least < estimate.most < measured.least
+    other = vae_encoding.encoding_time(one, config | {"block_out_channels": [8, 8, 8, 8, 8]}, h200)
+    assert other.most < 1
