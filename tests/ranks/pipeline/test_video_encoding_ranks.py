@@ -37,11 +37,12 @@ def encode_as(world: World, sizes: tuple[int, ...], size: tuple[int, int, int], 
 
 @pytest.mark.parametrize(("rows", "frames", "chunk"), [(11, 13, 2), (5, 5, 1), (3, 1, 1)])
 def test_any_number_of_ranks_gives_the_same_bits(rows, frames, chunk):
-    """Rows that do not divide, one row each, more ranks than rows, and a picture."""
-    size = (frames, 16 * rows, 48)
+    """Rows that do not divide, one row each, more ranks than rows, and a picture. Four latents wide: a product of no more
+    than three rows, which no size that is published comes to, goes another way on a CPU, with another rounding."""
+    size = (frames, 16 * rows, 64)
     results = run_ranks(8, encode_as, (1, 2, 3, 4, 8), size, chunk)[0]
     wanted = Encoder(rough_encoder())(draw_video(size), chunk).chunk(2, dim=1)[0]
-    assert wanted.shape == (1, 32, (frames - 1) // 4 + 1, rows, 3) and wanted.std() > 0.01
+    assert wanted.shape == (1, 32, (frames - 1) // 4 + 1, rows, 4) and wanted.std() > 0.01
     assert list(results) == ["1", "2", "3", "4", "8"]
     for count, found in results.items():
         assert np.array_equal(found, wanted.numpy()), f"{count} ranks"
