@@ -17,6 +17,7 @@ from PIL import Image
 from hunyuan_staged.encoders.image import pixels_of, resize_and_center_crop
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state
+from hunyuan_staged.files.video import read_video, write_video
 from hunyuan_staged.weights.components import load_vae_encoder
 from hunyuan_staged.weights.folder import open_model
 
@@ -176,3 +177,23 @@ def test_many_drafts_are_not_enlarged(tmp_path, tiny_super_resolution, single):
     assert result.returncode == 0, result.stderr
     for seed, name in names.items():
         check_bits(tmp_path / "runs" / name, single[seed])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_whole_run_enlarges_a_video(tmp_path, tiny_super_resolution, many):
+    """There is no base run; the frame rate stays; the plan says the sizes."""
+    clip, folder = tmp_path / "clip.mp4", tmp_path / "out"
+    write_video(clip, np.full((9, 100, 200, 3), 90, np.uint8), 12, 100, 200)
+    flags = ["--model_path", tiny_super_resolution, "--input_video", clip, "--output_dir", folder]
+    flags += ["--prompt", "a red circle", *(["--seeds", 1] if many else [])]
+    result = whole_run(*flags, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "256x128, 5 frames" in result.stdout and not folder.exists()
+    result = whole_run(*flags)
+    assert result.returncode == 0, result.stderr
+    made = folder / "a-red-circle-seed1" if many else folder
+    video = made / contract.at_resolution(contract.VIDEO_FILE, "demo_hd")
+    assert result.stdout == f"{video}\n"
+    frames, fps = read_video(video)
+    assert (frames.shape, fps) == ((5, 128, 256, 3), 12)
+    assert not {contract.LATENTS_FILE, contract.VIDEO_FILE} & files(made)
