@@ -26,19 +26,19 @@ EXACT = "exact"  # equals no preset
 PRESETS = {
     "draft": Preset(0.2),
     "fast": Preset(0.32),
-    "balanced": Preset(1.0, ((0.233, 1), (0.4, 2), (0.7, 3), (1.0, 4))),
+    "balanced": Preset(1.0, ((0.1, 1), (0.36, 2), (0.75, 3), (1.0, 2))),
     EXACT: Preset(),
 }
 CACHE_TYPE = "teacache"
 
 
 def computed_steps(stretches: Stretches, steps: int) -> list[int]:
-    """The steps that are computed, of so many: the early ones, in which the picture takes shape, lie closest."""
+    """The steps that are computed, of so many; the last is always one of them: what it takes over stays in the video."""
     found, step = [], 0
     while step < steps:
         found.append(step)
         step += next(every for share, every in stretches if step / steps < share)
-    return found
+    return found if found[-1] == steps - 1 else [*found, steps - 1]
 
 
 def flags_of(name: str, steps: int) -> dict[str, Any]:

@@ -25,24 +25,25 @@ def applied(version=BASE, **flags) -> DenoiseOptions:
     return apply_preset(options, version)
 
 
-def test_the_steps_that_are_computed_thin_out():
+def test_the_steps_that_are_computed():
     assert presets.computed_steps(((0.2, 1), (0.5, 2), (1.0, 3)), 10) == [0, 1, 2, 4, 6, 9]
+    assert presets.computed_steps(((0.2, 1), (1.0, 3)), 10) == [0, 1, 2, 5, 8, 9], "the last one, too"
     for name, preset in presets.PRESETS.items():
         for own in (30, 50):
             steps = round(preset.steps * own)
             found = presets.computed_steps(preset.computed, steps) if preset.computed else list(range(steps))
             gaps = [after - before for before, after in pairwise(found)]
             least = {"draft": 5, "fast": 3, "balanced": 2, "exact": 1}[name]
-            assert own / len(found) >= least and gaps == sorted(gaps) and found[:2] == [0, 1], name
+            assert own / len(found) >= least and max(gaps) <= 3 and found[:2] == [0, 1], name
 
 
 def test_a_preset_fills_in_what_is_not_given():
     balanced = applied(preset="balanced")
     assert balanced.enable_cache and balanced.cache_type == "teacache" and balanced.num_inference_steps is None
-    assert balanced.cache_steps.startswith("0,1,2,3,4,5,6,7,8,9,10,11,12,14,16,")
+    assert balanced.cache_steps.startswith("0,1,2,3,4,5,7,9,11,13,")
     assert applied(preset="draft").num_inference_steps == 10 and applied(preset="fast").num_inference_steps == 16
     assert applied(preset="draft", num_inference_steps=20).num_inference_steps == 20
-    assert applied(preset="balanced", num_inference_steps=8).cache_steps == "0,1,2,4,7"
+    assert applied(preset="balanced", num_inference_steps=8).cache_steps == "0,1,3,6,7"
     assert applied(preset="balanced", cache_type="taylorcache").cache_steps == balanced.cache_steps
     assert applied(preset="balanced", cache_steps="0-9").cache_steps == "0-9"
     own = applied(preset="balanced", cache_step_interval=3)
@@ -94,7 +95,7 @@ def test_a_command_line_is_shown_for_a_version():
     assert presets.described("exact", 50) == ""
     assert presets.described("draft", 30) == "--num_inference_steps 6"
     assert presets.described("balanced", 30) == (
-        "--enable_cache --cache_type teacache --cache_steps 0,1,2,3,4,5,6,7,9,11,13,16,19,22,26"
+        "--enable_cache --cache_type teacache --cache_steps 0,1,2,3,5,7,9,11,14,17,20,23,25,27,29"
     )
 
 
@@ -105,7 +106,7 @@ def test_a_run_records_its_preset_and_equals_its_flags(tiny_official, tmp_path):
         "exact": ["--preset", "exact"],
         "plain": [],
         "balanced": ["--preset", "balanced"],
-        "flags": ["--enable_cache", "--cache_type", "teacache", "--cache_steps", "0-2,4,7"],
+        "flags": ["--enable_cache", "--cache_type", "teacache", "--cache_steps", "0,1,3,6,7"],
     }
     found = {}
     for name, more in outcomes.items():
