@@ -46,6 +46,18 @@ HEAD_WIDTHS = {"flash4": packages.FLASH4_HEAD_WIDTHS}
 
 
 @dataclass(frozen=True)
+class BlockAttention:
+    """The attention of a block. any_queries: see AttentionMode."""
+
+    kernel: Kernel
+    any_queries: bool
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # A rank that holds no head (more sequence shards than heads) has nothing to compute.
+        return self.kernel(q, k, v) if q.shape[2] else torch.zeros_like(q)
+
+
+@dataclass(frozen=True)
 class AttentionMode:
     """A kernel, its name, and why it was taken.
 
@@ -59,18 +71,18 @@ class AttentionMode:
     blocks: range | None = None
     elsewhere: "AttentionMode | None" = None
 
-    def kernels(self, grid: Sequence[int], count: int) -> list[Kernel]:
+    @property
+    def any_queries(self) -> bool:
+        """Whether it takes queries of some tokens alone, with the keys of all; sparse attention goes by their places."""
+        return self.name != SPARSE_ATTN_MODE
+
+    def kernels(self, grid: Sequence[int], count: int) -> list[BlockAttention]:
         """The kernel of each of a transformer's `count` blocks."""
-        own = partial(_nothing_for_no_heads, self.make(grid))
+        own = BlockAttention(self.make(grid), self.any_queries)
         if self.blocks is None or self.elsewhere is None:
             return [own] * count
         others = self.elsewhere.kernels(grid, count)
         return [own if index in self.blocks else others[index] for index in range(count)]
-
-
-def _nothing_for_no_heads(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A rank that holds no head (more sequence shards than heads) has nothing to compute."""
-    return kernel(q, k, v) if q.shape[2] else torch.zeros_like(q)
 
 
 def choose_attention(

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hunyuan_staged.memory.operations import TEXT_TOKENS
@@ -41,7 +42,7 @@ def parts_of_a_step(step: Callable[[], Any], forward: Any) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     watch, kernels = Stopwatch(), forward.attention
-    forward.attention = [watch.watch(kernel) for kernel in kernels]
+    forward.attention = [replace(kernel, kernel=watch.watch(kernel.kernel)) for kernel in kernels]
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
     forward.attention = kernels

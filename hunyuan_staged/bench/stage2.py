@@ -106,8 +106,9 @@ def memory_use(setup: Setup, video_tokens: int) -> dict[str, Any]:
     import torch
 
     from hunyuan_staged.memory import budget, estimates, offloading
+    from hunyuan_staged.parallel.heads import split_heads
 
-    dtype = torch.bfloat16
+    dtype, heads = torch.bfloat16, setup.model.config.num_attention_heads
     planned = estimates.DenoisingSize(
         video_tokens,
         TEXT_TOKENS,
@@ -118,6 +119,7 @@ def memory_use(setup: Setup, video_tokens: int) -> dict[str, Any]:
         setup.layout.shards,
         offloading.widened_bytes(setup.model.transformer_blocks, dtype),
         setup.modulations.table.nbytes,
+        left=split_heads(heads, setup.layout.shards, by_queries=setup.attention.any_queries).left / heads,
     )
     planned_bytes = sum(budget.device_parts(setup.block_weights, planned.working, setup.offloaded).values())
     return {

@@ -12,7 +12,8 @@ ACTIVATIONS = 6.8
 # An odd number of tokens takes no more: 480p, offloaded, 2.16 GiB in all.
 ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
 ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before attention's inputs and output were freed early
-ACTIVATIONS_EXCHANGE = 6.0  # of several sequence shards: q, k and v packed, sent and received. Not measured
+# Of several sequence shards: q, k and v packed, sent and received. Not measured.
+ACTIVATIONS_EXCHANGE = 6.0
 
 # Stage 1's: 1,108 tokens through a layer of the language model, and the hidden states. H100: 0.2 GiB.
 LANGUAGE_WORKING = GIB // 2
@@ -30,7 +31,8 @@ class DenoisingSize:
 
     kernel: the attention mode that runs. shards: processes that a guidance branch's tokens are split over. block: bytes of
     one block in the run's dtype where it is stored in another one, else 0. modulations: bytes of those computed
-    beforehand. kept: activations that a cache keeps on this rank, of all guidance branches (CacheSettings.kept).
+    beforehand. kept: activations that a cache keeps on this rank, of all guidance branches (CacheSettings.kept). left: the
+    share of heads whose k and v go to all shards (HeadSplit.left).
     """
 
     video_tokens: int
@@ -43,6 +45,7 @@ class DenoisingSize:
     block: int = 0
     modulations: int = 0
     kept: int = 0
+    left: float = 0.0
 
     @property
     def working(self) -> int:
@@ -54,7 +57,8 @@ class DenoisingSize:
         if not self.compiled:
             activations = ACTIVATIONS_EAGER
         if self.shards > 1:
-            activations += ACTIVATIONS_EXCHANGE
+            # Of left heads k and v are sent to all, and come from all; their q stays.
+            activations += ACTIVATIONS_EXCHANGE + self.left * (4 * self.shards + 1 - ACTIVATIONS_EXCHANGE)
         tokens = shard + self.text_tokens
         activations += self.kept
         return int(activations * tokens * self.channels * self.itemsize) + self.block + self.modulations

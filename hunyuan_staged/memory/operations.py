@@ -7,7 +7,7 @@ PEAK_TFLOPS = 790.0
 TEXT_TOKENS = 256  # language tokens of a long prompt; the glyph and image rows are empty
 
 
-def attention_flops(tokens: int, heads: int, width: int) -> float:
+def attention_flops(tokens: int, heads: float, width: int) -> float:
     """Multiply-adds of one attention over `tokens`, counted twice: 4 * N^2 * H * D."""
     return 4.0 * tokens**2 * heads * width
 
@@ -30,14 +30,16 @@ def step_flops(
 ) -> float:
     """Of one forward through all blocks, on the process that has most of it.
 
-    Attention is split by heads, what else there is by tokens; the text is on every process.
+    Attention is split by heads, and what is left of them by queries, but for sparse attention; what else there is by
+    tokens; the text is on every process.
 
     Args:
         width: of a head.
         shards: that the tokens are split over.
         attended: the share of all keys that a query attends to.
     """
-    attention = attended * attention_flops(video_tokens + text_tokens, -(-heads // shards), width)
+    share = heads / shards if attended == 1.0 else -(-heads // shards)
+    attention = attended * attention_flops(video_tokens + text_tokens, share, width)
     return layers * (attention + linear_flops(-(-video_tokens // shards), text_tokens, heads * width, mlp_ratio))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hunyuan_staged.models.embeddings import apply_rope
-from hunyuan_staged.parallel.layout import pack_heads
+from hunyuan_staged.parallel.heads import pack
 
 
 def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -83,10 +83,10 @@ def joint_qkv(*args: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.cat(pair, dim=1) for pair in zip(*before_attention(*args), strict=True))
 
 
-def packed_qkv(shares: Sequence[int], *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """before_attention for an exchange: the video's packed for it (pack_heads), and the text's [L, 3, H, D]."""
+def packed_qkv(shares: Sequence[int], left: int, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """before_attention for the exchanges of a HeadSplit: as `pack` gives it."""
     video, text = before_attention(*args)
-    return pack_heads([x[0] for x in video], shares), torch.stack([x[0] for x in text], dim=1)
+    return pack([x[0] for x in video], [x[0] for x in text], shares, left)
 
 
 def attention_residual(

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from hunyuan_staged.attention.choose import AttentionMode
+from hunyuan_staged.attention.choose import AttentionMode, BlockAttention
 from hunyuan_staged.models.blocks import attention_residual, joint_qkv, mlp_residual, modulate, packed_qkv
 from hunyuan_staged.models.embeddings import Conditioning, embed_text, embed_time, rope_table
 from hunyuan_staged.models.modulations import Modulations, block_modulation
+from hunyuan_staged.parallel.heads import attend, split_heads
 from hunyuan_staged.parallel.layout import Layout
 
 RunBlocks = Callable[["BlockRunner", torch.Tensor, torch.Tensor], torch.Tensor]
@@ -84,7 +85,7 @@ class Transformer:
         self.patch = {"pt": config.patch_size_t, "ph": config.patch_size, "pw": config.patch_size}
         self.grid = tuple(n // p for n, p in zip(latent_size, self.patch.values(), strict=True))
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
-        self._kernels: dict[AttentionMode, list[Any]] = {}
+        self._kernels: dict[AttentionMode, list[BlockAttention]] = {}
         self.use(attention)
         weight = model.x_embedder.proj.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -168,13 +169,10 @@ class Transformer:
         for index, block, attention in zip(indices, self.blocks[part], self.attention[part], strict=True):
             modulation = modulation_of(index, block)
             self._mark_dynamic(text, 1)
-            q, k, v = self._query_key_value(block, video, text, modulation)
-            attended = attention(q, k, v).squeeze(0)
-            del q, k, v
-            outs = self.layout.heads_to_tokens(attended, block.attn.heads, self.total)
+            outs = self._attend(block, video, text, modulation, attention)
             self._mark_dynamic(outs[1], 0)
             video, text = self.attention_residual(block, video, text, *outs, modulation)
-            del attended, outs
+            del outs
             self._mark_dynamic(text, 1)
             video, text = self.mlp_residual(block, video, text, modulation)
         return video, text
@@ -188,12 +186,13 @@ class Transformer:
         if self.compiled:  # without it, the compiler need not even be imported
             torch._dynamo.mark_dynamic(x, dim)
 
-    def _query_key_value(
-        self, block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor
-    ) -> Iterable[torch.Tensor]:
-        """q, k, v [1, S + L, h, D]: all tokens, and the heads that are this rank's."""
+    def _attend(
+        self, block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, attention: BlockAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention gives for video [1, s, C] and text [1, L, C]: [s, H, D] and [L, H, D]."""
         if self.layout.shards == 1:
-            return self.joint_qkv(block, video, text, modulation, self.rope)
-        shares = self.layout.head_shares(block.attn.heads)
-        packed, text_qkv = self.joint_qkv(shares, block, video, text, modulation, self.rope)
-        return self.layout.tokens_to_heads(packed, text_qkv, self.total)[None].unbind(2)
+            attended = attention(*self.joint_qkv(block, video, text, modulation, self.rope)).squeeze(0)
+            return attended[: self.total], attended[self.total :]
+        split = split_heads(block.attn.heads, self.layout.shards, by_queries=attention.any_queries)
+        packed, text_qkv = self.joint_qkv(split.shares, split.left, block, video, text, modulation, self.rope)
+        return attend(self.layout, split, packed, text_qkv, self.total, attention)

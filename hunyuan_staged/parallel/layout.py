@@ -2,7 +2,7 @@
 
 On one process the methods here return their input, so callers seldom ask how many there are.
 
-Letters: S video tokens of the whole video, s of this rank's shard; H heads, h this rank's; L text tokens; D head width.
+Letters: S video tokens of the whole video, s of this rank's shard; C channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,51 +93,10 @@ class Layout:
         dist.broadcast(velocity, group=self.branch_group, group_src=branch)
         return [velocity]
 
-    def head_shares(self, heads: int) -> tuple[int, ...]:
-        """How many heads each shard attends with."""
-        return tuple(split_evenly(heads, self.shards))
-
-    def tokens_to_heads(self, packed: torch.Tensor, text_qkv: torch.Tensor, total: int) -> torch.Tensor:
-        """Before attention: token shards with all heads become whole sequences with a share of the heads.
-
-        packed: what pack_heads gave of q, k, v of the video. text_qkv [L, 3, H, D], the same on every rank → [S + L, 3, h,
-        D]. Text needs no communication here: each rank has it all and takes its own heads. For more than one shard.
-        """
-        length, three, heads, width = text_qkv.shape
-        tokens, shares = split_evenly(total, self.shards), self.head_shares(heads)
-        mine, own, unit = tokens[self.shard], shares[self.shard], three * width
-        joint = packed.new_empty(total + length, three, own, width)
-        self._all_to_all(
-            joint[:total].view(-1), packed, [t * own * unit for t in tokens], [mine * h * unit for h in shares]
-        )
-        joint[total:] = text_qkv.split(shares, dim=2)[self.shard]
-        return joint
-
-    def heads_to_tokens(self, out: torch.Tensor, heads: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """After attention, the way back: [S + L, h, D] → video [s, H, D] and text [L, H, D]."""
-        if self.shards == 1:
-            return out[:total], out[total:]
-        out, shares = out.contiguous(), self.head_shares(heads)
-        tokens = split_evenly(total, self.shards)
-        video = self._merge_heads(out[:total], tokens, shares)
-        # Apart from the video, whose tokens leave from where they lie.
-        length = out.shape[0] - total
-        text = out[total:].repeat(self.shards, 1, 1)
-        return video, self._merge_heads(text, [length] * self.shards, shares)
-
-    def _merge_heads(self, out: torch.Tensor, tokens: Sequence[int], shares: Sequence[int]) -> torch.Tensor:
-        """This rank's tokens with all heads, [sum(tokens), h, D] → [s, H, D]; tokens: how many go to each rank."""
-        own, width = out.shape[1:]
-        mine = tokens[self.shard]
-        received = [mine * h * width for h in shares]
-        incoming = out.new_empty(sum(received))
-        self._all_to_all(incoming, out.view(-1), received, [t * own * width for t in tokens])
-        parts = zip(incoming.split(received), shares, strict=True)
-        return torch.cat([flat.view(mine, h, width) for flat, h in parts], dim=1)
-
-    def _all_to_all(
+    def all_to_all(
         self, incoming: torch.Tensor, outgoing: torch.Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> None:
+        """Exchange flat tensors between a branch's ranks. received, sent: how many values come from and go to each."""
         dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self.group)
 
     def _all_gather(self, tensor: torch.Tensor, count: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
@@ -155,34 +114,17 @@ class LoneShare(Layout):
 
     sent: list[int] = field(default_factory=list)
 
-    def _all_to_all(
+    def all_to_all(
         self, incoming: torch.Tensor, outgoing: torch.Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> None:
         self.sent.append((sum(sent) - sent[self.shard]) * outgoing.itemsize)
         size = min(len(incoming), len(outgoing))
         incoming[:size] = outgoing[:size]
-        incoming[size:] = 0  # where heads do not divide, a rank gets more than it sends
+        incoming[size:] = 0  # where tokens or heads do not divide, a rank may get more than it sends
 
     def _all_gather(self, tensor: torch.Tensor, count: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
         self.sent.append((count - 1) * tensor.nbytes)
         return [tensor.clone() for _ in range(count)]
-
-
-def pack_heads(parts: Sequence[torch.Tensor], shares: Sequence[int]) -> torch.Tensor:
-    """What an exchange of tokens for heads sends, flat: to each rank in turn [s, len(parts), h, D], its heads of all parts.
-
-    parts: [s, H, D] each. shares: the heads of each rank, as even as can be. Where they are even it is one copy, which a
-    compiler writes in the place of the parts themselves.
-    """
-    pieces, first = [], 0
-    larger = list(shares).count(shares[0])
-    for share, ranks in ((shares[0], larger), (shares[-1], len(shares) - larger)):
-        if ranks:
-            heads = slice(first, first + ranks * share)
-            first = heads.stop
-            by_rank = [part[:, heads].unflatten(1, (ranks, share)).transpose(0, 1)[:, :, None] for part in parts]
-            pieces.append(torch.cat(by_rank, dim=2).flatten())
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def plan_layout(world_size: int, guidance_branches: int, cfg_parallel: str = "auto") -> tuple[int, int]:

@@ -93,6 +93,12 @@ def choices(setup: "DenoiseSetup", goal: Goal) -> list[Choice]:
     return []
 
 
+def remedies(setup: "DenoiseSetup", free: FreeMemory) -> list[str]:
+    """What a refusal says would help."""
+    found = [str(choice) for choice in choices(setup, Goal(free))]
+    return found if free.device is not None else [*found, "a GPU"]
+
+
 def _changes(setup: "DenoiseSetup", goal: Goal) -> list[Change]:
     """In the order in which they are made: the last two look for what fits."""
     options, computed = replace(setup.options, weights_dtype="fp8"), (setup.world.device, setup.dtype)

@@ -25,10 +25,11 @@ from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
 from hunyuan_staged.models.modulations import table_bytes
 from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
+from hunyuan_staged.parallel.heads import HeadSplit, split_heads
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
-from hunyuan_staged.pipeline.choices import Goal, choices
+from hunyuan_staged.pipeline.choices import remedies
 from hunyuan_staged.pipeline.common import attention_for, torch_dtype
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
@@ -158,15 +159,11 @@ class DenoiseSetup:
             widened_bytes(self.skeleton.transformer_blocks, self.dtype),
             table_bytes(steps, self.weights.count, width, self.dtype.itemsize),
             self.caching.kept(settings.branches // side_by_side) if self.caching else 0,
+            self.heads.left / config.num_attention_heads,
         )
 
     def plan(self, free: FreeMemory, *, explain: bool = True) -> budget.BlockPlan:
         """How the transformer is laid out in memory; InputError where it does not fit. explain: with what would help."""
-
-        def remedies() -> list[str]:
-            found = [str(choice) for choice in choices(self, Goal(free))] if explain else []
-            return found if free.device is not None else [*found, "a GPU"]
-
         return budget.plan_blocks(
             f"{self.settings.width}x{self.settings.height}, {self.settings.video_length} frames",
             self.weights,
@@ -174,8 +171,14 @@ class DenoiseSetup:
             free,
             asked=offload_asked(self.options, self.weights.count),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size)),
-            remedies=remedies,
+            remedies=partial(remedies, self, free) if explain else tuple,
         )
+
+    @property
+    def heads(self) -> HeadSplit:
+        """Which heads a process attends with."""
+        shards = plan_layout(self.world.size, self.settings.branches, self.cfg_parallel)[1]
+        return split_heads(self.skeleton.config.num_attention_heads, shards, by_queries=self.attention.any_queries)
 
     def layout(self, known: dict[tuple[int, int], Layout]) -> Layout:
         """The layout of a run, whose groups are made once. Every rank calls it. known: by branches side by side, shards."""
@@ -196,7 +199,8 @@ class DenoiseSetup:
         what load_resident has loaded."""
         layouts = {} if layouts is None else layouts
         layout = self.layout(layouts)
-        report.info(f"attention: {self.attention_text}; layout: {layout.describe()}")
+        told = filter(None, [layout.describe(), self.heads.describe()])
+        report.info(f"attention: {self.attention_text}; layout: {', '.join(told)}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
             denoiser = early or self._load(plan.offloaded, report)

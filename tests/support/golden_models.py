@@ -8,11 +8,14 @@ from conftest import golden_weights
 from safetensors import safe_open
 
 from hunyuan_staged.attention.choose import choose_attention
+from hunyuan_staged.memory.offloading import stream_blocks
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.models.upsampler import build_upsampler
 from hunyuan_staged.parallel.layout import Layout
+from hunyuan_staged.sampling.cache import Cache
+from hunyuan_staged.sampling.cache_settings import resolve
 from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas
@@ -80,25 +83,34 @@ def golden_upsampler(folder: Path, kind: str, config: dict):
     return upsampler.eval()
 
 
-def forward(folder, name: str, layout: Layout | None = None) -> torch.Tensor:
+def forward(
+    folder, name: str, layout: Layout | None = None, mode: str = "torch", *, offloaded: bool = False
+) -> torch.Tensor:
     tensors, model, conditioning = golden(folder, name)
-    attention = choose_attention("torch", CPU, torch.float32)
-    velocity = Transformer(model, attention, tensors["hidden_states"].shape[2:], layout)
+    attention = choose_attention(mode, CPU, torch.float32)
+    blocks = stream_blocks(model, CPU, 1) if offloaded else None
+    velocity = Transformer(model, attention, tensors["hidden_states"].shape[2:], layout, blocks)
     return velocity(tensors["hidden_states"], tensors["timestep"], conditioning, tensors.get("timestep_r"))
 
 
-def run_loop(folder, layout: Layout | None = None, on_step=None) -> torch.Tensor:
+def run_loop(folder, layout: Layout | None = None, on_step=None, cache_type: str | None = None) -> torch.Tensor:
     tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
     model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
     branches = golden_branches(tensors)
     attention = choose_attention("torch", CPU, torch.float32)
     velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
+    cache = None
+    if cache_type:
+        given: dict[str, float] = {"cache_start_step": 1, "cache_end_step": 5, "cache_step_interval": 2}
+        given |= {"cache_threshold": 1.0} if cache_type == "firstblock" else {}
+        settings = resolve(cache_type, given, int(metadata["steps"]), model_config["mm_double_blocks_depth"])
+        cache = Cache(settings, layout or Layout(), velocity.total)
     return denoise(
         velocity,
         tensors["noise"],
         condition_channels(tensors["noise"], None),
         branches,
         flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
-        Sampling(float(metadata["guidance_scale"]), layout=layout),
+        Sampling(float(metadata["guidance_scale"]), layout=layout, cache=cache),
         on_step=on_step,
     )

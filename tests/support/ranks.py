@@ -1,13 +1,16 @@
 """Run a function on several gloo processes of this machine, as torchrun would, and collect what each returns."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from hunyuan_staged.parallel.layout import Layout
+from hunyuan_staged.parallel.world import World
 
 TIMEOUT = timedelta(seconds=120)
 
@@ -39,3 +42,17 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         results = manager.dict()
         mp.spawn(_child, (size, store.port, function, args, results), nprocs=size)
         return [results[rank] for rank in range(size)]
+
+
+def layouts(world: World, kinds: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Layout]]:
+    """Each (branches, shards) on the first processes of a world, with this one's layout where it is among them.
+
+    So that one start of the processes, which is what takes long, serves many numbers of them. Every process goes through
+    all of it.
+    """
+    for branches, shards in kinds:
+        rows = [dist.new_group(range(b * shards, (b + 1) * shards)) for b in range(branches)]
+        columns = [dist.new_group(range(s, branches * shards, shards)) for s in range(shards)]
+        branch, shard = divmod(world.rank, shards)
+        if branch < branches:
+            yield (branches, shards), Layout(branches, shards, branch, shard, rows[branch], columns[shard])

@@ -1,39 +1,58 @@
 """What the ranks of a layout send each other."""
 
-import pytest
 import torch
-from ranks import run_ranks
+from ranks import layouts, run_ranks
 
-from hunyuan_staged.parallel.layout import make_layout, pack_heads, split_evenly
+from hunyuan_staged.parallel.heads import attend, pack, split_heads
+from hunyuan_staged.parallel.layout import Layout, make_layout
 from hunyuan_staged.parallel.world import World
 
 
-def exchange(world: World, total: int, heads: int, length: int) -> dict:
-    """What one rank sees of a scatter, both all-to-alls and a gather, on tensors that every rank draws alike."""
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention [1, N, n, D], a query and a head at a time, so that its bits depend on nothing but its numbers."""
+    out = torch.empty_like(q)
+    for head in range(q.shape[2]):
+        for token in range(q.shape[1]):
+            weights = (k[0, :, head] * q[0, token, head]).sum(dim=1).softmax(dim=0)
+            out[0, token, head] = (weights[:, None] * v[0, :, head]).sum(dim=0)
+    return out
+
+
+CASES = [(2, 7, 3, 4), (3, 8, 7, 1), (4, 10, 8, 5), (5, 11, 16, 2), (6, 13, 16, 2), (8, 17, 4, 3)]
+
+
+def exchange(layout: Layout, total: int, heads: int, length: int, by_queries: bool) -> dict[str, bool]:
+    """What one rank sees of a scatter, attention and a gather, on tensors that every rank draws alike."""
     draw = torch.Generator().manual_seed(3)
-    layout = make_layout(world, 1)
     tokens = torch.randn(1, total, 6, generator=draw)
     qkv, text = torch.randn(3, total, heads, 5, generator=draw), torch.randn(3, length, heads, 5, generator=draw)
-    packed = pack_heads(layout.scatter(qkv).unbind(0), layout.head_shares(heads))
-    joint = layout.tokens_to_heads(packed, text.transpose(0, 1), total).transpose(0, 1)
-    video, back = layout.heads_to_tokens(joint[0], heads, total)
-    sizes = split_evenly(heads, world.size)
-    first = sum(sizes[: world.rank])
-    mine = slice(first, first + sizes[world.rank])
+    split = split_heads(heads, layout.shards, by_queries=by_queries)
+    mine = [layout.scatter(x, dim=0) for x in qkv]
+    sent, text_qkv = pack(mine, list(text), split.shares, split.left)
+    video, back = attend(layout, split, sent, text_qkv, total, exact)
+    whole = exact(*torch.cat([qkv, text], dim=1)[:, None])[0]
     return {
         "gathered": torch.equal(layout.gather(layout.scatter(tokens), total), tokens),
-        "heads": torch.equal(joint, torch.cat([qkv, text], dim=1)[:, :, mine]),
-        "video": torch.equal(video, layout.scatter(qkv[0], dim=0)),
-        "text": torch.equal(back, text[0]),
+        "freed": sent == [],
+        "video": torch.equal(video, layout.scatter(whole[:total], dim=0)),
+        "text": torch.equal(back, whole[total:]),
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "total", "heads", "length"), [(2, 7, 3, 4), (3, 8, 4, 1), (4, 10, 3, 5), (5, 11, 16, 2), (8, 17, 16, 3)]
-)
-def test_exchanges_lose_nothing_when_nothing_divides(size, total, heads, length):
-    for rank, seen in enumerate(run_ranks(size, exchange, total, heads, length)):
-        assert all(seen.values()), (rank, seen)
+def exchanges(world: World) -> dict[tuple[int, bool], dict[str, bool]]:
+    """By the number of shards, and whether heads are left for all."""
+    found = {}
+    for (_, size), layout in layouts(world, [(1, size) for size, *_ in CASES]):
+        (numbers,) = [numbers for shards, *numbers in CASES if shards == size]
+        found |= {(size, by_queries): exchange(layout, *numbers, by_queries) for by_queries in (True, False)}
+    return found
+
+
+def test_sharded_attention_has_the_bits_of_one_process():
+    for rank, found in enumerate(run_ranks(8, exchanges)):
+        assert len(found) == 2 * sum(rank < size for size, *_ in CASES)
+        for case, seen in found.items():
+            assert all(seen.values()), (rank, case, seen)
 
 
 def rows_of(world: World) -> list:

@@ -13,7 +13,8 @@ from hunyuan_staged.parallel.layout import split_evenly
 
 
 @pytest.mark.parametrize(
-    ("ranks", "branches", "cfg_parallel"), [(2, 1, "auto"), (3, 2, "auto"), (4, 2, "auto"), (4, 2, "off")]
+    ("ranks", "branches", "cfg_parallel"),
+    [(2, 1, "auto"), (3, 2, "auto"), (4, 2, "auto"), (4, 2, "off"), (6, 2, "off")],
 )
 def test_the_bytes_of_a_share(golden_folder, ranks, branches, cfg_parallel):
     tensors, model, conditioning = golden(golden_folder, "dit_t2v")
@@ -24,8 +25,9 @@ def test_the_bytes_of_a_share(golden_folder, ranks, branches, cfg_parallel):
     assert out.shape == tensors["output"].shape and torch.isfinite(out).all()
     config, shards = model.config, layout.shards
     heads, width = config.num_attention_heads, config.attention_head_dim
-    mine, own = split_evenly(forward.total, shards)[0], split_evenly(heads, shards)[0]
-    there = 3 * mine * (heads - own) * width
+    mine = split_evenly(forward.total, shards)[0]
+    own, left = divmod(heads, shards)
+    there = (3 * own + 2 * left) * mine * (shards - 1) * width
     back = (forward.total - mine) * own * width
     text = (shards - 1) * conditioning.length * own * width
     gathered = (shards - 1) * mine * config.out_channels

@@ -76,10 +76,11 @@ def test_a_process_has_its_share_of_the_operations():
     whole = operations.step_flops(1000, 0, **FULL)
     assert operations.step_flops(1000, 0, shards=4, **FULL) == pytest.approx(whole / 4)
     attention = 54 * operations.attention_flops(1000, 16, 128)
-    # 16 heads on 3 processes: one has 6 of them.
-    three = operations.step_flops(999, 0, shards=3, **FULL)
+    # 16 heads on 3 processes: the one that is left over is everybody's, but in sparse attention one process has 6.
     linear = operations.step_flops(999, 0, attended=0.0, **FULL)
-    assert three == pytest.approx(attention * 0.999**2 * 6 / 16 + linear / 3)
+    for attended, share in ((1.0, 1 / 3), (0.5, 0.5 * 6 / 16)):
+        three = operations.step_flops(999, 0, shards=3, attended=attended, **FULL)
+        assert three == pytest.approx(attention * 0.999**2 * share + linear / 3)
     assert ssta.attended_share((31, 45, 80)) == pytest.approx((27 + 32) / (6 * 6 * 10))
     assert ssta.attended_share((5, 6, 10)) == 1
 

@@ -172,6 +172,15 @@ def test_on_a_cpu_each_process_has_its_own_weights_and_one_copy_is_shared():
     assert offloaded.host == 54 * WEIGHTS.each
 
 
+def test_left_heads_travel_to_all_shards():
+    """Of 3 shards and 1 of 16 heads: its k and v go to 3 and come from 3, its q stays; q, k, v of 15 go and come."""
+    three = replace(WHOLE, shards=3)
+    left = replace(three, left=1 / 16)
+    activation = (111_600 // 3 + 256) * 2048 * 2
+    more = (15 * 6 + 2 * 3 + 2 * 3 + 1) / 16 - 6
+    assert left.working - three.working == pytest.approx(more * activation, abs=2)
+
+
 def test_the_longest_video():
     frame = 45 * 80
     for frames in (1, 5, 49, 121, 125, 1201):

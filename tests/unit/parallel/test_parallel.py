@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.parallel import world as world_module
 from hunyuan_staged.parallel.environment import RankInfo
-from hunyuan_staged.parallel.layout import Layout, make_layout, pack_heads, plan_layout, split_evenly
+from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout, split_evenly
 from hunyuan_staged.parallel.world import World, open_world, split_world
 
 
@@ -36,9 +36,6 @@ def test_shares_are_whole_and_even(total, parts):
 def test_one_process_moves_nothing():
     layout, tokens = Layout(), torch.randn(1, 7, 4)
     assert layout.scatter(tokens) is tokens and layout.gather(tokens, 7) is tokens
-    attended = torch.randn(10, 2, 4)
-    video, text = layout.heads_to_tokens(attended, 2, 7)
-    assert torch.equal(torch.cat([video, text]), attended) and len(video) == 7
 
 
 @pytest.mark.parametrize(
@@ -99,32 +96,3 @@ def test_processes_that_share_a_gpu_are_refused_before_they_join(monkeypatch, ow
             else:
                 with pytest.raises(InputError, match=r"^2 processes share 1 GPU on .*; start one a GPU$"):
                     started.result()
-
-
-@pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (4, 3), (2, 3)])
-def test_what_is_sent_lies_rank_after_rank(heads, ranks):
-    q, k, v = torch.arange(3 * 2 * heads * 5.0).view(3, 2, heads, 5)
-    shares = split_evenly(heads, ranks)
-    packed = pack_heads([q, k, v], shares)
-    parts = zip(*(x.split(shares, dim=1) for x in (q, k, v)), strict=True)
-    assert torch.equal(packed, torch.cat([torch.stack(part, dim=1).flatten() for part in parts]))
-
-
-class Alone(Layout):
-    """One of several ranks, that gets back what it sends."""
-
-    def _all_to_all(self, incoming, outgoing, received, sent):
-        incoming.copy_(outgoing)
-
-
-def test_even_heads_are_packed_by_one_copy():
-    """And received without any: q, k and v are views of what came, the text behind the video."""
-    parts = [torch.randn(6, 4, 5) for _ in range(3)]
-    with torch.profiler.profile(profile_memory=True) as profiled:
-        packed = pack_heads(parts, (2, 2))
-    allocated = sum(e.self_cpu_memory_usage for e in profiled.key_averages() if e.self_cpu_memory_usage > 0)
-    assert allocated <= packed.nbytes + 256
-    text = torch.randn(3, 3, 4, 5)
-    joint = Alone(shards=2).tokens_to_heads(packed, text, 12)
-    assert joint.shape == (15, 3, 2, 5)
-    assert torch.equal(joint[:12].flatten(), packed) and torch.equal(joint[12:], text[:, :, :2])

@@ -10,7 +10,7 @@ from hunyuan_staged.memory import budget
 from hunyuan_staged.memory.budget import GIB, FreeMemory
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import common, denoising, forecast_target
+from hunyuan_staged.pipeline import common, denoising, denoising_records, forecast_target
 from hunyuan_staged.pipeline.choices import Goal, choices
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.forecast_denoising import assumed_job
@@ -92,6 +92,18 @@ def test_nothing_helps_where_there_is_nothing():
     assert found(resolved(), 0.2) == []
     with pytest.raises(InputError, match=r"free: GPU 205 MiB, host 64\.0 GiB\. What would help: more memory$"):
         resolved().plan(FreeMemory(int(0.2 * GIB), 64 * GIB))
+
+
+def test_heads_that_do_not_divide_are_in_the_plan():
+    for processes, left, said in (
+        (4, 0, "4: 2 guidance branches x 2 sequence shards"),
+        (6, 1, "6: 2 guidance branches x 3 sequence shards, 5 heads a shard, and 1 head that each shard attends with"),
+    ):
+        setup = resolved(processes=processes)
+        assert setup.size.left == left / 16
+        assert denoising_records.rows(setup, setup.plan(budget.card(24)), budget.card(24))["ranks"].startswith(said)
+    sparse = resolved(processes=6, attn_mode="flex-block-attn")
+    assert sparse.size.left == 0 and sparse.heads.describe().startswith("5 or 6 heads a shard")
 
 
 def test_of_several_gpus_the_smallest_decides(monkeypatch):
