@@ -28,13 +28,13 @@ class HeadSplit:
     shares: tuple[int, ...]
     left: int
 
-    def describe(self) -> str | None:
-        """One phrase on heads that do not divide; None where they do."""
+    def describe(self) -> str:
+        """What to say behind a layout of heads that do not divide; nothing where they do."""
         least, most = min(self.shares), max(self.shares)
         if self.left:
             heads = f"{self.left} head{'s' * (self.left > 1)}"
-            return f"{most} heads a shard, and {heads} that each shard attends with for its own tokens"
-        return f"{least} or {most} heads a shard, since this attention takes whole sequences" if least < most else None
+            return f", {most} heads a shard, and {heads} that each shard attends with for its own tokens"
+        return f", {least} or {most} heads a shard, since this attention takes whole sequences" if least < most else ""
 
 
 def split_heads(heads: int, shards: int, *, by_queries: bool) -> HeadSplit:

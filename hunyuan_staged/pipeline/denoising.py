@@ -199,8 +199,7 @@ class DenoiseSetup:
         what load_resident has loaded."""
         layouts = {} if layouts is None else layouts
         layout = self.layout(layouts)
-        told = filter(None, [layout.describe(), self.heads.describe()])
-        report.info(f"attention: {self.attention_text}; layout: {', '.join(told)}")
+        report.info(f"attention: {self.attention_text}; layout: {layout.describe()}{self.heads.describe()}")
         report.info(plan.describe(self.weights.count))
         with report.timed("load"):
             denoiser = early or self._load(plan.offloaded, report)

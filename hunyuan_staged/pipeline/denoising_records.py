@@ -117,7 +117,7 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         "steps": ", ".join(word for word in steps if word),
         "weights": f"{gib(setup.weights.total)}, {options.weights_dtype or _held(setup)}; computed in {computed}",
         "attention": setup.attention_text,
-        "ranks": f"{world.size}: {', '.join(filter(None, (layout.describe(), setup.heads.describe())))}",
+        "ranks": f"{world.size}: {layout.describe()}{setup.heads.describe()}",
         **plan.rows(setup.weights.count, free),
     }
 

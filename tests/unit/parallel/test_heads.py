@@ -27,11 +27,11 @@ def test_every_head_has_its_place(heads, shards, by_queries, shares, left):
 @pytest.mark.parametrize(
     ("heads", "shards", "by_queries", "said"),
     [
-        (16, 8, True, None),
-        (16, 4, False, None),
-        (16, 3, True, "5 heads a shard, and 1 head that each shard attends with for its own tokens"),
-        (4, 6, True, "0 heads a shard, and 4 heads that each shard attends with for its own tokens"),
-        (16, 3, False, "5 or 6 heads a shard, since this attention takes whole sequences"),
+        (16, 8, True, ""),
+        (16, 4, False, ""),
+        (16, 3, True, ", 5 heads a shard, and 1 head that each shard attends with for its own tokens"),
+        (4, 6, True, ", 0 heads a shard, and 4 heads that each shard attends with for its own tokens"),
+        (16, 3, False, ", 5 or 6 heads a shard, since this attention takes whole sequences"),
     ],
 )
 def test_heads_that_do_not_divide_are_told(heads, shards, by_queries, said):

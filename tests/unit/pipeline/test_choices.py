@@ -103,7 +103,7 @@ def test_heads_that_do_not_divide_are_in_the_plan():
         assert setup.size.left == left / 16
         assert denoising_records.rows(setup, setup.plan(budget.card(24)), budget.card(24))["ranks"].startswith(said)
     sparse = resolved(processes=6, attn_mode="flex-block-attn")
-    assert sparse.size.left == 0 and sparse.heads.describe().startswith("5 or 6 heads a shard")
+    assert sparse.size.left == 0 and sparse.heads.describe().startswith(", 5 or 6 heads a shard")
 
 
 def test_of_several_gpus_the_smallest_decides(monkeypatch):
