@@ -18,7 +18,7 @@ SPATIAL_RATIO = 16
 TEMPORAL_RATIO = 4
 
 # The side of the square whose area a resolution keeps at every aspect ratio (official code: target_size_config).
-BUCKET_BASE = {"demo": 128, "360p": 480, "480p": 640, "720p": 960, "1080p": 1440, "demo_hd": 192}
+BUCKET_BASE = {"demo": 128, "360p": 480, "480p": 640, "720p": 960, "1080p": 1440, "demo_hd": 256}
 MAX_RATIO = 4.0
 
 

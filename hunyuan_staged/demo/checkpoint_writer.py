@@ -82,14 +82,24 @@ def save_official(
                 root / "transformer" / name, modules.transformers[name], any_version(name), dtype, shard_bytes
             )
             if name in modules.upsamplers:
-                upsampler, config = modules.upsamplers[name]
-                _save_tensors(
-                    root / "upsampler" / name / "diffusion_pytorch_model.safetensors", _weights(upsampler, dtype)
-                )
-                write_json(root / "upsampler" / name / "config.json", config)
-        _save_official_vae(root / "vae", modules.vae, dtype)
+                _save_upsampler(root / "upsampler" / name, *modules.upsamplers[name], dtype)
+        save_official_vae(root / "vae", modules.vae, dtype)
         write_scheduler(root)
     return Path(folder)
+
+
+def save_super_resolution(
+    folder: Path, version: SuperResolutionVersion, parts: tuple[Any, Any, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Write transformer, upsampler and the upsampler's config where save_official writes them below a folder."""
+    transformer, upsampler, config = parts
+    _save_official_transformer(folder / "transformer" / version.name, transformer, version, dtype, None)
+    _save_upsampler(folder / "upsampler" / version.name, upsampler, config, dtype)
+
+
+def _save_upsampler(folder: Path, module: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    _save_tensors(folder / "diffusion_pytorch_model.safetensors", _weights(module, dtype))
+    write_json(folder / "config.json", config)
 
 
 def write_scheduler(root: Path) -> None:
@@ -163,7 +173,8 @@ def _save_official_transformer(
     write_json(folder / "config.json", official_transformer_dict(module.config, version))
 
 
-def _save_official_vae(folder: Path, module: Any, dtype: torch.dtype) -> None:
+def save_official_vae(folder: Path, module: Any, dtype: torch.dtype) -> None:
+    """Write a Vae and its official config."""
     from hunyuan_staged.weights.key_maps import VAE_MAP, to_official
 
     _save_tensors(folder / "diffusion_pytorch_model.safetensors", to_official(_weights(module, dtype), VAE_MAP))

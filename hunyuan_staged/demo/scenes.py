@@ -372,16 +372,17 @@ def _describe(scene: Scene, draw: random.Random, wording: str) -> str:
 
 
 @cache
-def atlas() -> torch.Tensor:
-    """The ink of each of CHARACTERS, [36, CELL_HEIGHT, CELL_WIDTH] in [0, 1], from the font that Pillow brings along."""
+def atlas(scale: int = 1) -> torch.Tensor:
+    """The ink of each of CHARACTERS, [36, CELL_HEIGHT, CELL_WIDTH] x scale in [0, 1], from the font that Pillow brings."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(34)
+    width, height = CELL_WIDTH * scale, CELL_HEIGHT * scale
+    font = ImageFont.load_default(34 * scale)
     cells = []
     for character in CHARACTERS:
-        cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT))
+        cell = Image.new("L", (width, height))
         ImageDraw.Draw(cell).text(
-            (CELL_WIDTH / 2, CELL_HEIGHT / 2), character, fill=255, font=font, anchor="mm", stroke_width=1
+            (width / 2, height / 2), character, fill=255, font=font, anchor="mm", stroke_width=scale
         )
         cells.append(torch.from_numpy(np.asarray(cell).copy()).float() / 255)
     return torch.stack(cells)
@@ -417,15 +418,15 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def render(scenes: Sequence[Scene], *, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Clips [B, 3, T, H, W] in [-1, 1], edges smoothed over one pixel."""
-    y = torch.arange(HEIGHT, device=device, dtype=torch.float32)[:, None] + 0.5
-    x = torch.arange(WIDTH, device=device, dtype=torch.float32)[None, :] + 0.5
+def render(scenes: Sequence[Scene], *, device: torch.device | str = "cpu", scale: int = 1) -> torch.Tensor:
+    """Clips [B, 3, T, H, W] in [-1, 1], edges smoothed over one pixel; the same scenes at scale x HEIGHT x WIDTH."""
+    y = (torch.arange(HEIGHT * scale, device=device, dtype=torch.float32)[:, None] + 0.5) / scale
+    x = (torch.arange(WIDTH * scale, device=device, dtype=torch.float32)[None, :] + 0.5) / scale
     # [B, 2, 3] → halves of the picture → [B, 3, T, H, W]
     halves = torch.tensor([[BACKGROUNDS[name] for name in scene.background] for scene in scenes], device=device).float()
     lower = (y >= HEIGHT / 2).float()
     picture = halves[:, 0, :, None, None] * (1 - lower) + halves[:, 1, :, None, None] * lower
-    clips = picture[:, :, None].expand(-1, -1, FRAMES, -1, WIDTH).clone()
+    clips = picture[:, :, None].expand(-1, -1, FRAMES, -1, WIDTH * scale).clone()
     for shape in SHAPES:
         for slot in (0, 1):
             index = [i for i, s in enumerate(scenes) if len(s.things) > slot and s.things[slot].shape == shape]
@@ -436,13 +437,13 @@ def render(scenes: Sequence[Scene], *, device: torch.device | str = "cpu") -> to
             radii = torch.from_numpy(np.stack([t.radii for t in things])).to(device, torch.float32)
             dx = x - centers[..., 0, None, None]
             dy = y - centers[..., 1, None, None]
-            cover = (0.5 - _distance(shape, dx, dy, radii[..., None, None])).clamp(0, 1)[:, None]
+            cover = (0.5 - _distance(shape, dx, dy, radii[..., None, None]) * scale).clamp(0, 1)[:, None]
             color = torch.tensor([COLORS[t.color] for t in things], device=device).float()[:, :, None, None, None]
             clips[index] = clips[index] * (1 - cover) + color * cover
-    ink, paper = torch.tensor(INK, device=device).float(), atlas().to(device)
+    ink, paper = torch.tensor(INK, device=device).float(), atlas(scale).to(device)
     for i, scene in enumerate(scenes):
         if scene.word:
-            clips[i] = _card(scene, picture[i].expand(-1, -1, WIDTH), paper, ink)[:, None]
+            clips[i] = _card(scene, picture[i].expand(-1, -1, WIDTH * scale), paper, ink)[:, None]
     return clips / 127.5 - 1
 
 
@@ -453,12 +454,14 @@ def to_8bit(clips: torch.Tensor) -> torch.Tensor:
 
 def _card(scene: Scene, still: torch.Tensor, letters: torch.Tensor, ink: torch.Tensor) -> torch.Tensor:
     """A still picture [3, H, W] with the scene's card and word laid over it."""
-    card, word = torch.zeros(2, HEIGHT, WIDTH, device=still.device)
-    top, bottom, left, right = card_box(scene.word)
+    card, word = torch.zeros(2, *still.shape[1:], device=still.device)
+    scale = still.shape[1] // HEIGHT
+    rim, width = 6 * scale, CELL_WIDTH * scale
+    top, bottom, left, right = (side * scale for side in card_box(scene.word))
     card[top:bottom, left:right] = 1
     for slot, character in enumerate(scene.word):
-        x = left + 6 + slot * CELL_WIDTH
-        word[top + 6 : bottom - 6, x : x + CELL_WIDTH] = letters[CHARACTERS.index(character)]
+        x = left + rim + slot * width
+        word[top + rim : bottom - rim, x : x + width] = letters[CHARACTERS.index(character)]
     color = torch.tensor(COLORS[scene.card], device=still.device).float()[:, None, None]
     still = still * (1 - card) + color * card
     return still * (1 - word) + ink[:, None, None] * word

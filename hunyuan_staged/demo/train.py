@@ -551,6 +551,53 @@ def refined(embedder: Any, states: torch.Tensor, timestep: torch.Tensor, mask: t
     return embedder(states, timestep, pooled, mask[:, None, None])
 
 
+def batched_text(
+    model: Any,
+    timestep: torch.Tensor,
+    language: torch.Tensor,
+    language_mask: torch.Tensor,
+    glyphs: torch.Tensor,
+    images: torch.Tensor,
+) -> torch.Tensor:
+    """Text tokens [B, N + G + L, C] of language [B, L, W1] with its mask of tokens, glyphs [B, G, W2], image [B, N, W3]."""
+    kinds = model.cond_type_embed.weight
+    return torch.cat(
+        [
+            model.image_embedder(images) + kinds[IMAGE],
+            model.context_embedder_2(glyphs) + kinds[GLYPH],
+            refined(model.context_embedder, language, timestep, language_mask) + kinds[LANGUAGE],
+        ],
+        dim=1,
+    )
+
+
+def image_condition(latents: torch.Tensor, image_given: torch.Tensor) -> torch.Tensor:
+    """Condition channels [B, 33, t, h, w]: frame 0 of latents [B, 32, t, h, w] and its mask, where it is given, [B]."""
+    shown = image_given[:, None, None, None, None].to(latents.dtype)
+    condition, first = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
+    condition[:, :, :1] = latents[:, :, :1] * shown
+    first[:, :, :1] = shown
+    return torch.cat([condition, first], dim=1)
+
+
+def batched_velocity(
+    model: Any,
+    inputs: torch.Tensor,
+    texts: torch.Tensor,
+    text_mask: torch.Tensor,
+    temb: torch.Tensor,
+    rope: tuple[torch.Tensor, ...],
+    *,
+    block: Callable[..., tuple[torch.Tensor, torch.Tensor]] = joint_block,
+) -> torch.Tensor:
+    """The velocity [B, 32, t, h, w] for the transformer's whole input, text tokens and the mask of those to be seen."""
+    video = model.x_embedder(inputs)
+    mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
+    for layer in model.transformer_blocks:
+        video, texts = block(layer, video, texts, temb, *rope, mask)
+    return model.proj_out(model.norm_out(video, temb)).transpose(1, 2).unflatten(2, inputs.shape[2:])
+
+
 def finite(loss: torch.Tensor, step: int) -> float:
     """The loss as a number. Raises FloatingPointError where it is none: going on would learn nothing."""
     if not loss.isfinite():
@@ -603,30 +650,13 @@ class Learner(nn.Module):
         glyphs = self.glyph(input_ids=batch["glyph_ids"], attention_mask=readable.long()).last_hidden_state
         images = self.image(pixel_values=batch["images"]).last_hidden_state
 
-        temb = model.time_embed(timestep)
-        kinds = model.cond_type_embed.weight
-        texts = torch.cat(
-            [
-                model.image_embedder(images) + kinds[IMAGE],
-                model.context_embedder_2(glyphs) + kinds[GLYPH],
-                refined(model.context_embedder, states, timestep, language_mask) + kinds[LANGUAGE],
-            ],
-            dim=1,
-        )
+        texts = batched_text(model, timestep, states, language_mask, glyphs, images)
         image_mask = image_given[:, None].expand(-1, images.shape[1])
         text_mask = torch.cat([image_mask, glyph_mask, language_mask], dim=1)
-
-        shown = image_given[:, None, None, None, None].to(noisy.dtype)
-        condition, first = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
-        condition[:, :, :1] = batch["latents"][:, :, :1] * shown
-        first[:, :, :1] = shown
-        video = model.x_embedder(torch.cat([noisy, condition, first], dim=1))
-        mask = torch.cat([text_mask.new_ones(len(video), video.shape[1]), text_mask], dim=1)[:, None, None]
-        cos, sin = self.rope
-        for block in model.transformer_blocks:
-            video, texts = self.block(block, video, texts, temb, cos, sin, mask)
-        out = model.proj_out(model.norm_out(video, temb))
-        return out.transpose(1, 2).unflatten(2, noisy.shape[2:])
+        inputs = torch.cat([noisy, image_condition(batch["latents"], image_given)], dim=1)
+        return batched_velocity(
+            model, inputs, texts, text_mask, model.time_embed(timestep), self.rope, block=self.block
+        )
 
 
 def flow_loss(learner: Learner, batch: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -657,14 +687,18 @@ def start_learning(learner: Learner) -> None:
             nn.init.zeros_(parameter)
         elif parameter.ndim == 1:
             nn.init.ones_(parameter)
-    model = learner.transformer
+    shut_gates(learner.transformer)
+    nn.init.normal_(learner.language.embed_tokens.weight, std=0.1)
+    start_glyphs(learner.glyph)
+
+
+def shut_gates(model: Any) -> None:
+    """Zero what opens a transformer's blocks and what makes its velocity."""
     gates = [m.linear for block in model.transformer_blocks for m in (block.norm1, block.norm1_context)]
     gates += [block.norm_out.linear for block in model.context_embedder.token_refiner.refiner_blocks]
     for linear in (*gates, model.norm_out.linear, model.proj_out):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-    nn.init.normal_(learner.language.embed_tokens.weight, std=0.1)
-    start_glyphs(learner.glyph)
 
 
 @torch.no_grad()
@@ -692,8 +726,8 @@ def start_glyphs(glyph: Any) -> None:
 
 
 # Outside Muon: what reads or writes the model's edges, and the modulation, whose gates begin shut.
-_EDGES: tuple[str, ...] = ("embed_tokens", "shared", "position_embedding", "patch_embedding", "x_embedder")
-_EDGES += (
+EDGES: tuple[str, ...] = ("embed_tokens", "shared", "position_embedding", "patch_embedding", "x_embedder")
+EDGES += (
     "cond_type_embed",
     "proj_out",
     "norm1.linear",
@@ -724,7 +758,7 @@ def train_transformer(
     learner.glyph.eval()  # T5's dropout has nothing to add here
     last = f"transformer_blocks.{len(learner.transformer.transformer_blocks) - 1}"
     # The pooling head and what the last block does to the text never reach the loss: AdamW passes over such weights.
-    outside = (*_EDGES, "image.head", f"{last}.attn.to_add_out", f"{last}.ff_context")
+    outside = (*EDGES, "image.head", f"{last}.attn.to_add_out", f"{last}.ff_context")
     named = list(learner.named_parameters())
     inside = [p for n, p in named if p.ndim == 2 and not any(part in n for part in outside)]
     rest = [p for n, p in named if p.ndim != 2 or any(part in n for part in outside)]

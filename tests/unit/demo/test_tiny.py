@@ -194,7 +194,7 @@ def test_half_a_checkpoint_is_never_left_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_writer, "_save_official_vae", fail)
+    monkeypatch.setattr(checkpoint_writer, "save_official_vae", fail)
     with pytest.raises(OSError, match="disk full"):
         tiny.draw_checkpoint(tmp_path / "model", sizes=SMALL, versions=("demo_t2v",))
     assert list(tmp_path.iterdir()) == []
