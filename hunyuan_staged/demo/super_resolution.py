@@ -69,8 +69,8 @@ class Enlarger(nn.Module):
         noise: tuple[torch.Tensor, torch.Tensor],
         image: torch.Tensor,
         image_given: torch.Tensor,
-    ) -> torch.Tensor:
-        """Latents [B, 32, t, H, W] from those of the small clips [B, 32, t, h, w].
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents [B, 32, t, H, W], what the upsampler alone takes them to be) from the small clips' [B, 32, t, h, w].
 
         noise: the starting one and the one of the condition, as the result; image: condition channels [B, 33, t, H, W],
         zeros but where image_given [B] says so. The loop of stage 2 (docs/super_resolution.md, The steps) over a batch.
@@ -98,11 +98,11 @@ class Enlarger(nn.Module):
             inputs = torch.cat([x, image, condition], dim=1)
             velocity = train.batched_velocity(model, inputs, tokens, mask, temb, rope)
             x = x + velocity.float() * (following - sigma)
-        return x
+        return x, large / GAIN
 
 
 def start_enlarger(enlarger: Enlarger) -> None:
-    """Initial weights: every block begins as the identity, and the transformer's velocity at zero."""
+    """Initial weights: blocks begin as the identity, the velocity as the running latents less the enlarged ones."""
     model = enlarger.transformer
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -110,6 +110,15 @@ def start_enlarger(enlarger: Enlarger) -> None:
         else:
             nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
     train.shut_gates(model)
+    channels, width = geometry.LATENT_CHANNELS, model.proj_out.in_features
+    if width >= 2 * channels:
+        with torch.no_grad():
+            embed, out, one = model.x_embedder.proj.weight[:, :, 0, 0, 0], model.proj_out.weight, torch.eye(channels)
+            embed[: 2 * channels, : 2 * channels] = 0
+            embed[: 2 * channels, 2 * channels + 1 : -1] = 0
+            embed[:channels, :channels] = one
+            embed[channels : 2 * channels, 2 * channels + 1 : -1] = one / ((1 - NOISE_STRENGTH) * GAIN)
+            out[:, :channels], out[:, channels : 2 * channels] = one, -one
     upsampler = enlarger.upsampler
     for module in upsampler.modules():
         if isinstance(module, nn.Conv3d):
@@ -270,20 +279,20 @@ class Lesson:
     def __init__(self, enlarger: Enlarger, teacher: Teacher, pairs: Pairs) -> None:
         self.enlarger, self.teacher, self.pairs = enlarger, teacher, pairs
 
-    def enlarge(self, rows: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latents that the enlarger makes, their squared distance from the larger clips')."""
+    def enlarge(self, rows: torch.Tensor, frames: int) -> tuple[torch.Tensor, ...]:
+        """(latents that the enlarger makes, their squared distance from the larger clips', that of the upsampler's)."""
         wanted = self.pairs.tensors["high"][rows, :, :frames]
         noise = torch.randn_like(wanted), torch.randn_like(wanted)
         given = torch.rand(len(rows), device=wanted.device) < train.IMAGE_GIVEN
         image = train.image_condition(wanted, given)
         low = self.pairs.tensors["low"][rows, :, :frames]
-        made = self.enlarger(low, self.pairs.texts(rows), noise, image, given)
-        return made, F.mse_loss(made, wanted)
+        made, upsampled = self.enlarger(low, self.pairs.texts(rows), noise, image, given)
+        return made, F.mse_loss(made, wanted), F.mse_loss(upsampled, wanted)
 
     def latents(self, batch: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, squared error) of latents alone."""
-        _, squared = self.enlarge(self.pairs.draw(batch), frames)
-        return squared, squared.detach()
+        """(loss, squared errors [2], the second of the upsampler) of latents alone."""
+        _, squared, upsampled = self.enlarge(self.pairs.draw(batch), frames)
+        return squared + upsampled, torch.stack([squared, upsampled]).detach()
 
     def pixels(self, batch: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, squared errors [2]: of enlarged clips, of small ones) of windows.
@@ -293,7 +302,7 @@ class Lesson:
         length = (frames - 1) * geometry.TEMPORAL_RATIO + 1
         tensors = self.pairs.tensors
         rows = self.pairs.draw(batch)
-        made, squared = self.enlarge(rows, frames)
+        made, squared, _ = self.enlarge(rows, frames)
         others, small = self.pairs.draw(max(1, batch // 2)), self.pairs.draw(batch)
         factor = self.teacher.factor
         kinds = (
@@ -314,7 +323,7 @@ class Lesson:
         """The same of whole pictures: `batch` enlarged clips, and twice as many small ones."""
         length = (frames - 1) * geometry.TEMPORAL_RATIO + 1
         rows, small = self.pairs.draw(batch), self.pairs.draw(2 * batch)
-        made, squared = self.enlarge(rows, frames)
+        made, squared, _ = self.enlarge(rows, frames)
         tensors, decoder, factor = self.pairs.tensors, self.teacher.vae.decoder, self.teacher.factor
         one = torch.ones(1, 1, 1, 1, 1, device=made.device)
         loss, error = pixel_loss(decoder, made / factor, tensors["large"][rows, :, :length], one)
@@ -402,7 +411,8 @@ def learn(lesson: Lesson, args: argparse.Namespace) -> None:
                 made_psnr, small_psnr = (10 * math.log10(4 / error) for error in squared.tolist())
                 values = {"psnr": made_psnr, "small": small_psnr}
             else:
-                values = {"error": math.sqrt(train.finite(squared, number))}
+                train.finite(squared.sum(), number)
+                values = dict(zip(("error", "upsampler"), squared.sqrt().tolist(), strict=True))
             train.log("pixels" if in_pixels else "latents", number, seconds=time.time() - started, **values)
         number += 1
         both.spent = time.time() - started
@@ -457,7 +467,7 @@ def measure(enlarger: Enlarger, teacher: Teacher, count: int = HELD_OUT, seed: i
         generator = torch.Generator("cpu").manual_seed(seed + number)
         first, second = (torch.randn(high.shape, generator=generator).to(high.device) for _ in range(2))
         none = torch.zeros(1, dtype=torch.bool, device=high.device)
-        made = enlarger(low, texts, (first, second), train.image_condition(high, none), none)
+        made, _ = enlarger(low, texts, (first, second), train.image_condition(high, none), none)
         decoded = decode(low)
         rows.append(
             {

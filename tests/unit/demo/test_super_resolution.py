@@ -45,7 +45,7 @@ def test_a_batch_in_training_is_enlarged_as_stage_2_enlarges_each_clip():
         texts[f"{name}_mask"] = torch.arange(words.shape[1]) < torch.tensor(counts)[:, None]
     given = torch.tensor([False, True])
     image = train.image_condition(high, given)
-    made = enlarger(low, texts, (noise[0], noise[1]), image, given)
+    made, _ = enlarger(low, texts, (noise[0], noise[1]), image, given)
 
     attention = choose_attention("torch", CPU, torch.float32, head_width=32)
     forward = Transformer(enlarger.transformer, attention, grid)
