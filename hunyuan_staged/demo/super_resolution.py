@@ -27,12 +27,13 @@ from torch import nn
 from hunyuan_staged import geometry
 from hunyuan_staged.demo import checkpoint_writer, evaluate, scenes, tiny, train
 from hunyuan_staged.errors import InputError, run_tool
+from hunyuan_staged.files import atomic
 from hunyuan_staged.models.embeddings import rope_table
 from hunyuan_staged.models.vae_modules import Vae, VaeConfig
 from hunyuan_staged.parsing import Parser, tool_parser
 from hunyuan_staged.pipeline.low_resolution import load_upsampler
 from hunyuan_staged.sampling.conditions import LAST_TIMESTEP, NOISE_STRENGTH
-from hunyuan_staged.sampling.schedule import flow_sigmas, timesteps_of
+from hunyuan_staged.sampling.schedule import flow_sigmas, super_resolution_noise, timesteps_of
 from hunyuan_staged.versions import super_resolution_version
 from hunyuan_staged.weights import components, encoder_components
 from hunyuan_staged.weights.folder import open_model
@@ -47,6 +48,9 @@ GAIN = 16.0
 SHORT = 5  # latent frames of a clip's beginning, which most steps are trained on; the others on all
 CROP = 6  # latents on a side of what is decoded in most steps
 HELD_OUT = 20  # clips that measure
+SHOWN = 6  # of them in a sheet
+
+Clips = dict[str, torch.Tensor]
 
 
 # -- what is learned --
@@ -276,6 +280,8 @@ def pixel_loss(
 class Lesson:
     """One step of either phase, on clips from a pool."""
 
+    frozen = False  # the decoder, which then needs to see nothing but what is enlarged
+
     def __init__(self, enlarger: Enlarger, teacher: Teacher, pairs: Pairs) -> None:
         self.enlarger, self.teacher, self.pairs = enlarger, teacher, pairs
 
@@ -305,13 +311,13 @@ class Lesson:
         made, squared, _ = self.enlarge(rows, frames)
         others, small = self.pairs.draw(max(1, batch // 2)), self.pairs.draw(batch)
         factor = self.teacher.factor
-        kinds = (
+        kinds: tuple[tuple[torch.Tensor, torch.Tensor, str, int], ...] = (
             (made / factor, rows, "large", SCALE),
             (self.calm(tensors["high"][others, :, :frames] / factor), others, "large", SCALE),
             (self.calm(tensors["low"][small, :, :frames] / factor), small, "small", 1),
         )
         windows = []
-        for latents, numbers, name, scale in kinds:
+        for latents, numbers, name, scale in kinds[:1] if self.frozen else kinds:
             top, left = self.pairs.corners(numbers, length, scale)
             ratio = geometry.SPATIAL_RATIO
             pixels = cut(tensors[name][numbers, :, :length], top * ratio, left * ratio, CROP * ratio)
@@ -327,6 +333,8 @@ class Lesson:
         tensors, decoder, factor = self.pairs.tensors, self.teacher.vae.decoder, self.teacher.factor
         one = torch.ones(1, 1, 1, 1, 1, device=made.device)
         loss, error = pixel_loss(decoder, made / factor, tensors["large"][rows, :, :length], one)
+        if self.frozen:
+            return loss + 0.05 * squared, torch.stack([error.mean(), error.mean()])
         low = self.calm(tensors["low"][small, :, :frames] / factor)
         more, small_error = pixel_loss(decoder, low, tensors["small"][small, :, :length], one)
         return loss + more + 0.05 * squared, torch.stack([error.mean(), small_error.mean()])
@@ -356,8 +364,10 @@ def learn(lesson: Lesson, args: argparse.Namespace) -> None:
     """Both phases; enlarger and decoder are left with the averages of their weights."""
     enlarger, decoder, device = lesson.enlarger, lesson.teacher.vae.decoder, lesson.pairs.device
     enlarger.train().requires_grad_(True)
-    decoder.train().requires_grad_(True)
+    lesson.frozen = args.freeze_decoder
+    decoder.train().requires_grad_(not lesson.frozen)
     if device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # of one function in the decoder's many shapes
         train.fuse_norms(decoder)
     made, decoding = optimizers(enlarger, decoder, args)
     average = train.Average([enlarger], 0.998)
@@ -370,7 +380,9 @@ def learn(lesson: Lesson, args: argparse.Namespace) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, squared = loss_of(batch, frames)
             loss.backward()
-            for module, optimizer in ((enlarger, made), (decoder, decoding))[: 2 if pixels else 1]:
+            for module, optimizer in ((enlarger, made), (decoder, decoding))[
+                : 2 if pixels and not lesson.frozen else 1
+            ]:
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
             return squared
@@ -452,41 +464,76 @@ def bicubic(clip: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(enlarger: Enlarger, teacher: Teacher, count: int = HELD_OUT, seed: int = evaluate.SEED) -> dict[str, Any]:
-    """PSNR in dB against the large clip, by held-out clip: of the decoded small clip enlarged by bicubic interpolation, of
-    the small clip itself enlarged so, of decoding the large clip's own latents, and of super resolution. float32.
+def compare(enlarger: Enlarger, teacher: Teacher, scene: scenes.Scene, prompt: str, seed: int, frames: int) -> Clips:
+    """A scene's first frames by name [1, 3, T, …], in float32: "small" and "large", as they are drawn; "decoded", the small
+    clip through the VAE, and "bicubic", that enlarged; "decoded_large", the large clip through the VAE; and
+    "super_resolution" of the small clip's latents.
     """
-    choices = random.Random(f"{seed}/{RESOLUTION}")
-    rows = []
+    small, large = (scenes.render([scene], device=teacher.device, scale=scale)[:, :, :frames] for scale in (1, SCALE))
+    low, high = (teacher.vae.encoder(clip).chunk(2, dim=1)[0] * teacher.factor for clip in (small, large))
+    noise = super_resolution_noise(high.shape, seed, torch.float32)
+    none = torch.zeros(1, dtype=torch.bool, device=high.device)
+    texts, image = teacher.texts([prompt], small[:, :, 0]), train.image_condition(high, none)
+    made, _ = enlarger(low, texts, (noise[0].to(high), noise[1].to(high)), image, none)
+    decoded, decoded_large, enlarged = (
+        teacher.vae.decoder(latents / teacher.factor).clamp(-1, 1) for latents in (low, high, made)
+    )
+    return {
+        "small": small,
+        "large": large,
+        "decoded": decoded,
+        "bicubic": bicubic(decoded),
+        "decoded_large": decoded_large,
+        "super_resolution": enlarged,
+    }
+
+
+def measure(
+    enlarger: Enlarger, teacher: Teacher, count: int = HELD_OUT, frames: int = scenes.FRAMES, sheet: Path | None = None
+) -> dict[str, Any]:
+    """PSNR in dB by held-out clip, in mean over all, shapes and cards: see `compare`, against the clip as drawn large.
+
+    "small" is of "decoded" against the small clip, "bicubic_of_true" of that clip itself, enlarged. sheet: an image file
+    that shows the middle frame of the first clips enlarged by bicubic interpolation, by super resolution, and drawn.
+    """
+    choices = random.Random(f"{evaluate.SEED}/{RESOLUTION}")
+    rows, shown = [], []
     for number in range(count):
         scene = scenes.draw_scene(choices, held_out=True)
-        small, large = (scenes.render([scene], device=teacher.device, scale=scale) for scale in (1, SCALE))
-        decode = lambda latents: teacher.vae.decoder(latents / teacher.factor)  # noqa: E731
-        low, high = (teacher.vae.encoder(clip).chunk(2, dim=1)[0] * teacher.factor for clip in (small, large))
-        texts = teacher.texts([scenes.describe(scene, choices, scenes.FIRST)], small[:, :, 0])
-        generator = torch.Generator("cpu").manual_seed(seed + number)
-        first, second = (torch.randn(high.shape, generator=generator).to(high.device) for _ in range(2))
-        none = torch.zeros(1, dtype=torch.bool, device=high.device)
-        made, _ = enlarger(low, texts, (first, second), train.image_condition(high, none), none)
-        decoded = decode(low)
-        rows.append(
-            {
-                "card": bool(scene.word),
-                "small": psnr(decoded, small),
-                "bicubic": psnr(bicubic(decoded.clamp(-1, 1)), large),
-                "bicubic_of_true": psnr(bicubic(small), large),
-                "decoded_true": psnr(decode(high), large),
-                "super_resolution": psnr(decode(made), large),
-                "latents_error": float((made - high).norm() / high.norm()),
-            }
-        )
+        prompt = scenes.describe(scene, choices, scenes.FIRST)
+        clips = compare(enlarger, teacher, scene, prompt, evaluate.SEED + number, frames)
+        large = clips["large"]
+        row = {name: psnr(clips[name], large) for name in ("bicubic", "decoded_large", "super_resolution")}
+        row |= {
+            "small": psnr(clips["decoded"], clips["small"]),
+            "bicubic_of_true": psnr(bicubic(clips["small"]), large),
+        }
+        rows.append((bool(scene.word), row))
+        shown += [clips[name][0, :, frames // 2].cpu() for name in ("bicubic", "super_resolution", "large")]
+        train.log("measure", number, **row)
+    if sheet:
+        write_sheet(sheet, shown[: 3 * SHOWN])
     means = {}
     for kind, cards in (("all", (False, True)), ("shapes", (False,)), ("cards", (True,))):
-        chosen = [row for row in rows if row["card"] in cards]
+        chosen = [row for card, row in rows if card in cards]
         if chosen:
-            means[kind] = {n: round(sum(r[n] for r in chosen) / len(chosen), 3) for n in chosen[0] if n != "card"}
-    gains = [round(row["super_resolution"] - row["bicubic"], 2) for row in rows]
-    return {"clips": count, **means, "gains": gains}
+            means[kind] = {name: round(sum(row[name] for row in chosen) / len(chosen), 2) for name in chosen[0]}
+    gains = [round(row["super_resolution"] - row["bicubic"], 2) for _, row in rows]
+    return {"clips": count, "frames": frames, **means, "gains": gains}
+
+
+def write_sheet(path: Path, pictures: Sequence[torch.Tensor]) -> None:
+    """Pictures [3, H, W] in [-1, 1], three in a row."""
+    from PIL import Image
+
+    gap, (height, width) = 6, pictures[0].shape[1:]
+    sheet = Image.new("RGB", (3 * (width + gap) - gap, len(pictures) // 3 * (height + gap) - gap), "white")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, 3)
+        pixels = scenes.to_8bit(picture).permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels), (column * (width + gap), row * (height + gap)))
+    with atomic.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
 
 
 def build(device: torch.device, seed: int = 0, trained: Path | None = None) -> Enlarger:
@@ -522,7 +569,9 @@ def save(out: Path, enlarger: Enlarger, teacher: Teacher) -> int:
 def build_parser() -> Parser:
     parser = tool_parser("hunyuan_staged.demo.super_resolution", __doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="the demo checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="the folder that gets the new parts")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", type=Path, help="the folder that gets the new parts")
+    task.add_argument("--judge", action="store_true", help="train nothing, and measure what the checkpoint has")
     parser.add_argument("--latent_minutes", type=float, default=1.5, help="of the first phase (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=4.0, help="of the second, with pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="clips of a step of the first (default: %(default)s)")
@@ -537,10 +586,15 @@ def build_parser() -> Parser:
         "--decoder_muon_rate", type=float, default=0.005, help="the same of the decoder (default: %(default)s)"
     )
     parser.add_argument("--decoder_rate", type=float, default=4e-4, help="likewise (default: %(default)s)")
+    parser.add_argument("--freeze_decoder", action="store_true", help="leave it, and train what enlarges alone")
     parser.add_argument(
         "--further", action="store_true", help="go on from the checkpoint's own super resolution (default: begin anew)"
     )
     parser.add_argument("--clips", type=int, default=HELD_OUT, help="held out, that measure (default: %(default)s)")
+    parser.add_argument(
+        "--video_length", type=int, default=scenes.FRAMES, help="how many of their frames (default: %(default)s)"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="a PNG that shows the first of them")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -555,6 +609,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("batch", "windows", "pool", "clips"):
         if getattr(args, name) < 1:
             raise InputError(f"{getattr(args, name)} is not a positive number", option=name)
+    if not 1 <= args.video_length <= scenes.FRAMES or args.video_length % geometry.TEMPORAL_RATIO != 1:
+        raise InputError(f"{args.video_length} is not 4n + 1 from 1 to {scenes.FRAMES}", option="video_length")
     begun = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
@@ -567,13 +623,12 @@ def run(args: argparse.Namespace) -> None:
     count = sum(parameter.numel() for parameter in enlarger.parameters())
     train.log("build", 0, parameters=count, megabytes=2e-6 * count)
     pairs = Pairs(args.pool, teacher, args.seed + 3000)
-    pairs.fill(16)
+    pairs.fill(min(16, args.pool))
     train.log("pool", args.pool, seconds=time.time() - begun)
     learn(Lesson(enlarger, teacher, pairs), args)
     round_weights(enlarger, teacher.vae.decoder)
     size = save(args.out, enlarger, teacher)
     print(json.dumps({"out": str(args.out), "bytes": size, "seconds": round(time.time() - begun, 1)}), flush=True)
-    print(json.dumps(measure(enlarger, teacher, args.clips)), flush=True)
 
 
 if __name__ == "__main__":

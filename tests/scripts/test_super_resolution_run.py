@@ -1,4 +1,4 @@
-"""Super resolution through the scripts, on the drawn tiny checkpoint: 160x96 → 240x144."""
+"""Super resolution through the scripts, on the drawn tiny checkpoint: 160x96 → 320x192."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def with_image(folder: Path, model: Path) -> Path:
     """A folder of image to video, with the image's latents at both sizes."""
     embed(folder, model, image=True)
     tensors, metadata = load_embeddings(folder)
-    large = torch.randn(1, 32, 1, 9, 15, generator=torch.Generator().manual_seed(6))
+    large = torch.randn(1, 32, 1, 12, 20, generator=torch.Generator().manual_seed(6))
     save_embeddings(folder, tensors | {contract.large_image_latents("demo_hd"): large}, metadata)
     return with_latents(folder)
 
@@ -84,8 +84,8 @@ def again(done, tmp_path) -> Path:
 
 def test_larger_latents_lie_beside_those_of_the_base(done):
     made, metadata = load_latents(done, "demo_hd")
-    assert made.shape == (1, 32, 2, 9, 15) and torch.isfinite(made).all() and made.std() > 0.1
-    expected = {"height": "144", "width": "240", "num_frames": "5", "num_inference_steps": "6", "flow_shift": "2.0"}
+    assert made.shape == (1, 32, 2, 12, 20) and torch.isfinite(made).all() and made.std() > 0.1
+    expected = {"height": "192", "width": "320", "num_frames": "5", "num_inference_steps": "6", "flow_shift": "2.0"}
     expected |= {"guidance_scale": "1.0", "seed": "42", contract.ENLARGED_FROM: contract.LATENTS_FILE}
     expected |= {contract.LATENTS_HASH: provenance.sha256(done / contract.LATENTS_FILE)}
     expected |= {contract.EMBEDDINGS_HASH: provenance.sha256(done / contract.EMBEDDINGS_FILE)}
@@ -112,14 +112,14 @@ def test_a_run_is_the_parts_that_the_golden_numbers_hold(done, tmp_path, tiny_su
     )
     upsampler = load_upsampler(open_upsampler(tiny_super_resolution / "upsampler" / name), device)
     generator = torch.Generator().manual_seed(7)
-    noise, second = (torch.randn(1, 32, 2, 9, 15, generator=generator) for _ in range(2))
+    noise, second = (torch.randn(1, 32, 2, 12, 20, generator=generator) for _ in range(2))
     embeddings, _ = load_embeddings(folder)
     first = embeddings[contract.large_image_latents("demo_hd")] if image else None
-    larger = upsample_latents(upsampler, load_latents(folder)[0], 9, 15, torch.float32)
+    larger = upsample_latents(upsampler, load_latents(folder)[0], 12, 20, torch.float32)
     condition = LowResolutionCondition(condition_channels(noise, first), 0.3 * larger + 0.7 * second)
     transformer = load_transformer(model, name, device=device, dtype=torch.float32)
     prompt = Conditioning.from_embeddings(embeddings, device=device, dtype=torch.float32)
-    velocity = Transformer(transformer, choose_attention("torch", device, torch.float32), (2, 9, 15))
+    velocity = Transformer(transformer, choose_attention("torch", device, torch.float32), (2, 12, 20))
     expected = denoise(velocity, noise, condition, [prompt], flow_sigmas(6, 2.0), Sampling(1.0, use_meanflow=True))
     assert (latents(folder) - expected).norm() / expected.norm() < 1e-5
 
@@ -254,7 +254,7 @@ def test_any_video_is_enlarged(again, clip):
     )
     made, metadata = load_latents(again, "demo_hd")
     source = contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
-    assert made.shape == (1, 32, 3, 8, 16)
+    assert made.shape == (1, 32, 3, 11, 22)
     assert (metadata[contract.ENLARGED_FROM], metadata["fps"]) == (source, "12")
     assert (again / contract.LATENTS_FILE).read_bytes() == base
     # What is enlarged is the mode of the posterior of the first 9 frames, cropped, times the scaling factor.
@@ -281,7 +281,7 @@ def test_a_part_of_a_video_in_another_shape(again, clip):
     assert "taken are 5, cropped and resized to 128x128 (demo)" in said
     # First the plan of its encoding, then that of super resolution.
     videos = [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("video ")]
-    assert videos == ["128x128, 5 frames", "192x192, 5 frames"]
+    assert videos == ["128x128, 5 frames", "256x256, 5 frames"]
     assert planned(said, "encoding") == "4 frames at a time"
     assert re.fullmatch(r"\d+ MiB: weights \d+ MiB, working memory \d+ MiB", planned(said, "memory"))
     assert " (an estimate: this CPU" in planned(said, "expected time")
@@ -317,13 +317,13 @@ def test_a_plan_needs_no_latents(again):
     status, said = enlarge(again, "--dry_run")
     assert status == 0, said
     assert planned(said, "version") == "demo_hd_sr_distilled"
-    assert planned(said, "video") == "240x144, 5 frames"
+    assert planned(said, "video") == "320x192, 5 frames"
     assert planned(said, "steps") == "6, guidance 1"
     (again / contract.LATENTS_FILE).unlink()
     status, said = enlarge(again, "--dry_run", "--aspect_ratio", "9:16", "--video_length", 17)
     assert status == 0, said
-    assert planned(said, "video") == "144x240, 17 frames"
-    assert planned(enlarge(again, "--dry_run")[1], "video") == "240x144, 33 frames"
+    assert planned(said, "video") == "192x320, 17 frames"
+    assert planned(enlarge(again, "--dry_run")[1], "video") == "320x192, 33 frames"
     assert not (again / LARGER).exists()
     status, said = enlarge(again)
     assert status == 2
@@ -411,5 +411,5 @@ def test_a_whole_run_enlarges_and_decodes_the_larger(tmp_path, tiny_super_resolu
     result = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path}/out/output_video_demo_hd.mp4\n"
-    assert "5 frames of 240x144" in result.stderr
+    assert "5 frames of 320x192" in result.stderr
     assert load_latents(tmp_path / "out", "demo_hd")[1]["num_inference_steps"] == "6", "the 1 is the base run's"

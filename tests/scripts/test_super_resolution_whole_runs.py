@@ -57,12 +57,12 @@ def test_stage_1_encodes_the_image_at_both_sizes(tmp_path, tiny_super_resolution
     args = ["--model_path", tiny_super_resolution, "--image_path", picture, "--output_dir", folder]
     status, said = run_stage(1, *args, "--super_resolution", "demo_hd", said=tmp_path / "said")
     assert status == 0, said
-    sizes = {"image_latents": (176, 80), "image_latents_demo_hd": (288, 128)}
+    sizes = {"image_latents": (176, 80), "image_latents_demo_hd": (368, 160)}
     check_images(folder, tiny_super_resolution, picture, sizes)
     assert run_stage(2, "--input_dir", folder, *SMALL, said=tmp_path / "said")[0] == 0
     status, said = run_stage(2, "--input_dir", folder, "--super_resolution", "demo_hd", said=tmp_path / "said")
     assert status == 0, said
-    assert load_latents(folder, "demo_hd")[0].shape == (1, 32, 2, 8, 18)
+    assert load_latents(folder, "demo_hd")[0].shape == (1, 32, 2, 10, 23)
 
 
 def test_stage_1_encodes_the_image_at_every_size_of_two_enlargements(tmp_path, tiny_super_resolution, picture):

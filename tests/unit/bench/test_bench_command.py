@@ -62,7 +62,7 @@ def test_super_resolution_is_timed_with_its_upsampler_and_a_share(monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["bench", *words.split(), "--attn_mode", "torch"])
     assert command.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["resolution"], result["tokens"], result["guidance_branches"]) == ("240x144", 9 * 15 + 256, 1)
+    assert (result["resolution"], result["tokens"], result["guidance_branches"]) == ("320x192", 12 * 20 + 256, 1)
     assert (result["super_resolution"], result["passes"]) == ("demo_hd_sr_distilled", 6)
     assert result["run_seconds"] == pytest.approx(6 * result["step_seconds"], abs=0.01)
     assert result["share_run_seconds"] == pytest.approx(6 * result["share_seconds"], abs=0.01)

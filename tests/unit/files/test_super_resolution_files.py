@@ -15,7 +15,7 @@ from hunyuan_staged.pipeline.decoding import choose_latents, locks
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
-SMALL, LARGE = torch.zeros(1, 32, 1, 6, 10), torch.ones(1, 32, 1, 9, 15)
+SMALL, LARGE = torch.zeros(1, 32, 1, 6, 10), torch.ones(1, 32, 1, 12, 20)
 
 
 def test_files_are_told_apart_by_their_names():
@@ -31,7 +31,7 @@ def test_latents_and_states_lie_beside_those_of_the_base(tmp_path):
     assert torch.equal(load_latents(tmp_path)[0], SMALL)
     latents, metadata = load_latents(tmp_path, "demo_hd")
     assert torch.equal(latents, LARGE)
-    assert (metadata["seed"], metadata["height"], metadata["width"]) == ("2", "144", "240")
+    assert (metadata["seed"], metadata["height"], metadata["width"]) == ("2", "192", "320")
     save_state(tmp_path, {"latents": LARGE}, {"step": "3"}, "demo_hd")
     assert load_state(tmp_path, "demo_hd")[1]["step"] == "3"
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -118,7 +118,7 @@ def test_what_a_file_says_does_not_lead_out_of_its_folder(tmp_path):
 
 
 def test_a_size_tells_its_resolution():
-    assert [resolution_of(*size) for size in ((480, 848), (720, 1280), (1072, 1904), (96, 160), (144, 240))] == [
+    assert [resolution_of(*size) for size in ((480, 848), (720, 1280), (1072, 1904), (96, 160), (192, 320))] == [
         "480p",
         "720p",
         "1080p",
