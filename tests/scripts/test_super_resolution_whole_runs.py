@@ -188,12 +188,12 @@ def test_a_whole_run_enlarges_a_video(tmp_path, tiny_super_resolution, many):
     flags += ["--prompt", "a red circle", *(["--seeds", 1] if many else [])]
     result = whole_run(*flags, "--dry_run")
     assert result.returncode == 0, result.stderr
-    assert "256x128, 5 frames" in result.stdout and not folder.exists()
+    assert "352x176, 5 frames" in result.stdout and not folder.exists()
     result = whole_run(*flags)
     assert result.returncode == 0, result.stderr
     made = folder / "a-red-circle-seed1" if many else folder
     video = made / contract.at_resolution(contract.VIDEO_FILE, "demo_hd")
     assert result.stdout == f"{video}\n"
     frames, fps = read_video(video)
-    assert (frames.shape, fps) == ((5, 128, 256, 3), 12)
+    assert (frames.shape, fps) == ((5, 176, 352, 3), 12)
     assert not {contract.LATENTS_FILE, contract.VIDEO_FILE} & files(made)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.demo import scenes, super_resolution, tiny, train
+from hunyuan_staged.demo import CHECKPOINT, scenes, super_resolution, tiny, train
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.sampling import conditions, loop
@@ -77,3 +77,27 @@ def test_windows_are_cut_where_they_begin_and_count_where_the_picture_was_not_cu
     first = weights[0, 0, 0]
     assert first[0, ratio] == 1 and first[-ratio, ratio] == 0 and first[0, ratio - 1] == 0 and first[0, -1] == 0
     assert weights[1, 0, 0, -1, -1] == 1 and weights[1, 0, 0, ratio - 1, -1] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--video_length", "6"], "--video_length 6 is not 4n + 1 from 1 to 33"),
+        (["--windows", "0"], "--windows 0 is not a positive number"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_in_one_line(capsys, flags, message):
+    assert super_resolution.main(["--model_path", str(CHECKPOINT), "--judge", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sheet_has_three_pictures_in_a_row(tmp_path):
+    from PIL import Image
+
+    pictures = [torch.full((3, 4, 8), value) for value in (-1.0, 0.0, 1.0, 1.0, -1.0, 0.0)]
+    super_resolution.write_sheet(tmp_path / "sheet.png", pictures)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * 8 + 2 * 6, 2 * 4 + 6)
+        assert [sheet.getpixel(place) for place in ((0, 0), (14, 0), (28, 0), (14, 10))] == [
+            (value,) * 3 for value in (0, 128, 255, 0)
+        ]

@@ -111,7 +111,7 @@ def test_larger_latents_are_what_is_decoded(tmp_path):
     found = decoded(base, small)
     os.utime(small, (1, 1))
     assert (found.status, found.video, found.settings) == (folders.FINISHED, small, {})
-    larger = tensors.save_latents(folder, torch.zeros(1, 32, 2, 9, 15), about, "demo_hd")
+    larger = tensors.save_latents(folder, torch.zeros(1, 32, 2, 12, 20), about, "demo_hd")
     (found,) = read(tmp_path).values()
     assert (found.status, found.video, found.settings) == (folders.DECODE, None, {"super resolution": "demo_hd"})
     assert [flags(line) for line in found.commands] == [[f"--input_dir={folder}"]]
