@@ -14,6 +14,7 @@ from hunyuan_staged.bench import command as bench_command
 from hunyuan_staged.cluster import command as cluster_command
 from hunyuan_staged.compare import command
 from hunyuan_staged.demo import adapter, caches, evaluate, quality
+from hunyuan_staged.demo import super_resolution as demo_super_resolution
 from hunyuan_staged.download import command as download_command
 from hunyuan_staged.gallery import command as gallery_command
 from hunyuan_staged.verify import command as verify_command
@@ -67,9 +68,8 @@ def test_the_main_flags_are_five_of_each_stage(readme):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_the_text_exists(page):
-    known = set().union(
-        *(flags_of(module.build_parser()) for module in (*COMMANDS, adapter, caches, evaluate, quality))
-    )
+    tools = (adapter, caches, evaluate, quality, demo_super_resolution)
+    known = set().union(*(flags_of(module.build_parser()) for module in (*COMMANDS, *tools)))
     stages = next(action for action in bench_command.build_parser()._actions if isinstance(action.choices, dict))
     known |= set().union(*(flags_of(parser) for parser in stages.choices.values()))
     known |= set(re.findall(r'"(--\w+)"', read("hunyuan_staged/demo/train.py")))

@@ -69,7 +69,7 @@ def test_a_diffusers_folder_is_of_its_pipelines_task(tmp_path, pipeline, encoder
 def test_a_diffusers_transformer_of_unknown_size_is_refused(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text('{"target_size": 7}')
-    with pytest.raises(InputError, match=r"config.json: target_size is 7; allowed is 128, 480, 640, 960, 1440, 192$"):
+    with pytest.raises(InputError, match=r"config.json: target_size is 7; allowed is 128, 480, 640, 960, 1440, 256$"):
         open_model(tmp_path, ("transformer",)).versions()
 
 
