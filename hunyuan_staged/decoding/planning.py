@@ -9,7 +9,7 @@ from hunyuan_staged.decoding.rows import BAND_COUNTS, needed_rows, row_ranks
 from hunyuan_staged.decoding.tiling import CHUNK_SIZES, DEFAULT_TILE_OVERLAP, DEFAULT_TILE_SIZE, SMALL_TILE_SIZE
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import RESERVE, FreeMemory, Remedies, gib, refusal
-from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_CHANNELS, VAE_LAYERS
+from hunyuan_staged.models.vae_constants import SCORES_AT_ONCE, VAE_LAYERS, level_widths
 
 # Stage 3's, in tensors of a level's width: behind the mid block, for each px of the last level and each frame of a chunk
 # (what goes on, the padded input of a convolution, its product), and in it, for each position. Counted, see
@@ -40,7 +40,7 @@ def decoder_working(
     """
     frames, height, width = tile
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
-    channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
+    channels = level_widths(config)[::-1]
     latent_frames = (frames - 1) // temporal + 1
     chunk = min(frames, latent_frames_per_chunk * temporal) + 2
     positions = height * width // ratio**2
@@ -71,7 +71,7 @@ def whole_working(
     """Bytes beside the weights while whole frames of a video (T, H, W) are decoded: at most, of all ranks or bands."""
     frames, height, width = size
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
-    channels = list(config.get("block_out_channels") or VAE_CHANNELS)[::-1]
+    channels = level_widths(config)[::-1]
     convolutions = 2 * (int(config.get("layers_per_block") or VAE_LAYERS) + 1) + 1
     latent_frames, chunk = (frames - 1) // temporal + 1, min(frames, latent_frames_per_chunk * temporal)
     rows, columns = height // ratio, width // ratio

@@ -15,7 +15,7 @@ from hunyuan_staged.memory.cards import Card
 from hunyuan_staged.memory.expected import Expected, estimated, measured
 from hunyuan_staged.memory.operations import decoder_flops
 from hunyuan_staged.memory.timings import measured_decoding
-from hunyuan_staged.models.vae_constants import VAE_CHANNELS
+from hunyuan_staged.models.vae_constants import is_published
 
 # What a further band of rows adds at most, of all operations: a level's convolutions reach so far into its neighbours.
 BAND_OVERLAP = 0.15
@@ -42,8 +42,7 @@ def decoding_seconds(
     ranks: int,
 ) -> float | None:
     """Seconds of a decoding where one just like it has been measured, else None: nothing is guessed."""
-    published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
-    if gpu is None or not published or ranks != 1 or decoding.bands != 1:
+    if gpu is None or not is_published(config) or ranks != 1 or decoding.bands != 1:
         return None
     if decoding.tile_size is not None and overlap != DEFAULT_TILE_OVERLAP:
         return None

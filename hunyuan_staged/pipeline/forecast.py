@@ -32,6 +32,7 @@ from hunyuan_staged.pipeline.forecast_target import (
     finished,
     planned,
     target_of,
+    time_of_run,
 )
 from hunyuan_staged.run_options import DEFAULT_ASPECT_RATIO
 from hunyuan_staged.runtime.progress import SILENT, Reporter
@@ -134,7 +135,7 @@ def plan_run(options: Sequence[Any], world: World, report: Reporter = SILENT) ->
     second = stages[1 : -1 if more else None]
     expected = times.total(stage.expected for stage in stages)
     if expected:
-        told = f"{expected} ({expected.how}); loading the weights and starting up come on top"
+        told = time_of_run(expected)
     else:
         told = str(next(stage.rows for stage in stages[::-1] if not stage.expected)["expected time"])
     titles = [TITLES[1], *(plan.title for plan in second)]

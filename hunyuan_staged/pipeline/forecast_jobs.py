@@ -31,7 +31,7 @@ from hunyuan_staged.pipeline import (
     jobs,
     upscaling,
 )
-from hunyuan_staged.pipeline.forecast_target import LARGER, TITLES, Rows, StagePlan, Target, target_of
+from hunyuan_staged.pipeline.forecast_target import LARGER, TITLES, Rows, StagePlan, Target, target_of, time_of_run
 from hunyuan_staged.run_options import RunOptions
 
 NUMBERS = {EncodeOptions: 1, DenoiseOptions: 2, DecodeOptions: 3}
@@ -88,7 +88,7 @@ def plan_all(options: Sequence[Any], found: Sequence[Job], world: World) -> tupl
     rows = {_title(one): of_stage for one, (of_stage, _) in zip(options, parts, strict=True)}
     if len(options) > 1:
         whole = times.total(expected for _, expected in parts)
-        told = f"{whole} ({whole.how}); loading the weights and starting up come on top" if whole else "unknown"
+        told = time_of_run(whole) if whole else "unknown"
         rows[WHOLE] = {"jobs": _counts(todo, len(options) - 1), **({"time": told} if any(map(_to_make, todo)) else {})}
     return rows, _refused(todo)
 

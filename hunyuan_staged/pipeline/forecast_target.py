@@ -114,6 +114,11 @@ def finished(rows: Rows, expected: Expected | None, target: Target, *more: tuple
     return rows | free | {name: text for name, text in more if text} | {"expected time": told}
 
 
+def time_of_run(expected: Expected) -> str:
+    """What a plan says of the time of all stages together."""
+    return f"{expected} ({expected.how}); loading the weights and starting up come on top"
+
+
 def figures(folder: ModelFolder, version: str, larger: str | None = None) -> tuple[str, str]:
     """Where the numbers are from, if not from this model's own configs. larger: the resolution of super resolution."""
     if not isinstance(folder, PublishedModel):

@@ -17,7 +17,7 @@ from hunyuan_staged.memory.cards import Card
 from hunyuan_staged.memory.expected import Expected
 from hunyuan_staged.memory.operations import encoder_flops
 from hunyuan_staged.memory.timings import measured_encoding
-from hunyuan_staged.models.vae_constants import VAE_CHANNELS, VAE_LAYERS
+from hunyuan_staged.models.vae_constants import VAE_LAYERS, is_published, level_widths
 from hunyuan_staged.models.vae_encoder import Encoder
 from hunyuan_staged.parallel.exchange import exchange
 from hunyuan_staged.parallel.layout import split_evenly
@@ -35,7 +35,7 @@ ENCODER_TENSORS = 4
 def encoder_working(size: tuple[int, int, int], config: Mapping[str, Any], itemsize: int, ranks: int = 1) -> int:
     """Bytes beside the weights while a video (T, H, W) is encoded chunk by chunk: at most, of all ranks."""
     frames, _, width = size
-    channels = list(config.get("block_out_channels") or VAE_CHANNELS)
+    channels = level_widths(config)
     # Of a level: its resnets', and the downsampler's.
     convolutions = 2 * int(config.get("layers_per_block") or VAE_LAYERS) + 1
     remembered = sum(2 * convolutions * wide / 4**level for level, wide in enumerate(channels)) if frames > 1 else 0
@@ -118,8 +118,7 @@ def plan_for_model(
 
 def encoding_time(plan: EncodingPlan, config: Mapping[str, Any], card: Card) -> Expected | None:
     """Seconds of encoding on a card: as just such a video was measured, else estimated."""
-    published = list(config.get("block_out_channels") or VAE_CHANNELS) == list(VAE_CHANNELS)
-    if published and plan.ranks == 1 and (found := measured_encoding(card.name, plan.size)) is not None:
+    if is_published(config) and plan.ranks == 1 and (found := measured_encoding(card.name, plan.size)) is not None:
         return times.measured(found)
     flops = encoder_flops(dict(config), *plan.size) / plan.ranks
     return times.estimated(flops, flops, card)
