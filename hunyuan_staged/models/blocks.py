@@ -1,5 +1,8 @@
 """The parts of a double-stream block.
 
+On a GPU, where no compiler fuses what is written here in torch, kernels of our own (block_kernels.py) take its place. They
+round where it does.
+
 `modulation` [2, 6, C] is the video's and the text's: shift, scale, gate for attention, then for the feed-forward.
 """
 
@@ -14,9 +17,29 @@ from hunyuan_staged.models.embeddings import apply_rope
 from hunyuan_staged.parallel.heads import pack
 
 
+def fused(x: torch.Tensor) -> bool:
+    """Whether kernels of our own compute on x: on a GPU, outside of compiling and training."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+
+
 def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Adaptive layer norm: norm(x) * (1 + scale) + shift."""
+    if fused(x):
+        from hunyuan_staged.models import block_kernels
+
+        return block_kernels.modulate(x, shift, scale)
     return norm(x) * (1 + scale) + shift
+
+
+def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x + y * gate; it may take y's place."""
+    if fused(x):
+        from hunyuan_staged.models import block_kernels
+
+        return block_kernels.add_gated(x, y, gate)
+    return x + y * gate
 
 
 def project_qkv(x: torch.Tensor, projections: tuple, norms: tuple, heads: int) -> list[torch.Tensor]:
@@ -49,11 +72,28 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
 
 
 def feed_forward(ff: Any, x: torch.Tensor) -> torch.Tensor:
-    """A FeedForward with GELU, [1, s, C] → [1, s, C]."""
+    """A FeedForward with GELU, [1, s, C] → [1, s, C], which may take the place of x."""
     first, last = ff.net[0].proj, ff.net[2]
     if getattr(first, "fp8_matmul", False):  # it multiplies by float8, and has no wide weight to hand over
         return last(F.gelu(first(x), approximate="tanh"))
-    return last(linear_gelu(x, first.weight, first.bias))
+    hidden = linear_gelu(x, first.weight, first.bias)
+    if fused(x) and is_plain(last):
+        linear_into(x[0], last, hidden)
+        return x
+    return last(hidden)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer's weight is not stored in another form."""
+    return type(linear) is nn.Linear
+
+
+def linear_into(out: torch.Tensor, linear: Any, x: torch.Tensor) -> None:
+    """linear(x) of tokens [1, s, C], written to out [s, F]."""
+    if is_plain(linear):
+        torch.addmm(linear.bias, x[0], linear.weight.mT, out=out)
+    else:
+        out.copy_(linear(x)[0])
 
 
 def before_attention(
@@ -78,13 +118,69 @@ def before_attention(
     return [apply_rope(q, rope), apply_rope(k, rope), v], text_qkv
 
 
+def project_together(block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+    """q, k, v [3, s + L, C] of all tokens, text behind video, each where its projection writes it; not normalised."""
+    attn, tokens = block.attn, video.shape[1]
+    qkv = video.new_empty(3, tokens + text.shape[1], video.shape[2])
+    projections = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    x = modulate(video, block.norm1.norm, *modulation[0, :2])
+    for out, projection in zip(qkv[:, :tokens], projections[0], strict=True):
+        linear_into(out, projection, x)
+    x = modulate(text, block.norm1_context.norm, *modulation[1, :2])
+    for out, projection in zip(qkv[:, tokens:], projections[1], strict=True):
+        linear_into(out, projection, x)
+    return qkv
+
+
+def qk_norms(attn: Any) -> tuple[torch.Tensor, ...]:
+    """The weights [D] of the video's norms of q and k, and of the text's."""
+    return tuple(norm.weight for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k))
+
+
+def joint_qkv_fused(
+    block: Any, video: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, rope: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """joint_qkv by kernels of our own, with no copy of q, k and v."""
+    from hunyuan_staged.models import block_kernels
+
+    qkv = project_together(block, video, text, modulation)
+    block_kernels.normalise_rotate(qkv, qk_norms(block.attn), rope, block.attn.heads)
+    return qkv[:, None].unflatten(-1, (block.attn.heads, -1)).unbind()
+
+
+def packed_qkv_fused(
+    shares: Sequence[int],
+    left: int,
+    block: Any,
+    video: torch.Tensor,
+    text: torch.Tensor,
+    modulation: torch.Tensor,
+    rope: tuple[torch.Tensor, ...],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """packed_qkv by kernels of our own, which pack as well where the heads divide."""
+    from hunyuan_staged.models import block_kernels
+
+    qkv = project_together(block, video, text, modulation)
+    norms, heads, tokens = qk_norms(block.attn), block.attn.heads, video.shape[1]
+    if left == 0 and min(shares) == max(shares):
+        packed, text_qkv = block_kernels.normalise_rotate_pack(qkv, norms, rope, heads, len(shares))
+        return [packed], text_qkv
+    block_kernels.normalise_rotate(qkv, norms, rope, heads)
+    by_head = qkv.unflatten(-1, (heads, -1))
+    return pack(list(by_head[:, :tokens]), list(by_head[:, tokens:]), shares, left)
+
+
 def joint_qkv(*args: Any) -> tuple[torch.Tensor, ...]:
     """before_attention where all tokens are here: q, k, v [1, S + L, H, D], text behind video."""
+    if fused(args[1]):
+        return joint_qkv_fused(*args)
     return tuple(torch.cat(pair, dim=1) for pair in zip(*before_attention(*args), strict=True))
 
 
 def packed_qkv(shares: Sequence[int], left: int, *args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     """before_attention for the exchanges of a HeadSplit: as `pack` gives it."""
+    if fused(args[1]):
+        return packed_qkv_fused(shares, left, *args)
     video, text = before_attention(*args)
     return pack([x[0] for x in video], [x[0] for x in text], shares, left)
 
@@ -98,8 +194,8 @@ def attention_residual(
     modulation: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Video [1, s, C] and text [1, L, C] with what attention gave, [s, H, D] and [L, H, D], projected, gated and added."""
-    video = video + block.attn.to_out[0](video_out.flatten(1)[None]) * modulation[0, 2]
-    return video, text + block.attn.to_add_out(text_out.flatten(1)[None]) * modulation[1, 2]
+    video = add_gated(video, block.attn.to_out[0](video_out.flatten(1)[None]), modulation[0, 2])
+    return video, add_gated(text, block.attn.to_add_out(text_out.flatten(1)[None]), modulation[1, 2])
 
 
 def mlp_residual(
@@ -111,7 +207,8 @@ def mlp_residual(
     activation of all, comes to be.
     """
     shift, scale, gate = modulation[0, 3:]
-    video = video + feed_forward(block.ff, modulate(video, block.norm2, shift, scale)) * gate
+    video = add_gated(video, feed_forward(block.ff, modulate(video, block.norm2, shift, scale)), gate)
     shift, scale, gate = modulation[1, 3:]
-    text = text + feed_forward(block.ff_context, modulate(text, block.norm2_context, shift, scale)) * gate
-    return video, text
+    return video, add_gated(
+        text, feed_forward(block.ff_context, modulate(text, block.norm2_context, shift, scale)), gate
+    )
