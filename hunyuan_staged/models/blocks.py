@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hunyuan_staged.attention import packages
 from hunyuan_staged.models.embeddings import apply_rope
 from hunyuan_staged.parallel.heads import pack
 
 
 def fused(x: torch.Tensor) -> bool:
-    """Whether kernels of our own compute on x: on a GPU, outside of compiling and training."""
+    """Whether kernels of our own compute on x: on a GPU that has Triton, outside of compiling and training."""
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda") and packages.installed("triton")
 
 
 def modulate(x: torch.Tensor, norm: nn.Module, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
