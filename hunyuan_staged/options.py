@@ -151,7 +151,7 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         choices=CFG_PARALLEL,
     )
     no_compile: bool = flag(
-        "start at once, without torch.compile (GPU; each step is slower)", group=SPEED, default=False
+        "start at once: fused Triton kernels in place of torch.compile (GPU)", group=SPEED, default=False
     )
     weights_dtype: str | None = flag(
         "store the linear weights of the blocks in float8 and compute in --dtype: half the memory (default: --dtype)",
