@@ -3,7 +3,6 @@
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,39 +10,20 @@ from torch import nn
 
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.weights.loading import Destinations
+from hunyuan_staged.weights.packing import PackedLayout, pack
 from hunyuan_staged.weights.quantization.stored import KEPT
-
-ALIGNMENT = 256  # bytes; every weight starts where a kernel may load whole vectors
 
 
 def block_tensors(block: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*block.named_parameters(), *block.named_buffers()]
 
 
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where the tensors of a block lie in a piece of memory: name, shape, dtype and first byte of each; the size of all."""
-
-    pieces: tuple[tuple[str, tuple[int, ...], torch.dtype, int], ...]
-    size: int
-
-    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors in memory of `size` bytes, uint8."""
-        views = []
-        for _, shape, dtype, start in self.pieces:
-            length = torch.Size(shape).numel() * dtype.itemsize
-            views.append(flat[start : start + length].view(dtype).view(shape))
-        return views
-
-
 def packed_layout(block: nn.Module, dtype: torch.dtype | None = None) -> PackedLayout:
     """How a block is laid out with its weights in `dtype` (those that are stored stay so); None: as they are."""
-    pieces, start = [], 0
-    for name, tensor in block_tensors(block):
-        own = tensor.dtype if dtype is None or tensor.dtype in KEPT else dtype
-        pieces.append((name, tuple(tensor.shape), own, start))
-        start += -(-tensor.numel() * own.itemsize // ALIGNMENT) * ALIGNMENT
-    return PackedLayout(tuple(pieces), start)
+    return pack(
+        (name, tuple(tensor.shape), tensor.dtype if dtype is None or tensor.dtype in KEPT else dtype)
+        for name, tensor in block_tensors(block)
+    )
 
 
 def _machine() -> str:

@@ -4,6 +4,8 @@ Modules are our own, with diffusers' names; official weights are renamed on the 
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.models.modulations import is_modulation
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.models.vae_modules import VaeConfig, VaeDecoder, VaeEncoder
 from hunyuan_staged.runtime.progress import quiet
@@ -35,6 +38,7 @@ from hunyuan_staged.weights.loading import (
     sharded_file,
     tensor_shape,
 )
+from hunyuan_staged.weights.packing import block_memory
 from hunyuan_staged.weights.part_files import PartsFolder
 from hunyuan_staged.weights.part_tensors import part_content, part_tensors, vae_file_config, vae_file_names
 from hunyuan_staged.weights.published import PublishedModel
@@ -43,6 +47,7 @@ from hunyuan_staged.weights.quantization.formats import GGUF
 from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear
 from hunyuan_staged.weights.quantization.stored import KEPT, StoredLinear, replace_linears
 from hunyuan_staged.weights.single_file import TransformerFile
+from hunyuan_staged.weights.stream import Place, nowhere
 
 GLYPH_IN = "byt5_in.fc1.weight"
 
@@ -142,6 +147,13 @@ def load_transformer(
         return has_destination(name) and not keeps_stored  # which the device quantises, far faster
 
     keeps_stored = any(tensor.dtype in KEPT for tensor in state.values())
+    # Modulations apart: who loads a model with them may remove them later.
+    together = {
+        name: tensor.shape
+        for name, tensor in state.items()
+        if name not in destinations.tensors and tensor.dtype not in KEPT and not is_modulation(name)
+    }
+    destinations = replace(destinations, memory=block_memory(together, dtype, device))
     kept = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -155,6 +167,8 @@ def load_transformer(
         stays_on_host=stays_on_host,
         progress=progress,
         kept=kept,
+        # What adapters change comes in the file's dtype.
+        place=destinations.memory.get if adapt is iter else nowhere,
     )
     quantised = fp8_rows.quantised(adapt(tensors), state, dtype)
     return assign_weights(model, quantised, dtype, device, folder.transformer_folder(version), destinations)
@@ -169,22 +183,33 @@ def transformer_tensors(
     stays_on_host: Callable[[str], bool] = lambda _: False,
     progress: Progress = quiet,
     kept: Collection[str] = (),
+    place: Place = nowhere,
 ) -> Iterator[Named]:
-    """A version's tensors under diffusers' names, in the file's dtype; wanted and stays_on_host as in read_tensors, of
-    these names. A tensor that holds several others comes whole if one of them is wanted. kept: of one file, the weights
-    that come as their stored layers hold them.
+    """A version's tensors under diffusers' names, in the file's dtype, or where they have a place in that; wanted,
+    stays_on_host and place as in read_tensors, of these names. A tensor that holds several others comes whole if one of
+    them is wanted. kept: of one file, the weights that come as their stored layers hold them.
     """
     origin = folder.transformer_folder(version)
     if isinstance(folder, TransformerFile):
         return folder.tensors(device=device, wanted=wanted, stays_on_host=stays_on_host, progress=progress, kept=kept)
 
-    def names(name: str) -> list[str]:
+    @cache
+    def targets(name: str) -> tuple[bool, list[str]]:
+        """Whether the tensor is as diffusers' is, and all those that it holds."""
         found = diffusers_names(name, TRANSFORMER_MAP) if folder.official else None
-        return found[1] if found else [name]
+        return (len(found[1]) == 1 and not found[0].swap, found[1]) if found else (True, [name])
 
-    files = progress(folder.transformer_files(version), desc="loading transformer", unit="shard")
+    def place_of(name: str) -> torch.Tensor | None:
+        as_it_is, (first, *_) = targets(name)
+        return place(first) if as_it_is else None
+
     tensors = read_tensors(
-        files, lambda name: any(map(wanted, names(name))), device, lambda name: all(map(stays_on_host, names(name)))
+        folder.transformer_files(version),
+        lambda name: any(map(wanted, targets(name)[1])),
+        device,
+        lambda name: all(map(stays_on_host, targets(name)[1])),
+        progress=partial(progress, desc="loading transformer", unit="shard"),
+        place=place_of,
     )
     return _renamed(tensors, TRANSFORMER_MAP, folder, origin)
 

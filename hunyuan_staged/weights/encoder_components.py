@@ -3,6 +3,7 @@
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hunyuan_staged.weights.loading import (
     Progress,
     assign_weights,
 )
+from hunyuan_staged.weights.packing import block_memory
 from hunyuan_staged.weights.part_tensors import part_content, part_tensors
 from hunyuan_staged.weights.published import PublishedModel, published_language_config
 from hunyuan_staged.weights.schema import GLYPH_TABLE, GLYPH_TOKENIZER, LANGUAGE_TOKENIZER, Schema, check, quoted
@@ -174,6 +176,8 @@ def load_language_model(
         raise InputError(
             f"{place} holds a tokenizer of {len(tokenizer)} tokens; the language model knows {config.vocab_size}"
         )
+    together = {name: x.shape for name, x in model.state_dict().items() if name not in destinations.tensors}
+    destinations = replace(destinations, memory=block_memory(together, dtype, device))
     tensors = part_tensors(
         folder,
         "text",
@@ -181,6 +185,7 @@ def load_language_model(
         lambda name: language_key(name, kept) is not None,
         lambda name: language_key(name, kept) in destinations.tensors,
         progress,
+        place=lambda name: destinations.memory.get(language_key(name, kept) or ""),
     )
     renamed = ((language_key(name, kept) or "", tensor) for name, tensor in tensors)
     return tokenizer, assign_weights(model, renamed, dtype, device, folder.origin("text"), destinations)

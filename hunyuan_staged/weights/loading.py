@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights import stream
+from hunyuan_staged.runtime.progress import quiet
 from hunyuan_staged.weights.boundary import read_json, require_regular
+from hunyuan_staged.weights.entries import entries
 from hunyuan_staged.weights.key_maps import Named, refuse_names
 from hunyuan_staged.weights.quantization.stored import FLOAT8, KEPT
+from hunyuan_staged.weights.stream import FileReader, Place, nowhere
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -76,51 +79,82 @@ def _read_ahead(path: Path, start: int, length: int) -> None:
 
 
 def read_tensors(
-    files: Iterable[Path],
+    files: Sequence[Path],
     wanted: Callable[[str], bool],
     device: torch.device,
     stays_on_host: Callable[[str], bool] = lambda _: False,
     dtypes: Collection[str] = FLOATS,
+    progress: Progress = quiet,
+    place: Place = nowhere,
 ) -> Iterator[Named]:
     """The tensors of safetensors files whose names are wanted, straight onto a device, a GPU by many threads.
 
     Those that stay on the host, and on a CPU all, lie in the file's memory map; assign_weights copies them out of it. What
     has been read of a map stays resident until it is closed, so a file is opened anew after every MAPPED_BYTES. The disk
-    works ahead by as much, on a thread of its own. Raises InputError for a file that is none, and for other dtypes
-    than these, as a file calls them.
+    works ahead by as much, on a thread of its own.
+
+    Args:
+        dtypes: that are allowed, as a file calls them.
+        place: where on a GPU a tensor is to lie, as FileReader takes it.
+
+    Raises InputError for a file that is none, and for other dtypes.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
-    try:
-        for path in files:
-            read = 0
-            require_regular(path)
-            try:
-                with safe_open(path, "pt") as file:
-                    names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
-                    for name in names:
-                        require_float(f"{path}: {name}", file.get_slice(name).get_dtype(), dtypes)
-                mapped = [name for name in names if device.type == "cpu" or stays_on_host(name)]
-                sent = set(names) - set(mapped)
-                if sent:
-                    yield from stream.tensors(path, sent, device)
-                while mapped:
-                    # The tensors lie in about the order of their names.
-                    thread.submit(_read_ahead, path, read, 2 * MAPPED_BYTES)
-                    unread = MAPPED_BYTES
-                    with safe_open(path, "pt") as file:
-                        while mapped and unread > 0:
-                            name = mapped.pop(0)
-                            tensor = file.get_tensor(name)
-                            unread -= tensor.nbytes
-                            read += tensor.nbytes
-                            yield name, tensor
-            except InputError:
-                raise
-            except (SafetensorError, OSError, ValueError) as error:
-                raise InputError(f"{path} is not a whole safetensors file ({error})") from error
-    finally:
+    with ExitStack() as exits:
         # Nobody waits for it: what is left of this after a refusal may be cleared away on that very thread.
-        thread.shutdown(wait=False, cancel_futures=True)
+        exits.callback(thread.shutdown, wait=False, cancel_futures=True)
+        sources, mapped = [], []
+        for path in files:
+            with _naming(path):
+                names = _checked_names(path, wanted, dtypes)
+                on_host = [name for name in names if device.type == "cpu" or stays_on_host(name)]
+                sent = set(names) - set(on_host)
+                if sent:
+                    held, file = entries(path), exits.enter_context(path.open("rb"))
+                    sources.append((file.fileno(), [held[name] for name in sent]))
+                else:
+                    sources.append((-1, []))
+                mapped.append(on_host)
+        reader = exits.enter_context(FileReader(sources, device, place))
+        for number, path in enumerate(progress(files)):
+            with _naming(path):
+                yield from reader.tensors(number)
+                yield from _mapped_tensors(path, mapped[number], thread)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors name the file."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def _checked_names(path: Path, wanted: Callable[[str], bool], dtypes: Collection[str]) -> list[str]:
+    """The tensors of a file that are wanted, all of allowed dtypes."""
+    require_regular(path)
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
+        for name in names:
+            require_float(f"{path}: {name}", file.get_slice(name).get_dtype(), dtypes)
+    return names
+
+
+def _mapped_tensors(path: Path, names: list[str], thread: ThreadPoolExecutor) -> Iterator[Named]:
+    """Tensors in the file's map."""
+    read = 0
+    while names:
+        # The tensors lie in about the order of their names.
+        thread.submit(_read_ahead, path, read, 2 * MAPPED_BYTES)
+        unread = MAPPED_BYTES
+        with safe_open(path, "pt") as file:
+            while names and unread > 0:
+                name = names.pop(0)
+                tensor = file.get_tensor(name)
+                unread -= tensor.nbytes
+                read += tensor.nbytes
+                yield name, tensor
 
 
 def require_float(what: str, dtype: str, allowed: Collection[str] = FLOATS) -> None:
@@ -132,13 +166,15 @@ def require_float(what: str, dtype: str, allowed: Collection[str] = FLOATS) -> N
 class Destinations:
     """Where some tensors go instead of the module's own place on the device.
 
-    tensors: memory that tensors of the module are to lie in, by name; fill: by this process, or by another one. consumed:
-    the shapes, by name, of tensors that the module does not have: take(name, tensor) gets each, on the device and in the
-    run's dtype, as soon as it is there, and nothing else keeps it.
+    tensors: memory that tensors of the module are to lie in, by name; fill: by this process, or by another one. memory: of
+    other tensors on the device, in the run's dtype; what is in its place already is not copied. consumed: the shapes, by
+    name, of tensors that the module does not have: take(name, tensor) gets each, on the device and in the run's dtype, as
+    soon as it is there, and nothing else keeps it.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fill: bool = True
+    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
     consumed: Mapping[str, torch.Size] = field(default_factory=dict)
     take: Callable[[str, torch.Tensor], None] = lambda name, tensor: None
 
@@ -164,7 +200,7 @@ def assign_weights(
     shapes = {name: tensor.shape for name, tensor in state.items()} | dict(destinations.consumed)
     missing = dict.fromkeys(shapes)
     leftover = []
-    finite: dict[str, torch.Tensor] = {}
+    bounds: dict[str, Sequence[torch.Tensor]] = {}
 
     def put(name: str, value: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
@@ -180,50 +216,52 @@ def assign_weights(
             continue
         if tensor.shape != shapes[name]:
             raise InputError(f"{origin}: {name} has shape {list(tensor.shape)}; its config says {list(shapes[name])}")
-        if name in destinations.tensors:
-            put(name, destinations.tensors[name].copy_(tensor))
-            finite[name] = are_finite(destinations.tensors[name])
+        own = destinations.tensors.get(name, destinations.memory.get(name))
+        if own is not None:
+            if tensor.data_ptr() != own.data_ptr():
+                own.copy_(tensor)
+            put(name, own)
+            bounds[name] = finite_bounds(own)
             continue
         # Out of the file's map, or of the fused tensor: kernels round differently by how a tensor is aligned.
         copy = device.type == "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes
         if name in destinations.consumed:
             value = tensor.to(device, dtype, copy=copy)
-            finite[name] = are_finite(value)
+            bounds[name] = finite_bounds(value)
             destinations.take(name, value)
             missing.pop(name, None)
             continue
         stored = tensor.dtype if state[name].dtype in KEPT else dtype
         value = tensor.to(device, stored, copy=copy)
         put(name, value)
-        finite[name] = are_finite(value)
+        bounds[name] = finite_bounds(value)
     refuse_names(f"{origin} holds tensors that the model does not have", leftover)
     refuse_names(f"{origin} lacks tensors of the model", list(missing))
-    refuse_names(f"{origin} holds NaN or Inf, in {dtype}, in", _untrue(finite))
+    refuse_names(f"{origin} holds NaN or Inf, in {dtype}, in", _not_finite(bounds))
     assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer that no file holds must be made anew"
     return module.eval()
 
 
-def _untrue(answers: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the answers [] that are False. Asked at once, so that a GPU is waited for but once."""
-    places: dict[torch.device, list[str]] = {}
-    for name, answer in answers.items():
-        places.setdefault(answer.device, []).append(name)
-    true: dict[str, bool] = {}
-    for names in places.values():
-        true |= dict(zip(names, torch.stack([answers[name] for name in names]).tolist(), strict=True))
-    return [name for name in answers if not true[name]]
+def _not_finite(bounds: Mapping[str, Sequence[torch.Tensor]]) -> list[str]:
+    """The names whose numbers [] are not all finite. Asked at once, so that a GPU is waited for but once."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
+    for name, numbers in bounds.items():
+        for number in numbers:
+            kinds.setdefault((number.device, number.dtype), []).append((name, number))
+    found = set()
+    for named in kinds.values():
+        finite = torch.isfinite(torch.stack([number for _, number in named])).tolist()
+        found |= {name for (name, _), fine in zip(named, finite, strict=True) if not fine}
+    return [name for name in bounds if name in found]
 
 
-def are_finite(values: torch.Tensor) -> torch.Tensor:
-    """Whether all numbers of a tensor are finite, as a tensor [] on its device; without a mask as large as the tensor."""
-    if not values.numel():
-        return torch.tensor(True)
-    if values.dtype == torch.uint8:  # whose reader has looked at it
-        return torch.tensor(True)
+def finite_bounds(values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Numbers [] on a tensor's device that are finite where all of its own are; without a mask as large as the tensor."""
+    if not values.numel() or values.dtype == torch.uint8:  # the reader of the latter has looked at it
+        return ()
     if values.dtype == FLOAT8:  # which has no Inf, and whose NaN is all ones behind the sign
-        return (values.view(torch.uint8) & 0x7F).max() != 0x7F
-    least, largest = torch.aminmax(values)
-    return torch.isfinite(least) & torch.isfinite(largest)
+        return (1 / ((values.view(torch.uint8) & 0x7F).max() != 0x7F),)
+    return torch.aminmax(values)
 
 
 def tensor_shape(path: Path, name: str) -> list[int] | None:

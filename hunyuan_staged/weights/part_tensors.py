@@ -15,6 +15,7 @@ from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.hub import PARTS
 from hunyuan_staged.weights.key_maps import VAE_MAP, Named, diffusers_names, diffusers_tensors, refuse_names
 from hunyuan_staged.weights.loading import Progress, read_tensors, weight_files
+from hunyuan_staged.weights.stream import Place, nowhere
 
 CONFIG = "config.json"
 VAE_PREFIXES = ("first_stage_model.", "vae.")
@@ -43,15 +44,16 @@ def part_tensors(
     stays_on_host: Callable[[str], bool] = lambda _: False,
     progress: Progress = quiet,
     what: str | None = None,
+    place: Place = nowhere,
 ) -> Iterator[Named]:
-    """The tensors of a part by its own names; wanted and stays_on_host as in loading.read_tensors. what: is loaded, for
-    the progress, where it is not the whole part."""
+    """The tensors of a part by its own names; wanted, stays_on_host and place as in loading.read_tensors. what: is loaded,
+    for the progress, where it is not the whole part."""
     file = folder.files.get(part)
     named = partial(progress, desc=f"loading {what or PARTS[part].title}")
     if file is not None:
         return file.tensors(device, wanted, stays_on_host, named)
-    files = named(weight_files(folder.require(part)[0]), unit="shard")
-    return read_tensors(files, wanted, device, stays_on_host)
+    files = weight_files(folder.require(part)[0])
+    return read_tensors(files, wanted, device, stays_on_host, progress=partial(named, unit="shard"), place=place)
 
 
 # -- the VAE's file --

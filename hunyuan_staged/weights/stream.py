@@ -1,97 +1,37 @@
-"""Tensors of a safetensors file, read by several threads at once straight into device memory.
+"""Tensors of safetensors files, read by several threads at once and sent straight into device memory.
 
-One thread copies 4 GB/s out of a memory map to a GPU; PCIe takes 50. Here each worker reads its piece of the file into
-its own pinned buffer and sends it on, so that no more than WORKERS pieces are ever in host memory.
+One thread copies 4 GB/s out of a memory map to a GPU; PCIe takes 50. Here threads read pieces of the files into pinned
+buffers, which is all they do, and whoever asks for the tensors sends each piece on as it comes: no more than the buffers
+is ever in host memory, and of Python there are some 50 µs a piece, most of it on one thread.
 """
 
-import json
 import os
-import threading
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Self
 
 import torch
 
 from hunyuan_staged.parallel.threads import device_threads
+from hunyuan_staged.weights.entries import Entry, pieces
 
 WORKERS = 16  # at most: one core reads 3 to 10 GB/s from the page cache
-PIECE_BYTES = 2**24
-AHEAD = 2  # pieces a worker that are handed out before the first of them is asked for
-
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-
-# https://github.com/huggingface/safetensors: the names of dtypes in a file's header
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+PIECE_BYTES = 2**23
+BUFFERS = 2  # a worker: it reads into one while the other is sent
+LANES = 2  # streams that copy in turns: a piece's conversion does not hold up the next piece's way to the device
+WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that are converted into each other
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a file: its name, dtype and shape, and its bytes from `start` to `end` in the file."""
+class Piece:
+    """Neighbouring bytes of an open file, and the tensors that have some of them."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    file: int
     start: int
     end: int
-
-
-def entries(path: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by name. Raises OSError, or ValueError where the header is none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("its header is cut off")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is of dtype {entry['dtype']}; read are {', '.join(DTYPES)}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        found[name] = Entry(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
-    return found
-
-
-def pieces(wanted: Sequence[Entry], size: int) -> Iterator[tuple[int, int, list[Entry]]]:
-    """(start, end, the tensors that have bytes between) over all wanted bytes of a file, `size` at most at a time.
-
-    Tensors that lie side by side share a piece; one that is larger than a piece has several.
-    """
-    start = end = 0
-    inside: list[Entry] = []
-    for entry in sorted(wanted, key=lambda entry: (entry.start, entry.end)):
-        if entry.start != end and inside:
-            yield start, end, inside
-            inside = []
-        if not inside:
-            start = entry.start
-        end = entry.end
-        inside.append(entry)
-        while end - start > size:
-            yield start, start + size, [entry for entry in inside if entry.start < start + size]
-            start += size
-            inside = [entry for entry in inside if entry.end > start or entry.start >= start]  # the latter: empty ones
-    if inside:
-        yield start, end, inside
+    inside: list[Entry]
 
 
 def _read(file: int, buffer: memoryview, start: int) -> None:
@@ -110,75 +50,219 @@ def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-class _Reader:
-    """Reads pieces of an open file on pool threads, each with a pinned buffer and a stream of its own."""
+class _Buffer:
+    """Host memory for one piece at a time, made by the thread that first needs it."""
 
-    def __init__(self, file: int, device: torch.device, piece: int) -> None:
-        self.file, self.device, self.piece = file, device, piece
-        self.cuda = device.type == "cuda"
-        self.own = threading.local()
+    def __init__(self, size: int, *, pinned: bool) -> None:
+        self.size, self.pinned = size, pinned
+        self.sent: torch.cuda.Event | None = None  # until when what it held last is needed
 
-    def read(
-        self, start: int, end: int, parts: Sequence[tuple[Entry, torch.Tensor]], free: torch.cuda.Event | None
-    ) -> None:
-        """The file's bytes from start to end, into those tensors (as bytes); free: when they may be written."""
-        own = self.own
-        if not hasattr(own, "buffer"):
-            own.buffer = torch.empty(self.piece, dtype=torch.uint8, pin_memory=self.cuda)
-            own.stream = torch.cuda.Stream(self.device) if self.cuda else None
-        buffer = own.buffer[: end - start]
-        _read(self.file, memoryview(buffer.numpy()), start)
-        with torch.cuda.stream(own.stream) if self.cuda else nullcontext():
-            if free is not None:
-                own.stream.wait_event(free)  # the memory may have been another tensor's, still in use
-            for entry, flat in parts:
-                first, last = max(start, entry.start), min(end, entry.end)
-                flat[first - entry.start : last - entry.start].copy_(
-                    buffer[first - start : last - start], non_blocking=True
-                )
-        if self.cuda:
-            own.stream.synchronize()
+    def fill(self, piece: Piece) -> torch.Tensor:
+        """The piece's bytes."""
+        if not hasattr(self, "memory"):
+            self.memory = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned)
+            self.view = self.memory.numpy().data
+        if self.sent is not None:
+            self.sent.synchronize()
+        length = piece.end - piece.start
+        _read(piece.file, self.view[:length], piece.start)
+        return self.memory[:length]
 
 
-def tensors(
-    path: Path, names: Collection[str], device: torch.device, *, workers: int | None = None, piece: int = PIECE_BYTES
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those tensors of a file on the device, in the order in which they lie, each in memory of its own.
+Arrived = tuple[int, _Buffer, torch.Tensor | BaseException]
 
-    workers: threads, by default as many as there are cores, and at most WORKERS. piece: bytes that one of them reads at a
-    time. Raises OSError, ValueError, or KeyError for a name that the file lacks.
-    """
-    device = _with_index(device)
-    held = entries(path)
-    wanted = [held[name] for name in names]
-    workers = workers or min(WORKERS, len(os.sched_getaffinity(0)))
-    with path.open("rb") as opened:
-        reader = _Reader(opened.fileno(), device, piece)
-        with device_threads(workers, "reading", device) as pool:
-            allocated: dict[str, torch.Tensor] = {}
-            under_way: deque[tuple[Future, list[Entry]]] = deque()
-            coming = pieces(wanted, piece)
 
-            def hand_out() -> None:
-                for start, end, inside in coming:
-                    parts = []
-                    for entry in inside:
-                        if entry.name not in allocated:
-                            allocated[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-                        parts.append((entry, allocated[entry.name].view(-1).view(torch.uint8)))
-                    free = torch.cuda.current_stream(device).record_event() if reader.cuda else None
-                    done = [entry for entry in inside if entry.end <= end]
-                    under_way.append((pool.submit(reader.read, start, end, parts, free), done))
-                    return
+class _Workers:
+    """Threads that read pieces, the first ones first, into whatever buffer is free."""
 
+    def __init__(self, todo: Sequence[Piece], count: int, buffers: int, device: torch.device) -> None:
+        self.todo, self.count, self.device = todo, min(count, len(todo)), device
+        self.numbers: SimpleQueue[int] = SimpleQueue()
+        for number in range(len(todo)):
+            self.numbers.put(number)
+        largest = max((piece.end - piece.start for piece in todo), default=0)
+        self.free: SimpleQueue[_Buffer | None] = SimpleQueue()
+        for _ in range(min(buffers, len(todo))):
+            self.free.put(_Buffer(largest, pinned=device.type == "cuda"))
+        self.arrived: SimpleQueue[Arrived] = SimpleQueue()
+        self.pool = device_threads(max(1, self.count), "reading", device)
+
+    def start(self) -> None:
+        for _ in range(self.count):
+            self.pool.submit(self._work)
+
+    def _work(self) -> None:
+        # The buffer first: else all of them could hold later pieces than the one that is waited for.
+        while (buffer := self.free.get()) is not None:
             try:
-                for _ in range(AHEAD * workers):
-                    hand_out()
-                while under_way:
-                    future, done = under_way.popleft()
-                    future.result()
-                    hand_out()
-                    for entry in done:
-                        yield entry.name, allocated.pop(entry.name)
-            finally:
-                pool.shutdown(cancel_futures=True)
+                number = self.numbers.get_nowait()
+            except Empty:
+                return
+            try:
+                held: torch.Tensor | BaseException = buffer.fill(self.todo[number])
+            except BaseException as error:
+                held = error  # who asks for the piece gets it
+            self.arrived.put((number, buffer, held))
+
+    def stop(self) -> None:
+        """Read no more; returns when no thread is left."""
+        with suppress(Empty):
+            while True:
+                self.numbers.get_nowait()
+        for _ in range(self.count):
+            self.free.put(None)
+        self.pool.shutdown()
+
+
+class _Lane:
+    """A stream of copies to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staging: torch.Tensor | None = None
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+    def staged(self, held: torch.Tensor, size: int) -> torch.Tensor:
+        """A piece on the device, in memory for so many bytes; on a CPU it is there already."""
+        if self.stream is None:
+            return held
+        if self._staging is None:
+            self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self._staging[: len(held)].copy_(held, non_blocking=True)
+
+
+Place = Callable[[str], torch.Tensor | None]
+
+
+def nowhere(name: str) -> torch.Tensor | None:
+    """The place of tensors that may lie anywhere."""
+    return None
+
+
+class FileReader:
+    """Reads tensors of some files ahead of whoever asks for them. A context manager; within it ask for each file's, once,
+    in the order of the files.
+
+    Args:
+        sources: the descriptor of an open file, and what is wanted of it.
+        place: memory of a tensor's shape on the device that it is to lie in, by its name, where there is such; in another
+            floating-point dtype, it is converted on its way. The others get memory of their own.
+        workers: threads, by default as many as there are cores, and at most WORKERS.
+        piece: bytes that one of them reads at a time.
+        buffers: of a piece each, by default BUFFERS a worker.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[int, Sequence[Entry]]],
+        device: torch.device,
+        place: Place = nowhere,
+        *,
+        workers: int | None = None,
+        piece: int | None = None,
+        buffers: int | None = None,
+    ) -> None:
+        self.sources, self.device, self.place = sources, _with_index(device), place
+        self.count = workers or min(WORKERS, len(os.sched_getaffinity(0)))
+        self.buffers = buffers or BUFFERS * self.count
+        self.piece = max(8, (piece or PIECE_BYTES) // 8 * 8)
+
+    def __enter__(self) -> Self:
+        self._pieces: list[Piece] = []
+        self._files: list[range] = []
+        self._memory: dict[tuple[int, str], torch.Tensor] = {}  # by file and name, of what is under way
+        self._sent: dict[int, torch.cuda.Event | BaseException | None] = {}  # by a piece's number
+        for file, wanted in self.sources:
+            first = len(self._pieces)
+            self._pieces += [Piece(file, *piece) for piece in pieces(wanted, self.piece)]
+            self._files.append(range(first, len(self._pieces)))
+        self._lanes = [_Lane(self.device) for _ in range(LANES)] if self._pieces else []
+        self._wait_for_memory()
+        self._workers = _Workers(self._pieces, self.count, self.buffers, self.device)
+        self._workers.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.stop()
+        for lane in self._lanes:
+            if lane.stream:
+                lane.stream.synchronize()  # what was sent and not asked for; its memory is let go
+
+    def tensors(self, source: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """A file's tensors on the device, in the order in which they lie.
+
+        Raises OSError where it ends before they do.
+        """
+        for number in self._files[source]:
+            while number not in self._sent:
+                self._send(*self._workers.arrived.get())
+            sent = self._sent.pop(number)
+            if isinstance(sent, BaseException):
+                raise sent
+            if sent is not None:
+                torch.cuda.current_stream(self.device).wait_event(sent)
+            piece = self._pieces[number]
+            for entry in piece.inside:
+                if entry.end <= piece.end:
+                    self._send_arrived()
+                    yield entry.name, self._memory.pop((piece.file, entry.name))
+
+    def _send_arrived(self) -> None:
+        """Send what has been read meanwhile: the way to the device is never to be idle."""
+        with suppress(Empty):
+            while True:
+                self._send(*self._workers.arrived.get_nowait())
+
+    def _send(self, number: int, buffer: _Buffer, held: torch.Tensor | BaseException) -> None:
+        """Have a piece copied to where it belongs."""
+        if isinstance(held, BaseException):
+            self._sent[number] = held
+            return
+        piece = self._pieces[number]
+        memory, new = [], False
+        for entry in piece.inside:
+            key = piece.file, entry.name
+            if key not in self._memory:
+                place = self.place(entry.name)
+                if place is None or place.shape != entry.shape or not _convertible(entry.dtype, place.dtype):
+                    place, new = torch.empty(entry.shape, dtype=entry.dtype, device=self.device), True
+                self._memory[key] = place
+            memory.append(self._memory[key])
+        if new:
+            self._wait_for_memory()
+        lane = self._lanes[number % LANES]
+        with lane.current():
+            if any(own.dtype != entry.dtype for entry, own in zip(piece.inside, memory, strict=True)):
+                held = lane.staged(held, self.piece)
+            for entry, own in zip(piece.inside, memory, strict=True):
+                _copy(held, piece, entry, own)
+            buffer.sent = self._sent[number] = (
+                lane.stream.record_event(torch.cuda.Event(blocking=True)) if lane.stream else None
+            )
+        self._workers.free.put(buffer)
+
+    def _wait_for_memory(self) -> None:
+        """Nothing is written before what now is done on the device: new memory may have been another tensor's till then."""
+        if self.device.type == "cuda" and self._lanes:
+            free = torch.cuda.current_stream(self.device).record_event()
+            for lane in self._lanes:
+                assert lane.stream
+                lane.stream.wait_event(free)
+
+
+def _convertible(given: torch.dtype, wanted: torch.dtype) -> bool:
+    return given == wanted or (given in WIDE and wanted in WIDE)
+
+
+def _copy(held: torch.Tensor, piece: Piece, entry: Entry, memory: torch.Tensor) -> None:
+    """Copy what a piece has of a tensor to where that is to lie."""
+    first, last = max(piece.start, entry.start), min(piece.end, entry.end)
+    part = held[first - piece.start : last - piece.start]
+    if memory.dtype == entry.dtype:
+        flat, size = memory.view(-1).view(torch.uint8), 1
+    else:
+        flat, size, part = memory.view(-1), entry.dtype.itemsize, part.view(entry.dtype)
+    flat[(first - entry.start) // size : (last - entry.start) // size].copy_(part, non_blocking=True)

@@ -1,6 +1,8 @@
 """Reading tensors by many threads: the same bytes as safetensors gives, whatever the pieces."""
 
 import threading
+from collections.abc import Collection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hunyuan_staged.weights import loading, stream
-from hunyuan_staged.weights.stream import Entry, entries, pieces, tensors
+from hunyuan_staged.weights.entries import Entry, entries, pieces
+from hunyuan_staged.weights.stream import FileReader
 
 CPU = torch.device("cpu")
 
@@ -28,6 +31,15 @@ def sample(path) -> dict[str, torch.Tensor]:
     }
     save_file(content, path, metadata={"format": "pt"})
     return content
+
+
+def tensors(path: Path, names: Collection[str], device: torch.device, **options: Any) -> list[tuple[str, torch.Tensor]]:
+    """Those tensors of one file."""
+    held = entries(path)
+    with path.open("rb") as file:
+        sources = [(file.fileno(), [held[name] for name in names])]
+        with FileReader(sources, device, **options) as reader:
+            return list(reader.tensors(0))
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -51,17 +63,17 @@ def test_whatever_the_pieces_all_bytes_arrive(tmp_path, piece, workers):
 
 def test_loader_threads_take_their_ranks_gpu_first(tmp_path, monkeypatch):
     """A new thread's is GPU 0: every rank opened a context there, some 500 MB each, beside the memory that was planned."""
-    content, taken, read = sample(tmp_path / "x.safetensors"), {}, stream._Reader.read
+    content, taken, read = sample(tmp_path / "x.safetensors"), {}, stream._Buffer.fill
 
     def set_device(device) -> None:
         taken.setdefault(threading.get_ident(), device)
 
-    def checked(self, *args) -> None:
+    def checked(self, *args) -> torch.Tensor:
         assert threading.get_ident() in taken, "it reads before it has a GPU"
-        read(self, *args)
+        return read(self, *args)
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    monkeypatch.setattr(stream._Reader, "read", checked)
+    monkeypatch.setattr(stream._Buffer, "fill", checked)
     pool = stream.device_threads
     monkeypatch.setattr(stream, "device_threads", lambda count, name, _: pool(count, name, torch.device("cuda", 3)))
     check(dict(tensors(tmp_path / "x.safetensors", list(content), CPU, workers=2, piece=64)), content)
