@@ -223,7 +223,7 @@ class DenoiseSetup:
                 progress=report.progress,
                 skeleton=self.skeleton,
                 destinations=reader.destinations(modulations, destinations),
-                adapt=self.adapters.fused,
+                adapt=self.adapters.fused if self.adapters.additions else iter,
             )
 
         model, blocks = load_offloaded(

@@ -107,7 +107,7 @@ def read_tensors(
         for path in files:
             with _naming(path):
                 names = _checked_names(path, wanted, dtypes)
-                on_host = [name for name in names if device.type == "cpu" or stays_on_host(name)]
+                on_host = [name for name in names if _stays_mapped(device) or stays_on_host(name)]
                 sent = set(names) - set(on_host)
                 if sent:
                     held, file = entries(path), exits.enter_context(path.open("rb"))
@@ -120,6 +120,11 @@ def read_tensors(
             with _naming(path):
                 yield from reader.tensors(number)
                 yield from _mapped_tensors(path, mapped[number], thread)
+
+
+def _stays_mapped(device: torch.device) -> bool:
+    """Whether nothing is gained by reading a file otherwise than by its map."""
+    return device.type == "cpu"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from hunyuan_staged.weights.entries import Entry, pieces
 WORKERS = 16  # at most: one core reads 3 to 10 GB/s from the page cache
 PIECE_BYTES = 2**23
 BUFFERS = 2  # a worker: it reads into one while the other is sent
+AHEAD_BYTES = 2**28  # that are sent at most before they are asked for
 LANES = 2  # streams that copy in turns: a piece's conversion does not hold up the next piece's way to the device
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that are converted into each other
 
@@ -169,6 +170,7 @@ class FileReader:
         self.count = workers or min(WORKERS, len(os.sched_getaffinity(0)))
         self.buffers = buffers or BUFFERS * self.count
         self.piece = max(8, (piece or PIECE_BYTES) // 8 * 8)
+        self.ahead = max(1, AHEAD_BYTES // self.piece)
 
     def __enter__(self) -> Self:
         self._pieces: list[Piece] = []
@@ -211,9 +213,10 @@ class FileReader:
                     yield entry.name, self._memory.pop((piece.file, entry.name))
 
     def _send_arrived(self) -> None:
-        """Send what has been read meanwhile: the way to the device is never to be idle."""
+        """Send what has been read meanwhile, so that the way to the device is never idle; but no more than `ahead`: what
+        nobody has asked for takes the device's memory."""
         with suppress(Empty):
-            while True:
+            while len(self._sent) < self.ahead:
                 self._send(*self._workers.arrived.get_nowait())
 
     def _send(self, number: int, buffer: _Buffer, held: torch.Tensor | BaseException) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hunyuan_staged.errors import InputError
-from hunyuan_staged.weights import components, encoder_components, loading
+from hunyuan_staged.weights import components, encoder_components, loading, stream
 from hunyuan_staged.weights.folder import ModelFolder, open_model
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, to_diffusers
-from hunyuan_staged.weights.packing import ALIGNMENT
+from hunyuan_staged.weights.packing import ALIGNMENT, block_memory
 
 
 def test_layouts_and_versions(tiny_official, tiny_diffusers):
@@ -52,6 +53,80 @@ def test_loaded_weights_lie_in_memory_of_their_own(either_layout):
     for (_, size), parts in held.items():
         rounded = sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
         assert size in (sum(parts), rounded), "a tensor of its own, or a block's tensors, and nothing else"
+
+
+def threads_read(monkeypatch) -> None:
+    """Files are read on a CPU as they are on a GPU, a few bytes at a time."""
+    monkeypatch.setattr(loading, "_stays_mapped", lambda _: False)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights_dtype", [None, "fp8"])
+def test_what_threads_read_is_what_the_map_gives(either_layout, dtype, weights_dtype, monkeypatch):
+    """The tiny files are in float32: in bf16 they are converted on their way."""
+
+    def load() -> list[dict[str, torch.Tensor]]:
+        skeleton = components.transformer_skeleton(either_layout, "demo_t2v", weights_dtype=weights_dtype)
+        options: Any = {"device": CPU, "dtype": dtype}
+        transformer = components.load_transformer(either_layout, "demo_t2v", skeleton=skeleton, **options)
+        language = encoder_components.load_language_model(either_layout, **options)[1]
+        decoder = components.load_vae_decoder(either_layout, **options)[0]
+        return [dict(model.named_parameters()) for model in (transformer, language, decoder)]
+
+    mapped = load()
+    threads_read(monkeypatch)
+    for one, other in zip(mapped, load(), strict=True):
+        assert same(one, other)
+
+
+def test_a_tensor_is_read_straight_to_its_place(either_layout, monkeypatch):
+    """No second memory for a weight, but for those that the file holds in another form."""
+    threads_read(monkeypatch)
+    place, copied = loading.assign_weights, []
+
+    def assigned(module, tensors, dtype, device, origin, destinations):
+        own = destinations.memory
+
+        def seen():
+            for name, tensor in tensors:
+                if name in own and tensor.data_ptr() != own[name].data_ptr():
+                    copied.append(name)
+                yield name, tensor
+
+        return place(module, seen(), dtype, device, origin, destinations)
+
+    monkeypatch.setattr(components, "assign_weights", assigned)
+    components.load_transformer(either_layout, "demo_t2v", device=CPU, dtype=torch.bfloat16)
+    fused = ("norm_out.linear.", *(f"refiner_blocks.{block}.attn.to_{part}." for block in range(2) for part in "qkv"))
+    expected = either_layout.official and [name for name in copied if any(part in name for part in fused)]
+    assert copied == (expected or []) and bool(copied) == either_layout.official
+
+
+def test_a_blocks_weights_share_memory_that_the_last_of_them_frees():
+    shapes = {"blocks.0.a": (3, 5), "blocks.0.b.1.weight": (7,), "blocks.1.a": (0, 4), "blocks.10.a": (2,), "norm": ()}
+    memory = block_memory(shapes, torch.bfloat16, CPU)
+    assert {name: tuple(x.shape) for name, x in memory.items()} == shapes
+    assert {x.dtype for x in memory.values()} == {torch.bfloat16}
+    storages = {name: x.untyped_storage().data_ptr() for name, x in memory.items()}
+    assert storages["blocks.0.a"] == storages["blocks.0.b.1.weight"]
+    assert len({storages[name] for name in ("blocks.0.a", "blocks.10.a", "norm")}) == 3
+    assert memory["blocks.0.b.1.weight"].data_ptr() - memory["blocks.0.a"].data_ptr() == ALIGNMENT
+    assert memory["blocks.0.a"].untyped_storage().nbytes() == 2 * ALIGNMENT
+    assert memory["blocks.10.a"].untyped_storage().nbytes() == ALIGNMENT
+
+
+def test_modulations_and_blocks_can_be_let_go_of(either_layout):
+    """Whoever removes them has their memory back."""
+    model: Any = components.load_transformer(either_layout, "demo_t2v", **F32)
+    blocks = [{x.untyped_storage().data_ptr() for x in block.parameters()} for block in model.transformer_blocks]
+    assert not set.intersection(*blocks)
+    for block in model.transformer_blocks:
+        own = {name: x.untyped_storage().data_ptr() for name, x in block.named_parameters()}
+        linear = [name for name in own if name.startswith(("norm1.linear", "norm1_context.linear"))]
+        assert len({own[name] for name in linear}) == 4
+        assert len({place for name, place in own.items() if name not in linear}) == 1
+        assert not {own[name] for name in linear} & {own[name] for name in own if name not in linear}
 
 
 def test_a_file_read_in_several_goes_is_whole(tiny_official, monkeypatch):

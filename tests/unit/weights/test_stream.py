@@ -1,7 +1,9 @@
 """Reading tensors by many threads: the same bytes as safetensors gives, whatever the pieces."""
 
+import json
 import threading
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -59,6 +61,92 @@ def check(read: dict[str, torch.Tensor], content: dict[str, torch.Tensor]) -> No
 def test_whatever_the_pieces_all_bytes_arrive(tmp_path, piece, workers):
     content = sample(tmp_path / "x.safetensors")
     check(dict(tensors(tmp_path / "x.safetensors", list(content), CPU, workers=workers, piece=piece)), content)
+
+
+WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def odd_file(path: Path) -> dict[str, torch.Tensor]:
+    """A file whose numbers do not lie where numbers of their size should, in the order of these names."""
+    draw = torch.Generator().manual_seed(1)
+    content = {
+        "bytes": torch.randint(255, (13,), dtype=torch.uint8, generator=draw),
+        "single": torch.randn(30, 7, generator=draw),
+        "half": torch.randn(5, generator=draw).to(torch.float16),
+        "double": torch.randn(9, dtype=torch.float64, generator=draw),
+        "brain": torch.randn(40, generator=draw).to(torch.bfloat16),
+        "last": torch.randn(3, generator=draw),
+    }
+    kinds = {"bytes": "U8", "single": "F32", "half": "F16", "double": "F64", "brain": "BF16", "last": "F32"}
+    header: dict[str, Any] = {}
+    place = 0
+    for name, tensor in content.items():
+        offsets = [place, place := place + tensor.nbytes]
+        header[name] = {"dtype": kinds[name], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(map(bits, content.values())))
+    return content
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("piece", [1, 24, 1000, 2**20])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_tensors_are_read_to_their_place_and_converted_on_the_way(tmp_path, dtype, piece, device):
+    content = odd_file(tmp_path / "x.safetensors")
+    places = {name: torch.zeros(x.shape, dtype=dtype, device=device) for name, x in content.items() if name != "half"}
+    places["last"] = torch.zeros(4, dtype=dtype, device=device)
+    where = torch.device(device)
+    read = dict(tensors(tmp_path / "x.safetensors", list(content), where, place=places.get, workers=3, piece=piece))
+    for name in ("single", "double", "brain"):
+        assert read[name] is places[name]
+        assert bits(read[name]) == bits(content[name].to(dtype)), name
+    for name in ("half", "last", "bytes"):  # that have no place, one of another shape, and numbers of another kind
+        assert read[name].dtype == content[name].dtype and bits(read[name]) == bits(content[name]), name
+        assert name not in places or not places[name].any()
+
+
+@pytest.mark.parametrize(("workers", "buffers"), [(1, 1), (4, 1), (2, 3), (4, 8)])
+def test_files_come_one_after_the_other_with_any_number_of_buffers(tmp_path, workers, buffers):
+    """Also with fewer of them than threads, and than pieces."""
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    content = [sample(files[0]), odd_file(files[1]), sample(files[2])]
+    options = {"workers": workers, "buffers": buffers, "piece": 64}
+    with ExitStack() as exits:
+        opened = [exits.enter_context(path.open("rb")).fileno() for path in files]
+        sources = [(file, list(entries(path).values())) for file, path in zip(opened, files, strict=True)]
+        sources.insert(1, (opened[0], []))  # of which nothing is wanted
+        reader = exits.enter_context(FileReader(sources, CPU, **options))
+        for number, expected in ((0, content[0]), (1, {}), (2, content[1]), (3, content[2])):
+            check(dict(reader.tensors(number)), expected)
+
+
+def test_no_more_is_sent_than_a_little_ahead(tmp_path, monkeypatch):
+    """What nobody asks for takes memory on the device: a slow consumer of a third of the weights must not get all."""
+    save_file({f"{number:02}": torch.ones(100) for number in range(50)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 5 * 400)
+    held, most = entries(tmp_path / "x.safetensors"), 0
+    with (tmp_path / "x.safetensors").open("rb") as file:
+        sources = [(file.fileno(), list(held.values()))]
+        with FileReader(sources, CPU, workers=2, piece=400, buffers=4) as reader:
+            for _ in reader.tensors(0):
+                while reader._workers.arrived.empty() and len(reader._sent) < 5 and reader._workers.numbers.qsize():
+                    pass  # the threads have all the time they want
+                reader._send_arrived()
+                most = max(most, len(reader._memory))
+    assert most == 5
+
+
+def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path):
+    content = sample(tmp_path / "x.safetensors")
+    held, before = entries(tmp_path / "x.safetensors"), threading.active_count()
+    with (tmp_path / "x.safetensors").open("rb") as file:
+        sources = [(file.fileno(), list(held.values()))]
+        with FileReader(sources, CPU, workers=3, piece=8, buffers=3) as reader:
+            name, first = next(reader.tensors(0))
+            assert threading.active_count() == before + 3
+    assert bits(first) == bits(content[name])
+    assert threading.active_count() == before
 
 
 def test_loader_threads_take_their_ranks_gpu_first(tmp_path, monkeypatch):
@@ -141,6 +229,15 @@ def test_a_file_that_was_cut_off(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OSError, match="it ends before its tensors do"):
         list(tensors(path, list(content), CPU))
+    # The file before it is not to blame.
+    whole = tmp_path / "whole.safetensors"
+    expected = sample(whole)
+    with whole.open("rb") as first, path.open("rb") as second:
+        sources = [(first.fileno(), list(held.values())), (second.fileno(), list(held.values()))]
+        with FileReader(sources, CPU, piece=8) as reader:
+            check(dict(reader.tensors(0)), expected)
+            with pytest.raises(OSError, match="it ends before its tensors do"):
+                list(reader.tensors(1))
     assert held == entries(path)
     path.write_bytes((10**6).to_bytes(8, "little"))
     with pytest.raises(ValueError, match="its header is cut off"):
