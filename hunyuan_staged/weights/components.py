@@ -3,7 +3,7 @@
 Modules are our own, with diffusers' names; official weights are renamed on the way.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -214,7 +214,7 @@ def transformer_tensors(
     return _renamed(tensors, TRANSFORMER_MAP, folder, origin)
 
 
-def _renamed(tensors: Iterable[Named], rules: Sequence[Rule], folder: ModelFolder, origin: Path) -> Iterator[Named]:
+def _renamed(tensors: Iterable[Named], rules: tuple[Rule, ...], folder: ModelFolder, origin: Path) -> Iterator[Named]:
     """The tensors under diffusers' names."""
     if not folder.official:
         yield from tensors

@@ -12,9 +12,10 @@ import torch
 from hunyuan_staged.errors import InputError
 
 Named = tuple[str, torch.Tensor]
+_NUMBER = re.compile(r"\d+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """A module's name in the official layout and in diffusers; each # stands for a number, the same on both sides.
 
@@ -157,17 +158,26 @@ def _fill(name: str, numbers: Sequence[str]) -> str:
     return "".join(part + number for part, number in zip(parts, [*numbers, ""], strict=True))
 
 
-def diffusers_names(name: str, rules: Sequence[Rule]) -> tuple[Rule, list[str]] | None:
+@cache
+def _by_form(rules: tuple[Rule, ...]) -> dict[str, list[Rule]]:
+    """The rules by what their official names are with # for every number, also those that are the same in all."""
+    found: dict[str, list[Rule]] = {}
+    for rule in rules:
+        found.setdefault(_NUMBER.sub("#", rule.official), []).append(rule)
+    return found
+
+
+def diffusers_names(name: str, rules: tuple[Rule, ...]) -> tuple[Rule, list[str]] | None:
     """The rule for an official tensor, and its diffusers name or names; None where no rule names it."""
     module, _, leaf = name.rpartition(".")
-    for rule in rules:
+    for rule in _by_form(rules).get(_NUMBER.sub("#", module), ()):
         match = _pattern(rule.official).fullmatch(module)
         if match:
             return rule, [f"{_fill(target, match.groups())}.{leaf}" for target in rule.diffusers]
     return None
 
 
-def diffusers_tensors(name: str, tensor: torch.Tensor, rules: Sequence[Rule]) -> list[Named] | None:
+def diffusers_tensors(name: str, tensor: torch.Tensor, rules: tuple[Rule, ...]) -> list[Named] | None:
     """One official tensor under its diffusers name or names; None where no rule names it.
 
     Raises InputError for a fused tensor that does not split evenly.
@@ -207,7 +217,7 @@ def refuse_names(what: str, names: Sequence[str]) -> None:
         raise InputError(f"{what}: {', '.join(names[:3])}{more}")
 
 
-def to_diffusers(state_dict: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
+def to_diffusers(state_dict: Mapping[str, torch.Tensor], rules: tuple[Rule, ...]) -> dict[str, torch.Tensor]:
     """An official state dict under diffusers' names; InputError names the tensors that no rule knows."""
     renamed = {name: diffusers_tensors(name, tensor, rules) for name, tensor in state_dict.items()}
     refuse_names(

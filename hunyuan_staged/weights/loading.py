@@ -203,13 +203,13 @@ def assign_weights(
     """
     state = module.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()} | dict(destinations.consumed)
-    missing = dict.fromkeys(shapes)
+    modules, missing = dict(module.named_modules(remove_duplicate=False)), dict.fromkeys(shapes)
     leftover = []
     bounds: dict[str, Sequence[torch.Tensor]] = {}
 
     def put(name: str, value: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        setattr(modules[path], leaf, nn.Parameter(value, requires_grad=False))
         missing.pop(name, None)
 
     if not destinations.fill:
