@@ -96,8 +96,8 @@ class Modulations:
         if len(half) < 2:
             return
         # Step by step, as a step would: a product of all steps at once rounds differently.
-        for step, silu in enumerate(self._silu):
-            self.table[step, *place] = F.linear(silu, half["weight"], half["bias"]).view(PARTS, -1)
+        products = [F.linear(silu, half["weight"], half["bias"]) for silu in self._silu]
+        self.table[:, *place] = torch.cat(products).view(len(products), PARTS, -1)
         del self._halves[place]
         self.missing.discard(place)
 
