@@ -2,7 +2,7 @@
 
 One thread copies 4 GB/s out of a memory map to a GPU; PCIe takes 50. Here threads read pieces of the files into pinned
 buffers, which is all they do, and whoever asks for the tensors sends each piece on as it comes: no more than the buffers
-is ever in host memory, and of Python there are some 50 µs a piece, most of it on one thread.
+is ever in host memory, and the reading threads hardly need the interpreter.
 """
 
 import os
