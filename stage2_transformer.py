@@ -78,7 +78,7 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume, lenient=run.many)
     callbacks.check_stopped(start.done, options.stop_after, steps)
-    run.record_plan(denoising_records.rows(setup, plan, free))
+    run.record_plan(denoising_records.rows(setup, plan, free, start.done))
     denoiser = denoisers.load(setup, plan, run)
     run.info(denoising_records.describe(setup))
     if run.world.is_main and not start.done and not setup.enlarges_to:

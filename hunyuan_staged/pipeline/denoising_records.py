@@ -99,8 +99,8 @@ def options_to_go_on(options: DenoiseOptions) -> dict[str, Any]:
     return found
 
 
-def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[str, object]:
-    """The rows that --dry_run prints."""
+def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory, done: int = 0) -> dict[str, object]:
+    """The rows that --dry_run prints. done: steps that a stopped run has done."""
     settings, options, world = setup.settings, setup.options, setup.world
     layout = Layout(*plan_layout(world.size, settings.branches, setup.cfg_parallel))
     caching = setup.caching
@@ -109,6 +109,7 @@ def rows(setup: DenoiseSetup, plan: budget.BlockPlan, free: FreeMemory) -> dict[
         f"{settings.num_inference_steps}, guidance {settings.guidance_scale:g}",
         setup.guidance and setup.guidance.describe(),
         caching and f"{caching.type} {'as it finds' if caching.reused is None else f'reuses {caching.reused}'}",
+        done and f"{done} done already",
     )
     return {
         "version": settings.version.name,

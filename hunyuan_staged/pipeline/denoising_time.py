@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from hunyuan_staged.pipeline.denoising import DenoiseSetup
 
 
-def denoising_time(setup: "DenoiseSetup", plan: BlockPlan, card: Card) -> Expected | None:
-    """Seconds of the denoising loop on a card: as just such a step was measured, else estimated."""
+def denoising_time(setup: "DenoiseSetup", plan: BlockPlan, card: Card, done: int = 0) -> Expected | None:
+    """Seconds of the denoising loop on a card: as just such a step was measured, else estimated.
+
+    done: steps that a stopped run has done.
+    """
     settings, size, caching = setup.settings, setup.size, setup.caching
     side_by_side, shards = plan_layout(setup.world.size, settings.branches, setup.cfg_parallel)
-    # Of a draft the first steps alone.
-    least, most = computed_steps(setup.step_shares[: setup.options.stop_after], caching)
+    # Of a draft the first steps alone; what is done takes no time, and stands in its place for the cache's plan.
+    shares = [0.0] * done + setup.step_shares[done : setup.options.stop_after]
+    if not any(shares):
+        return times.measured(0)
+    least, most = computed_steps(shares, caching)
     found = timings.expected_seconds(
         card.name,
         size,

@@ -22,6 +22,7 @@ from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import decoding, encoding, encoding_records, low_resolution
 from hunyuan_staged.pipeline.forecast_denoising import assume_denoising, larger_options, likely_config
+from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, is_done, steps_done
 from hunyuan_staged.pipeline.forecast_target import (
     TITLES,
     FindTarget,
@@ -130,7 +131,10 @@ def plan_run(options: Sequence[Any], world: World, report: Reporter = SILENT) ->
     options: as of plan_processes; world: of stages 2 and 3.
     """
     encode, denoise, *more = options
-    found = plan_processes([encoding_of_run(encode, denoise), denoise, *more], world, report)
+    here = World(0, 1, world.device)
+    goes_on = denoise.resume and is_done(encode, here)
+    done = [steps_done(one, here) if goes_on and isinstance(one, DenoiseOptions) else NOTHING for one in options]
+    found = plan_processes([encoding_of_run(encode, denoise), denoise, *more], world, report, done=done)
     stages = [plan for plans in found for plan in plans]
     second = stages[1 : -1 if more else None]
     expected = times.total(stage.expected for stage in stages)
@@ -144,14 +148,19 @@ def plan_run(options: Sequence[Any], world: World, report: Reporter = SILENT) ->
 
 
 def plan_processes(
-    options: Sequence[Any], world: World, report: Reporter = SILENT, find_target: FindTarget = target_of
+    options: Sequence[Any],
+    world: World,
+    report: Reporter = SILENT,
+    find_target: FindTarget = target_of,
+    done: Sequence[StepsDone] | None = None,
 ) -> list[list[StagePlan]]:
     """The plans of what a whole run starts, one after the other: of a second stage 2 several, where it takes several runs.
 
     options: of stage 1, of stage 2, maybe of super resolution, and of stage 3; or of the first so many. find_target: what
-    they are for.
+    they are for. done: of each, the steps that need not be done again.
     """
     encode, denoise, *more = options
+    done = done or [NOTHING] * len(options)
     first = plan_encoding(encode, World(0, 1, world.device), report, find_target)
     size, picture = geometry.check_size(encode.width, encode.height), encoding.read_image(encode)
     if picture is None:
@@ -160,9 +169,9 @@ def plan_processes(
         version = versions.parse_version(first.config["transformer_version"])
         size = geometry.nearest_size(version.resolution, picture.height / picture.width)
     about = first.config, world, report, size, find_target
-    found = [[first], assume_denoising(denoise, *about)]
+    found = [[first], assume_denoising(denoise, *about, done[1])]
     if len(more) == 2:
-        found.append(assume_denoising(larger_options(more[0], found[1][0].shape), *about))
+        found.append(assume_denoising(larger_options(more[0], found[1][0].shape), *about, done[2]))
     if more:
         shape = found[-1][-1].shape
         found.append([assume_decoding(more[-1], first.config, shape, world, report, find_target)])

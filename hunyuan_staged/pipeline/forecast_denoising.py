@@ -19,6 +19,7 @@ from hunyuan_staged.pipeline.choices import Goal, choices
 from hunyuan_staged.pipeline.common import chosen_model
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.denoising_time import denoising_time
+from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, steps_done
 from hunyuan_staged.pipeline.forecast_target import (
     INPUT_VIDEO,
     LARGER,
@@ -42,14 +43,18 @@ from hunyuan_staged.weights.published import model_for_plan
 IMAGE_TOKENS = 729  # of SigLIP
 
 
-def plan_denoising(options: DenoiseOptions, world: World, report: Reporter = SILENT) -> list[StagePlan]:
+def plan_denoising(
+    options: DenoiseOptions, world: World, report: Reporter = SILENT, done: StepsDone | None = None
+) -> list[StagePlan]:
     """The plans of stage 2, for what stage 1 wrote, or for a prompt that it might be given; several where super resolution
-    takes several runs."""
+    takes several runs. done: the steps that need not be done again, None: as --resume finds them."""
     folder = Path(options.input_dir)
     if (folder / contract.EMBEDDINGS_FILE).exists():
         job = jobs.read(options)
         report.warn_or_refuse(job.mismatch, strict=options.strict)
-        return _plans(options, job, target_of(options, world), report)
+        if done is None:
+            done = steps_done(options, World(0, 1, world.device)) if options.resume else {}
+        return _plans(options, job, target_of(options, world), report, done)
     config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
     return assume_denoising(options, likely_config(config, options), world, report)
 
@@ -73,10 +78,13 @@ def assume_denoising(
     report: Reporter,
     image_size: tuple[int, int] | None = None,
     find_target: FindTarget = target_of,
+    done: StepsDone = NOTHING,
 ) -> list[StagePlan]:
-    """The plans of stage 2 for embeddings that are not there. image_size: (H, W) in px of the image, if there is one."""
+    """The plans of stage 2 for embeddings that are not there. image_size: (H, W) in px of the image, if there is one; done:
+    the steps that need not be done again."""
     job = assumed_job(options, config, image_size)
-    return _plans(options, job, find_target(options, world), report, f"a prompt of {operations.TEXT_TOKENS} tokens")
+    assumed = f"a prompt of {operations.TEXT_TOKENS} tokens"
+    return _plans(options, job, find_target(options, world), report, done, assumed)
 
 
 def assumed_job(
@@ -105,16 +113,21 @@ def assumed_job(
 
 
 def _plans(
-    options: DenoiseOptions, job: jobs.DenoiseJob, target: Target, report: Reporter, assumed: str = ""
+    options: DenoiseOptions,
+    job: jobs.DenoiseJob,
+    target: Target,
+    report: Reporter,
+    done: StepsDone,
+    assumed: str = "",
 ) -> list[StagePlan]:
     if not options.super_resolution:
-        return [_plan(denoising.resolve(options, job, target.world, report), target, assumed)]
+        return [_plan(denoising.resolve(options, job, target.world, report), target, done, assumed)]
     plans: list[StagePlan] = []
     upscaling.enlarge(
         options,
         job,
         target.world,
-        lambda setup, _: plans.append(_plan(setup, target, assumed)),
+        lambda setup, _: plans.append(_plan(setup, target, done, assumed)),
         report,
         lambda video: plans.append(_plan_video(video, options, job.config, target, report)),
     )
@@ -136,12 +149,12 @@ def _plan_video(
     return StagePlan(rows, expected, config, video.shape, video, plan, INPUT_VIDEO)
 
 
-def _plan(setup: DenoiseSetup, target: Target, assumed: str) -> StagePlan:
-    plan = planned(setup, target)
-    expected = denoising_time(setup, plan, target.card) if target.card else None
+def _plan(setup: DenoiseSetup, target: Target, done: StepsDone, assumed: str) -> StagePlan:
+    plan, steps = planned(setup, target), done.get(setup.enlarges_to, 0)
+    expected = denoising_time(setup, plan, target.card, steps) if target.card else None
     version = setup.settings.version.name
     base, larger = setup.job.config.get("transformer_version"), setup.enlarges_to
-    rows = denoising_records.rows(setup, plan, target.free)
+    rows = denoising_records.rows(setup, plan, target.free, steps)
     left_to_us = offload_asked(setup.options, setup.weights.count) is None
     resident = choices(setup, Goal(target.free, resident=True)) if plan.offloaded and left_to_us else []
     rows = finished(

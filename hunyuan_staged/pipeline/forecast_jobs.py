@@ -5,12 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from hunyuan_staged.encoders.text import glyph_text
 from hunyuan_staged.errors import JOBS_FAILED, InputError
-from hunyuan_staged.files import contract
 from hunyuan_staged.jobs.reading import Job, Jobs, options_of_job
 from hunyuan_staged.memory import expected as times
 from hunyuan_staged.memory.budget import gib
@@ -18,19 +16,12 @@ from hunyuan_staged.memory.expected import Expected
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import (
-    decoding,
-    decoding_records,
-    denoising,
-    denoising_records,
-    encoding,
-    encoding_records,
     forecast,
     forecast_denoising,
     groups,
     job_folders,
-    jobs,
-    upscaling,
 )
+from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, is_done, steps_done
 from hunyuan_staged.pipeline.forecast_target import LARGER, TITLES, Rows, StagePlan, Target, target_of, time_of_run
 from hunyuan_staged.run_options import RunOptions
 
@@ -53,11 +44,13 @@ class PlanRun(Protocol):
 @dataclass(frozen=True)
 class Planned:
     """A job's plan. own: its options for each process of the run; done: of each, whether its part is there; plans: of
-    each; why_not: what says that it cannot be made, else empty."""
+    each; why_not: what says that it cannot be made, else empty; world: one process here; steps: done, of each."""
 
     job: Job
     own: Sequence[Any]
     done: Sequence[bool]
+    world: World
+    steps: Sequence[StepsDone] = ()
     plans: Sequence[Sequence[StagePlan]] = ()
     why_not: str = ""
 
@@ -95,10 +88,13 @@ def plan_all(options: Sequence[Any], found: Sequence[Job], world: World) -> tupl
 
 # -- a job's plan --
 
-Plan = Callable[[Sequence[Any], Sequence[int]], list[list[StagePlan]]]  # of a job's options and the sizes of groups
+# Of a job's options, the sizes of groups, and the steps that are done, of each process.
+Plan = Callable[[Sequence[Any], Sequence[int], Sequence[StepsDone]], list[list[StagePlan]]]
 
 
-def plan_processes(own: Sequence[Any], sizes: Sequence[int], world: World) -> list[list[StagePlan]]:
+def plan_processes(
+    own: Sequence[Any], sizes: Sequence[int], done: Sequence[StepsDone], world: World
+) -> list[list[StagePlan]]:
     """The plans of a whole run of one job, in groups of these sizes."""
     encode, denoise, *more = own
 
@@ -107,16 +103,17 @@ def plan_processes(own: Sequence[Any], sizes: Sequence[int], world: World) -> li
         index = {EncodeOptions: 0, DenoiseOptions: 2 if larger else 1}.get(type(options), len(own) - 1)
         return target_of(options, World(0, sizes[index], world.device))
 
-    return forecast.plan_processes(
-        [forecast.encoding_of_run(encode, denoise), denoise, *more], world, find_target=find_target
-    )
+    options = [forecast.encoding_of_run(encode, denoise), denoise, *more]
+    return forecast.plan_processes(options, world, find_target=find_target, done=done)
 
 
-def plan_stage(own: Sequence[Any], sizes: Sequence[int], world: World) -> list[list[StagePlan]]:
+def plan_stage(
+    own: Sequence[Any], sizes: Sequence[int], done: Sequence[StepsDone], world: World
+) -> list[list[StagePlan]]:
     """The plan of one stage of one job, for what lies in its folder, else for what is likely to."""
     (options,), group = own, World(0, sizes[0], world.device)
     if isinstance(options, DenoiseOptions):
-        return [forecast_denoising.plan_denoising(options, group)]
+        return [forecast_denoising.plan_denoising(options, group, done=done[0])]
     if isinstance(options, EncodeOptions):
         return [[forecast.plan_encoding(options, group)]]
     return [[forecast.plan_decoding(options, group)]]
@@ -126,10 +123,11 @@ def remembered(plan: Plan) -> Plan:
     """The same, made once for all jobs of whose options and folders it says the same."""
     known: dict[object, list[list[StagePlan]]] = {}
 
-    def find(own: Sequence[Any], sizes: Sequence[int]) -> list[list[StagePlan]]:
-        key = tuple(sizes), tuple(_alike(one, alone=len(own) == 1) for one in own)
+    def find(own: Sequence[Any], sizes: Sequence[int], done: Sequence[StepsDone]) -> list[list[StagePlan]]:
+        alike = tuple(_alike(one, alone=len(own) == 1) for one in own)
+        key = alike, tuple(sizes), tuple(frozenset(steps.items()) for steps in done)
         if key not in known:
-            known[key] = plan(own, sizes)
+            known[key] = plan(own, sizes, done)
         return known[key]
 
     return find
@@ -149,11 +147,12 @@ def _looked_at(options: Sequence[Any], job: Job, world: World) -> Planned:
     """A job and what of it is there; what follows on something that is still to be made is not."""
     own: list[Any] = []
     done: list[bool] = []
+    world = World(0, 1, world.device)
     for one in options:
         number = NUMBERS[type(one)]
         own.append(job_folders.placed(options_of_job(one, job), job, number))
-        done.append(all(done) and is_done(own[-1], World(0, 1, world.device)))
-    return Planned(job, own, done)
+        done.append(all(done) and is_done(own[-1], world))
+    return Planned(job, own, done, world)
 
 
 def _planned(one: Planned, plan: Plan, sizes: Sequence[int]) -> Planned:
@@ -161,49 +160,17 @@ def _planned(one: Planned, plan: Plan, sizes: Sequence[int]) -> Planned:
     if one.done[-1]:
         return one
     try:
-        return replace(one, plans=plan(one.own, sizes))
+        steps = [_steps_done(one, index) for index in range(len(one.own))]
+        return replace(one, steps=steps, plans=plan(one.own, sizes, steps))
     except InputError as error:
         return replace(one, why_not=str(error).removeprefix("--"))
 
 
-# -- what is done --
-
-
-def is_done(own: Any, world: World) -> bool:
-    """Whether what a stage makes by these options is there, made from all that determines it."""
-    here = replace(own, dry_run=False, assume_gpu=None)
-    try:
-        if isinstance(own, EncodeOptions):
-            return _is_encoded(here, world)
-        return _is_denoised(here, world) if isinstance(own, DenoiseOptions) else _is_decoded(here, world)
-    except InputError:  # the stage itself will say what is wrong
-        return False
-
-
-def _is_encoded(own: EncodeOptions, world: World) -> bool:
-    there = (Path(own.output_dir) / contract.EMBEDDINGS_FILE).is_file()
-    return there and encoding_records.is_written(encoding.resolve(own, encoding.read_image(own), world))
-
-
-def _is_denoised(own: DenoiseOptions, world: World) -> bool:
-    file = contract.at_resolution(contract.LATENTS_FILE, own.super_resolution)
-    if own.input_video or not (jobs.output_dir(own) / file).is_file():
-        return False
-    found: list[bool] = []
-
-    def look(setup: denoising.DenoiseSetup, _: bool = False) -> None:
-        found.append(denoising_records.finished(setup, denoising_records.identity(setup).digest()) is not None)
-
-    if own.super_resolution:
-        upscaling.enlarge(own, jobs.read(own), world, look)
-    else:
-        look(denoising.resolve(own, jobs.read(own), world))
-    return all(found)
-
-
-def _is_decoded(own: DecodeOptions, world: World) -> bool:
-    setup = decoding.resolve(own, decoding.read_job(own), world)
-    return decoding_records.is_written(setup, decoding_records.made_from(setup))
+def _steps_done(one: Planned, index: int) -> StepsDone:
+    """Of a job's process, which goes on from a state without --resume, too, where what it follows on is there."""
+    own = one.own[index]
+    goes_on = isinstance(own, DenoiseOptions) and all(one.done[:index])
+    return steps_done(own, one.world) if goes_on else NOTHING
 
 
 # -- all jobs --
@@ -240,7 +207,7 @@ def _size(options: Sequence[Any], index: int, todo: Sequence[Planned], plan: Pla
 
     def fits(size: int) -> bool:
         try:
-            plan(longest.own, [size if at == index else 1 for at in range(len(options))])
+            plan(longest.own, [size if at == index else 1 for at in range(len(options))], [NOTHING] * len(options))
         except InputError:
             return False
         return True
@@ -264,6 +231,9 @@ def _rows_of(
         rows["videos"] = "; ".join(f"{number} of {video}" for video, number in videos.most_common())
     if not isinstance(options, EncodeOptions):
         rows["groups"] = f"{count} of {size} process{'es' * (size > 1)}, a video each at a time"
+    steps = sum(sum(one.steps[index].values()) for one in left)
+    if steps:
+        rows["steps"] = f"{steps} done already"
     peaks = {one.job.name: max(plan.memory.total for plan in one.plans[index]) for one in left}
     worst = max(peaks, key=lambda name: peaks[name])
     rows |= {"memory": f"{gib(peaks[worst])} at most, of {worst}", "free": last[0]["free"]}

@@ -5,16 +5,23 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT
 from folders import embed
 from forked import run_stage
 
 import stage1_text_encoder
 import utils
-from hunyuan_staged.memory import available
+from hunyuan_staged.memory import available, timings
 from hunyuan_staged.memory.budget import FreeMemory
+from hunyuan_staged.memory.expected import measured
+from hunyuan_staged.options import DenoiseOptions, EncodeOptions
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline.forecast_denoising import assume_denoising
+from hunyuan_staged.runtime.progress import SILENT
 from hunyuan_staged.stage_flags import read_whole_run
 
 TITLES = ["stage 1: prompt → embeddings", "stage 2: embeddings → latents", "stage 3: latents → video", "the whole run"]
@@ -210,3 +217,59 @@ def test_a_version_without_a_file_is_for_plans(tmp_path, tiny_official):
     assert (status, said.splitlines()[-1]) == (
         *(2, "error: --transformer_version belongs to a file as --transformer, or to --dry_run"),
     )
+
+
+def test_steps_that_a_saved_state_holds_are_not_counted_again(tmp_path, tiny_official, capsys):
+    """Of stage 2 and of a whole run, with --resume alone, by what the run itself would go on from."""
+    folder, said = tmp_path / "out", tmp_path / "said"
+    assert run_stage(1, "--model_path", tiny_official, "--output_dir", folder, said=said)[0] == 0
+    small = ["--video_length", 5, "--num_inference_steps", 4]
+    stage = ["--input_dir", folder, *small]
+    assert run_stage(2, *stage, "--stop_after", 3, said=said)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    def steps_of(*flags: object) -> list[str]:
+        argv = ["--dry_run", "--model_path", tiny_official, "--output_dir", folder, *small, *flags]
+        lists = read_whole_run([*map(str, argv)]).lists
+        assert utils.plan_script(["1", *map(json.dumps, lists)]) == 0
+        whole = plans(capsys.readouterr().out)[TITLES[1]]["steps"]
+        told = run_stage(2, *stage, "--dry_run", *flags, said=said)[1]
+        return [whole, *re.findall(r"(?m)^steps +(.*)$", told), *re.findall(r"(?m)^error: (.*)", told)]
+
+    assert steps_of() == ["4, guidance 6"] * 2, "without --resume it begins anew"
+    assert steps_of("--resume") == ["4, guidance 6, 3 done already"] * 2
+    status, told = run_stage(2, *stage, "--dry_run", "--resume", "--seed", 7, said=said)
+    assert status == 2 and "stage2_state.safetensors belongs to other settings: seed: was 42, now 7" in told
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert run_stage(2, *stage, "--resume", said=said)[0] == 0
+    assert steps_of("--resume") == ["4, guidance 6, 4 done already"] * 2, "latents that are there are taken as they are"
+    told = run_stage(2, *stage, "--dry_run", "--resume", said=said)[1]
+    assert re.search(r"(?m)^expected time +under 0.1 s \(measured", told), told
+
+
+def test_a_plan_for_another_prompt_counts_all_steps(tmp_path, tiny_official, capsys):
+    """Stage 1 is going to write other embeddings, of which there is no state."""
+    folder, said = tmp_path / "out", tmp_path / "said"
+    assert run_stage(1, "--model_path", tiny_official, "--output_dir", folder, said=said)[0] == 0
+    assert run_stage(2, "--input_dir", folder, "--video_length", 5, "--stop_after", 1, said=said)[0] == 0
+    for prompt, more in ((EncodeOptions().prompt, ", 1 done already"), ("a cat", "")):
+        argv = ["--dry_run", "--resume", "--model_path", tiny_official, "--output_dir", folder, "--video_length", 5]
+        lists = read_whole_run([*map(str, argv), "--prompt", prompt]).lists
+        assert utils.plan_script(["1", *map(json.dumps, lists)]) == 0
+        assert plans(capsys.readouterr().out)[TITLES[1]]["steps"] == f"30, guidance 6{more}"
+
+
+@pytest.mark.parametrize(
+    ("cache", "steps"), [({}, 2.0), ({"enable_cache": True, "cache_type": "teacache", "cache_steps": "0,1,2,4"}, 1.0)]
+)
+def test_the_time_is_that_of_the_steps_that_are_left(cache, steps):
+    """Of five, three of which are done; of a cache the fourth is reused, by its number."""
+    options = DenoiseOptions(dry_run=True, assume_gpu="4090", num_inference_steps=5, **cache)
+    config = {"model_path": "nobody/Model-480p_t2v", "transformer_version": "480p_t2v"}
+    world = World(0, 1, torch.device("cpu"))
+    two, one = (assume_denoising(options, config, world, SILENT, done={None: done})[0].expected for done in (3, 4))
+    kept = timings.reused_shares()["teacache"] if cache else 0.0
+    assert two.least == pytest.approx((steps + kept) * one.least) and one.least > 0
+    assert assume_denoising(options, config, world, SILENT, done={None: 5})[0].expected == measured(0)
+    draft = replace(options, stop_after=4)
+    assert assume_denoising(draft, config, world, SILENT, done={None: 4})[0].expected == measured(0)

@@ -113,6 +113,29 @@ def test_what_is_done_is_not_planned_again(tmp_path, jobs, tiny_official):
     assert files(runs) == before
 
 
+def test_steps_of_drafts_are_not_counted_again(plan_run, tmp_path, jobs, tiny_official):
+    """Jobs go on from their states without --resume, too; a whole run, where their embeddings are of their prompts."""
+    runs, second = tmp_path / "runs", "stage 2: embeddings → latents"
+    assert (
+        run_stage(1, "--model_path", tiny_official, "--jobs", jobs, "--output_dir", runs, said=tmp_path / "said")[0]
+        == 0
+    )
+    lines = jobs.read_text()
+    jobs.write_text("\n".join(lines.splitlines()[:2]))
+    args = ["--jobs", jobs, "--input_dir", runs, *SMALL]
+    assert run_stage(2, *args, "--stop_after", 3, said=tmp_path / "said")[0] == 0
+    jobs.write_text(lines)
+    status, said = run_stage(2, *args, "--dry_run", said=tmp_path / "said")
+    assert status == 0 and plans(said)[second]["steps"] == "6 done already", said
+    found = plan_run("--model_path", tiny_official)[0][second]
+    assert (found["jobs"], found["steps"]) == ("3: 0 done, 3 to make", "6 done already")
+    assert "steps" not in plan_run("--model_path", tiny_official, "--guidance_scale", 1)[0][second], "of other settings"
+    jobs.write_text(lines.replace('"prompt": "a"', '"prompt": "d"'))
+    assert plan_run("--model_path", tiny_official)[0][second]["steps"] == "3 done already"
+    told = plan_run("--model_path", tiny_official, "--guidance_scale", 1, "--resume")[1]
+    assert "cannot be made: two: " in told and "belongs to other settings: guidance_scale: was 6.0, now 1.0" in told
+
+
 def test_stage_3_knows_its_videos(tmp_path, tiny_official):
     jobs, runs = tmp_path / "jobs.csv", tmp_path / "runs"
     jobs.write_text("name\none\ntwo\n")

@@ -178,6 +178,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(done, again, step):
     assert status == 143, said
     assert load_state(again, "demo_hd")[1]["step"] == str(step)
     assert not (again / LARGER).exists() and not (again / contract.STATE_FILE).exists()
+    assert planned(enlarge(again, "--dry_run", "--resume")[1], "steps") == f"6, guidance 1, {step} done already"
     status, said = enlarge(again, "--resume")
     assert status == 0, said
     assert f"going on after step {step} of 6, from {again / STATE}" in said
@@ -385,6 +386,9 @@ def test_480p_becomes_1080p_in_two_runs(tmp_path, tiny_enlarging):
     assert run("720p")[0] == 0
     middle = folder / contract.at_resolution(contract.LATENTS_FILE, "720p")
     made = middle.read_bytes()
+    status, said = run("1080p", "--dry_run", "--resume")
+    assert status == 0, said
+    assert re.findall(r"(?m)^steps +(.*)", said) == ["1, guidance 1, 1 done already", "1, guidance 1"]
     file = tiny_enlarging / "upsampler" / "720p_sr_distilled" / "diffusion_pytorch_model.safetensors"
     status, said = run("1080p", "--super_resolution_upsampler", file)
     assert status == 2

@@ -1,0 +1,99 @@
+"""What of a run is there already, as a plan counts it: files made from the same, and the steps of a stopped stage 2."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import contract
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
+from hunyuan_staged.parallel.world import World
+from hunyuan_staged.pipeline import (
+    decoding,
+    decoding_records,
+    denoising,
+    denoising_records,
+    encoding,
+    encoding_records,
+    jobs,
+    upscaling,
+)
+from hunyuan_staged.sampling.state import RunIdentity, StateSaver
+from hunyuan_staged.versions import SUPER_RESOLUTION
+
+# How many steps of a stage 2 need not be done again, by what a run of it enlarges to; None: of the base run.
+StepsDone = Mapping[str | None, int]
+NOTHING: StepsDone = MappingProxyType({})
+
+
+def is_done(own: Any, world: World) -> bool:
+    """Whether what a stage makes by these options is there, made from all that determines it."""
+    here = replace(own, dry_run=False, assume_gpu=None)
+    try:
+        if isinstance(own, EncodeOptions):
+            return _is_encoded(here, world)
+        return _is_denoised(here, world) if isinstance(own, DenoiseOptions) else _is_decoded(here, world)
+    except InputError:  # the stage itself will say what is wrong
+        return False
+
+
+def _is_encoded(own: EncodeOptions, world: World) -> bool:
+    there = (Path(own.output_dir) / contract.EMBEDDINGS_FILE).is_file()
+    return there and encoding_records.is_written(encoding.resolve(own, encoding.read_image(own), world))
+
+
+def _is_denoised(own: DenoiseOptions, world: World) -> bool:
+    file = contract.at_resolution(contract.LATENTS_FILE, own.super_resolution)
+    if own.input_video or not (jobs.output_dir(own) / file).is_file():
+        return False
+    found: list[bool] = []
+
+    def look(setup: denoising.DenoiseSetup) -> None:
+        found.append(denoising_records.finished(setup, denoising_records.identity(setup).digest()) is not None)
+
+    _look_at_runs(own, world, look)
+    return all(found)
+
+
+def _is_decoded(own: DecodeOptions, world: World) -> bool:
+    setup = decoding.resolve(own, decoding.read_job(own), world)
+    return decoding_records.is_written(setup, decoding_records.made_from(setup))
+
+
+def _look_at_runs(own: DenoiseOptions, world: World, look: Callable[[denoising.DenoiseSetup], None]) -> None:
+    """Look at each run of a stage 2, by what lies in its folder; InputError at the first whose input is not there."""
+    if own.super_resolution:
+        upscaling.enlarge(own, jobs.read(own), world, lambda setup, _: look(setup))
+    else:
+        look(denoising.resolve(own, jobs.read(own), world))
+
+
+def steps_done(own: DenoiseOptions, world: World) -> StepsDone:
+    """The steps that a stage 2 which goes on finds done, in finished latents or in a state.
+
+    world: of one process. InputError, with --resume, for a state that is broken or of other settings, as of the stage
+    itself; without it such a state counts for nothing. Of a video that is the input nothing is known before it is encoded.
+    """
+    folder = jobs.output_dir(own)
+    sizes = None, *SUPER_RESOLUTION
+    names = [
+        contract.at_resolution(file, size) for file in (contract.STATE_FILE, contract.LATENTS_FILE) for size in sizes
+    ]
+    if own.input_video or not any((folder / name).is_file() for name in names):
+        return NOTHING
+    runs: list[tuple[denoising.DenoiseSetup, RunIdentity]] = []
+    with contextlib.suppress(InputError):  # the plan says what is wrong; and what has no input yet has not begun
+        here = replace(own, dry_run=False, assume_gpu=None)
+        _look_at_runs(here, world, lambda setup: runs.append((setup, denoising_records.identity(setup))))
+    return {setup.enlarges_to: _steps_done(setup, identity, folder) for setup, identity in runs}
+
+
+def _steps_done(setup: denoising.DenoiseSetup, identity: RunIdentity, folder: Path) -> int:
+    steps = setup.settings.num_inference_steps
+    if denoising_records.finished(setup, identity.digest()):
+        return steps
+    saver = StateSaver(folder, identity, steps=steps, every=0, world=setup.world)
+    return saver.load(setup.shape, resume=setup.options.resume, lenient=True).done
