@@ -3,11 +3,16 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -21,6 +26,25 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--real", metavar="DIR", help="a folder that the TPU suite wrote with the published weights")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def ranks(request: pytest.FixtureRequest) -> Iterator["Ranks"]:
+    """Processes on CPUs (gloo); with `-m gpu` on this machine's GPUs (NCCL), of which it takes two."""
+    from ranks import Ranks, precise
+
+    if request.param == "cpu":
+        yield Ranks(torch.device("cpu"))
+        return
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip(f"NCCL needs two GPUs, and there are {count}")
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    former = [backend.allow_tf32 for backend in backends]
+    precise()
+    yield Ranks(torch.device("cuda", 0), count)
+    for backend, allowed in zip(backends, former, strict=True):
+        backend.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def build(folder, config: dict, shapes: str):
     return model.eval()
 
 
-def golden(folder, name: str):
+def golden(folder, name: str, device: torch.device = CPU):
     """The golden tensors under stage 1's names, and the model that made them."""
     tensors, metadata = load(folder / f"{name}.safetensors")
     model = build(folder, json.loads(metadata["config"]), SHAPES[name])
@@ -52,7 +52,7 @@ def golden(folder, name: str):
         "prompt_embeds_mask_2": tensors["byt5_mask"],
         "image_embeds": tensors["vision_states"],
     }
-    return tensors, model, Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
+    return tensors, model, Conditioning.from_embeddings(embeddings, device=device, dtype=torch.float32)
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -84,21 +84,37 @@ def golden_upsampler(folder: Path, kind: str, config: dict):
 
 
 def forward(
-    folder, name: str, layout: Layout | None = None, mode: str = "torch", *, offloaded: bool = False
+    folder,
+    name: str,
+    layout: Layout | None = None,
+    mode: str = "torch",
+    *,
+    offloaded: bool = False,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
-    tensors, model, conditioning = golden(folder, name)
-    attention = choose_attention(mode, CPU, torch.float32)
-    blocks = stream_blocks(model, CPU, 1) if offloaded else None
+    tensors, model, conditioning = golden(folder, name, device)
+    attention = choose_attention(mode, device, torch.float32)
+    blocks = stream_blocks(model, device, 1) if offloaded else None
+    model = model if offloaded else model.to(device)
     velocity = Transformer(model, attention, tensors["hidden_states"].shape[2:], layout, blocks)
-    return velocity(tensors["hidden_states"], tensors["timestep"], conditioning, tensors.get("timestep_r"))
+    hidden_states = tensors["hidden_states"].to(device)
+    return velocity(hidden_states, tensors["timestep"], conditioning, tensors.get("timestep_r"))
 
 
-def run_loop(folder, layout: Layout | None = None, on_step=None, cache_type: str | None = None) -> torch.Tensor:
+def run_loop(
+    folder,
+    layout: Layout | None = None,
+    on_step=None,
+    cache_type: str | None = None,
+    *,
+    device: torch.device = CPU,
+) -> torch.Tensor:
     tensors, metadata = load(folder / "loop_cfg6_shift5.safetensors")
     model_config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
-    branches = golden_branches(tensors)
-    attention = choose_attention("torch", CPU, torch.float32)
-    velocity = Transformer(build(folder, model_config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
+    branches, noise = golden_branches(tensors, device), tensors["noise"].to(device)
+    attention = choose_attention("torch", device, torch.float32)
+    model = build(folder, model_config, "dit_shapes").to(device)
+    velocity = Transformer(model, attention, noise.shape[2:], layout)
     cache = None
     if cache_type:
         given: dict[str, float] = {"cache_start_step": 1, "cache_end_step": 5, "cache_step_interval": 2}
@@ -107,8 +123,8 @@ def run_loop(folder, layout: Layout | None = None, on_step=None, cache_type: str
         cache = Cache(settings, layout or Layout(), velocity.total)
     return denoise(
         velocity,
-        tensors["noise"],
-        condition_channels(tensors["noise"], None),
+        noise,
+        condition_channels(noise, None),
         branches,
         flow_sigmas(int(metadata["steps"]), float(metadata["shift"])),
         Sampling(float(metadata["guidance_scale"]), layout=layout, cache=cache),

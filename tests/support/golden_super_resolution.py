@@ -21,18 +21,20 @@ from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas, super_resolution_noise
 
 
-def conditioning_of_row(tensors: dict, row: int = 0):
+def conditioning_of_row(tensors: dict, row: int = 0, device: torch.device = CPU):
     names = ("text_states", "text_mask", "byt5_states", "byt5_mask")
     ours = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
     embeddings = {our: tensors[name][row : row + 1] for our, name in zip(ours, names, strict=True)}
     embeddings["image_embeds"] = tensors["vision_states"]
-    return Conditioning.from_embeddings(embeddings, device=CPU, dtype=torch.float32)
+    return Conditioning.from_embeddings(embeddings, device=device, dtype=torch.float32)
 
 
-def golden_transformer(folder: Path, latent_size, layout: Layout | None = None) -> Transformer:
+def golden_transformer(
+    folder: Path, latent_size, layout: Layout | None = None, device: torch.device = CPU
+) -> Transformer:
     config = json.loads(load(folder / "sr_dit_t2v.safetensors")[1]["config"])
-    model = build(folder, config, "sr_dit_shapes")
-    return Transformer(model, choose_attention("torch", CPU, torch.float32), latent_size, layout)
+    model = build(folder, config, "sr_dit_shapes").to(device)
+    return Transformer(model, choose_attention("torch", device, torch.float32), latent_size, layout)
 
 
 @dataclass
@@ -57,17 +59,19 @@ class Golden:
         image = condition_channels(self.tensors["noise"], self.tensors.get("image_latents"))
         return LowResolutionCondition(image, augment(self.upsampled(), noise))
 
-    def run(self, *, condition=None, shift=None, meanflow=True, layout=None, velocity=None) -> list[torch.Tensor]:
+    def run(
+        self, *, condition=None, shift=None, meanflow=True, layout=None, velocity=None, device=CPU
+    ) -> list[torch.Tensor]:
         """The latents after each step."""
         noise, _ = super_resolution_noise(self.tensors["noise"].shape, int(self.metadata["seed"]), torch.float32)
         guidance_scale = float(self.metadata["guidance_scale"])
-        transformer = golden_transformer(self.folder, noise.shape[2:], layout)
+        transformer = golden_transformer(self.folder, noise.shape[2:], layout, device)
         steps: list[torch.Tensor] = []
         denoise(
             transformer if velocity is None else lambda *args: velocity(transformer, *args),
-            noise,
+            noise.to(device),
             condition or self.condition(),
-            [conditioning_of_row(self.tensors, row) for row in range(2 if guidance_scale > 1 else 1)],
+            [conditioning_of_row(self.tensors, row, device) for row in range(2 if guidance_scale > 1 else 1)],
             flow_sigmas(int(self.metadata["steps"]), shift or float(self.metadata["shift"])),
             Sampling(guidance_scale, meanflow, layout),
             on_step=lambda _, latents, __: steps.append(latents),

@@ -25,13 +25,15 @@ PLANS = {"gated": GuidancePlan(STEPS, 0.0, 0.5, 1), "every second": GuidancePlan
 def run_loop(folder, plan: GuidancePlan, layout: Layout | None = None, world: World | None = None, **resumed):
     """The latents of guided steps of the golden model with a cache, and the state after step 3."""
     tensors, _ = load(folder / "loop_cfg6_shift5.safetensors")
+    device = world.device if world else CPU
+    noise = tensors["noise"].to(device)
     config = json.loads(load(folder / "dit_t2v.safetensors")[1]["config"])
-    attention = choose_attention("torch", CPU, torch.float32)
-    forward = Transformer(build(folder, config, "dit_shapes"), attention, tensors["noise"].shape[2:], layout)
+    attention = choose_attention("torch", device, torch.float32)
+    forward = Transformer(build(folder, config, "dit_shapes").to(device), attention, noise.shape[2:], layout)
     cache, guidance, states = Cache(TEACACHE, layout or Layout(), forward.total), Guidance(plan), {}
     done, state = resumed.get("done", 0), resumed.get("state", {})
-    cache.restore(state, done, CPU, 2)
-    guidance.restore(state, done, tensors["noise"])
+    cache.restore(state, done, device, 2)
+    guidance.restore(state, done, noise)
 
     def on_step(index, latents, clean):
         more = cache.tensors(world or World(0, 1, CPU)) | guidance.tensors(index + 1)
@@ -40,9 +42,9 @@ def run_loop(folder, plan: GuidancePlan, layout: Layout | None = None, world: Wo
 
     latents = denoise(
         forward,
-        state.get("latents", tensors["noise"]),
-        condition_channels(tensors["noise"], None),
-        golden_branches(tensors),
+        state.get("latents", noise).to(device),
+        condition_channels(noise, None),
+        golden_branches(tensors, device),
         flow_sigmas(STEPS, 5.0),
         Sampling(6.0, layout=layout, cache=cache, start=done, guidance=guidance),
         on_step=on_step,

@@ -20,7 +20,9 @@ def loaded(folder: Path, offloaded: int, world: World = ALONE, weights_dtype: st
 
     def load(destinations: loading.Destinations):
         return components.load_transformer(
-            source, "demo_t2v", device=CPU, dtype=torch.float32, skeleton=skeleton, destinations=destinations
+            source, "demo_t2v", device=world.device, dtype=torch.float32, skeleton=skeleton, destinations=destinations
         )
 
-    return load_offloaded(skeleton, "transformer_blocks", offloaded, load, device=CPU, dtype=torch.float32, world=world)
+    return load_offloaded(
+        skeleton, "transformer_blocks", offloaded, load, device=world.device, dtype=torch.float32, world=world
+    )

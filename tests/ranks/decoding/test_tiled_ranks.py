@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from small_vae import CONFIG, decode_tiles, decoded, draw_latents, tiny_decoder
 
 from hunyuan_staged.decoding import tiled
@@ -13,10 +12,10 @@ from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.parallel.world import World
 
 
-def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
+def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Decode as the first n of these processes would, for each n; rank 0 returns what it wrote."""
     results = {}
-    decoder, latents = tiny_decoder(), draw_latents(3, 5, 7)
+    decoder, latents = tiny_decoder().to(world.device), draw_latents(3, 5, 7)
     for size in counts:
         for tile_size in (64, 96, None):
             if world.rank >= size:
@@ -33,22 +32,23 @@ def decode_as(world: World, counts: tuple[int, ...]) -> dict[str, np.ndarray]:
                 assert list(decode_tiles(decoder, latents, CONFIG, **options)) == []
             else:
                 video = decoded(decoder, latents, CONFIG, **options)
-                results[json.dumps([size, tile_size, "frames"])] = video.frames.numpy()
-                results[json.dumps([size, tile_size, "floats"])] = video.floats.numpy()
+                results[json.dumps([size, tile_size, "frames"])] = video.frames
+                results[json.dumps([size, tile_size, "floats"])] = video.floats
     return results
 
 
-def test_any_number_of_ranks_gives_the_same_bits():
+def test_any_number_of_ranks_gives_the_same_bits(ranks):
     """Six tiles of 64 px; four of 96 px, fewer than the six ranks; one, whole."""
     counts = [len(tiled.plan_decode(draw_latents(3, 5, 7), CONFIG, Tiling(n)).tiles) for n in (64, 96, None)]
     assert counts == [6, 4, 1]
-    results = run_ranks(6, decode_as, (1, 2, 3, 4, 6))[0]
-    assert len(results) == 5 * 3 * 2
-    for name, array in results.items():
+    sizes = ranks.up_to((1, 2, 3, 4, 6))
+    results = ranks.run(sizes[-1], decode_as, sizes)[0]
+    assert len(results) == len(sizes) * 3 * 2
+    for name, pixels in results.items():
         size, *rest = json.loads(name)
         # Equal to the bit: the ranks only decode, and rank 0 does all later arithmetic.
-        assert np.array_equal(array, results[json.dumps([1, *rest])]), f"{size} ranks, {rest}"
-    assert results[json.dumps([1, 64, "frames"])].std() > 1
+        assert ranks.same_pixels(pixels, results[json.dumps([1, *rest])]), f"{size} ranks, {rest}"
+    assert results[json.dumps([1, 64, "frames"])].float().std() > 1
 
 
 def transfers(world: World) -> tuple[int, int]:
@@ -80,8 +80,8 @@ def transfers(world: World) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def test_pieces_travel_in_batches_alone():
+def test_pieces_travel_in_batches_alone(ranks):
     """What is sent by itself, torch puts in a queue with all else, and warns of it on every rank."""
-    (received, *rest), *others = run_ranks(3, transfers)
+    (received, *rest), *others = ranks.run(ranks.up_to((2, 3))[-1], transfers)
     assert rest == [0] and received == sum(sent for sent, _ in others) > 0
-    assert [alone for _, alone in others] == [0, 0]
+    assert all(alone == 0 for _, alone in others)

@@ -2,43 +2,45 @@
 
 import json
 
-import numpy as np
 import pytest
-from ranks import run_ranks
-from small_vae import CONFIG, decode, draw_latents, tiny_decoder
+import torch
+from small_vae import CONFIG, decode, draw_latents, rough_decoder, tiny_decoder
 
 from hunyuan_staged.decoding import whole
 from hunyuan_staged.decoding.frames import DecodeContext
 from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.parallel.world import World
 
+# Rows of latents, latent frames of a chunk, frames of a piece.
+CASES = ((11, 2, 3), (5, 1, None))
 
-def decode_as(
-    world: World, sizes: tuple[int, ...], height: int, latent_frames_per_chunk: int, piece: int | None
-) -> dict[str, np.ndarray]:
-    """Decode as the first n of these processes would, for each n; rank 0 returns what it got."""
+
+def decode_as(world: World, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Decode each case as the first n of these processes would, for each n; rank 0 returns what it got."""
     results = {}
-    for size in sizes:
-        if world.rank < size:
-            part = World(world.rank, size, world.device)
-            chunks = {"latent_frames_per_chunk": latent_frames_per_chunk, "frames_per_piece": piece}
-            video = decode(draw_latents(3, height, 7), world=part, **chunks)
-            assert (video is None) == (world.rank > 0)
-            if video is not None:
-                results[json.dumps([size, "frames"])] = video.frames.numpy()
-                results[json.dumps([size, "floats"])] = video.floats.numpy()
+    for height, latent_frames_per_chunk, piece in CASES:
+        for size in sizes:
+            if world.rank < size:
+                part = World(world.rank, size, world.device)
+                chunks = {"latent_frames_per_chunk": latent_frames_per_chunk, "frames_per_piece": piece}
+                decoder = rough_decoder().to(world.device)
+                video = decode(draw_latents(3, height, 7), world=part, decoder=decoder, **chunks)
+                assert (video is None) == (world.rank > 0)
+                if video is not None:
+                    results[json.dumps([height, size, "frames"])] = video.frames
+                    results[json.dumps([height, size, "floats"])] = video.floats
     return results
 
 
-@pytest.mark.parametrize(("height", "latent_frames_per_chunk", "piece"), [(11, 2, 3), (5, 1, None)])
-def test_any_number_of_ranks_gives_the_same_bits(height, latent_frames_per_chunk, piece):
+def test_any_number_of_ranks_gives_the_same_bits(ranks):
     """Rows that do not divide, one row each, and more ranks than rows."""
-    results = run_ranks(8, decode_as, (1, 2, 3, 4, 8), height, latent_frames_per_chunk, piece)[0]
-    assert len(results) == 5 * 2
-    for name, array in results.items():
-        size, what = json.loads(name)
-        assert np.array_equal(array, results[json.dumps([1, what])]), f"{size} ranks, {what}"
-    assert results[json.dumps([1, "frames"])].std() > 1
+    sizes = ranks.up_to((1, 2, 3, 4, 8))
+    results = ranks.run(sizes[-1], decode_as, sizes)[0]
+    assert len(results) == len(CASES) * len(sizes) * 2
+    for name, pixels in results.items():
+        height, size, what = json.loads(name)
+        assert ranks.same_pixels(pixels, results[json.dumps([height, 1, what])]), f"{height} rows, {size} ranks, {what}"
+    assert all(results[json.dumps([height, 1, "frames"])].float().std() > 1 for height, *_ in CASES)
 
 
 def counted(world: World) -> list[tuple[int, int]]:
@@ -53,12 +55,16 @@ def counted(world: World) -> list[tuple[int, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "exchange", exchange)
         how = Decoding(None, 1, "", {})
-        list(whole.decode_whole(tiny_decoder(), draw_latents(2, 6, 3), CONFIG, how, DecodeContext(world)))
+        list(
+            whole.decode_whole(
+                tiny_decoder().to(world.device), draw_latents(2, 6, 3), CONFIG, how, DecodeContext(world)
+            )
+        )
     return batches
 
 
-def test_halos_go_in_one_batch_a_layer():
-    first, middle, last = run_ranks(3, counted)
+def test_halos_go_in_one_batch_a_layer(ranks):
+    first, middle, last = ranks.run(3, counted)
     # Convolutions: before the chunks conv_in and 4 of the mid block; then 2 a level, 4 upsamplers, conv_out.
     before, chunk = 5, 5 * 2 + 4 + 1
     halos = before + 2 * chunk

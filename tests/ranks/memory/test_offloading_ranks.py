@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from offloaded import loaded
-from ranks import run_ranks
 
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.weights import components, key_maps
@@ -39,13 +39,14 @@ def reads(world: World, folder: Path) -> tuple[str, list[str], list[float], floa
     return mapping(), names, sums, float(cell)
 
 
-def test_processes_of_a_machine_share_one_copy_that_one_of_them_reads(tiny_official):
+def test_processes_of_a_machine_share_one_copy_that_one_of_them_reads(tiny_official, ranks):
     one, blocks = loaded(tiny_official, 2)
-    (inode, names, sums, cell), (inode_1, names_1, sums_1, cell_1) = run_ranks(2, reads, tiny_official)
+    (inode, names, sums, cell), (inode_1, names_1, sums_1, cell_1) = ranks.run(2, reads, tiny_official)
     assert inode == inode_1, "the same memory"
     assert cell == cell_1 == 7.5, "what one writes the other sees"
     expected = [float(sum(t.double().sum() for t in block.parameters())) for block in one.transformer_blocks]
-    assert sums == sums_1 == expected
+    assert sums == sums_1
+    assert sums == expected if ranks.most is None else sums == pytest.approx(expected, abs=1e-6)  # a GPU's own order
     offloaded = re.compile(rf"double_blocks\.({'|'.join(map(str, blocks.host_blocks.which))})\.")
     assert any(offloaded.match(name) for name in names)
     assert not any(offloaded.match(name) for name in names_1), "the file is read once"

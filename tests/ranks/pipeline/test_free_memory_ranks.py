@@ -3,7 +3,6 @@
 import pytest
 import torch.distributed as dist
 from folders import embed
-from ranks import run_ranks
 
 from hunyuan_staged.memory import available
 from hunyuan_staged.options import DenoiseOptions
@@ -25,9 +24,8 @@ def order(world: World, folder: str) -> tuple[list[str], bool]:
         happened.append("measured")
         return measure(device)
 
-    setup = denoising.resolve(
-        DenoiseOptions(input_dir=folder, video_length=5), jobs.read(DenoiseOptions(input_dir=folder)), world
-    )
+    options = DenoiseOptions(input_dir=folder, video_length=5, no_compile=True)
+    setup = denoising.resolve(options, jobs.read(options), world)
     denoisers = Denoisers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "new_group", new_group)
@@ -39,8 +37,8 @@ def order(world: World, folder: str) -> tuple[list[str], bool]:
     return happened, first.layouts == second.layouts and len(first.layouts) == 1
 
 
-def test_free_memory_is_read_after_the_groups_exist(tmp_path, tiny_official):
+def test_free_memory_is_read_after_the_groups_exist(tmp_path, tiny_official, ranks):
     """On GPUs each group takes memory, which the plan counted as free; and a second transformer made them once more."""
     folder = str(embed(tmp_path / "in", tiny_official))
-    for rank in run_ranks(2, order, folder):
+    for rank in ranks.run(2, order, folder):
         assert rank == (["group"] * 3 + ["measured"], True)  # two groups of shards, one of branches

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_models import CPU
-from ranks import run_ranks
 
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import low_resolution
@@ -30,9 +28,9 @@ def prepared(world: World, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_process_gets_the_same_condition(tiny_super_resolution, size):
-    one = prepared(World(0, 1, CPU), tiny_super_resolution)
+def test_every_process_gets_the_same_condition(tiny_super_resolution, ranks, size):
+    one = [x.cpu() for x in prepared(ranks.alone(), tiny_super_resolution)]
     assert one[0].shape == (1, 32, 3, 12, 20) and one[1].shape == (1, 66, 3, 12, 20)
     assert one[1].dtype == torch.bfloat16 and one[1][:, :33, 0].eq(1).all()
-    for noise, channels in run_ranks(size, prepared, tiny_super_resolution):
+    for noise, channels in ranks.run(size, prepared, tiny_super_resolution):
         assert torch.equal(noise, one[0]) and torch.equal(channels, one[1])

@@ -1,5 +1,6 @@
 """Two jobs of one process, from Python: the second reads nothing of the first's."""
 
+import pytest
 import torch
 from folders import embed
 from ranks import run_ranks
@@ -16,13 +17,20 @@ from hunyuan_staged.sampling.state import StateSaver
 SEEDS = (3, 4)
 
 
-def two_jobs(world: World, folder: str, outputs: list[str]) -> list[torch.Tensor]:
+def two_jobs(world: World, folder: str, outputs: list[str], cfg_parallel: str = "auto") -> list[torch.Tensor]:
     """Denoise with two seeds, each as the script does it, on one loaded transformer, saving a state on the way."""
     found = []
     denoiser = None
     for seed, output in zip(SEEDS, outputs, strict=True):
         options = DenoiseOptions(
-            input_dir=folder, output_dir=output, seed=seed, video_length=5, num_inference_steps=3, checkpoint_every=1
+            input_dir=folder,
+            output_dir=output,
+            seed=seed,
+            video_length=5,
+            num_inference_steps=3,
+            checkpoint_every=1,
+            cfg_parallel=cfg_parallel,
+            no_compile=True,
         )
         setup = denoising.resolve(options, jobs.read(options), world)
         identity = denoising_records.identity(setup)
@@ -39,12 +47,15 @@ def two_jobs(world: World, folder: str, outputs: list[str]) -> list[torch.Tensor
     return found
 
 
-def test_two_jobs_on_three_processes_give_what_one_process_gives(tmp_path, tiny_official):
+@pytest.mark.parametrize(("size", "cfg_parallel"), [(2, "on"), (2, "off"), (3, "auto")])
+def test_two_jobs_on_several_processes_give_what_one_gives(tmp_path, tiny_official, ranks, size, cfg_parallel):
+    """The model has 3 heads: over 2 shards one is left, which each attends with for its own tokens."""
     folder = str(embed(tmp_path / "in", tiny_official))
-    alone = two_jobs(World(0, 1, torch.device("cpu")), folder, [str(tmp_path / "a"), str(tmp_path / "b")])
+    alone = two_jobs(ranks.alone(), folder, [str(tmp_path / "a"), str(tmp_path / "b")])
     assert (alone[0] - alone[1]).abs().max() > 0.1
     outputs = [str(tmp_path / "c"), str(tmp_path / "d")]
-    for rank in run_ranks(3, two_jobs, folder, outputs):
+    alone = [latents.cpu() for latents in alone]
+    for rank in ranks.run(size, two_jobs, folder, outputs, cfg_parallel):
         for latents, reference in zip(rank, alone, strict=True):
             # Sums over shards are in another order.
             torch.testing.assert_close(latents, reference, rtol=1e-3, atol=1e-3)

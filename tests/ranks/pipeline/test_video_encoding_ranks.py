@@ -1,9 +1,7 @@
 """A whole video through the VAE's encoder by rows over ranks: the bits of one process, in the file that stage 2 reads."""
 
 import numpy as np
-import pytest
 import torch
-from ranks import run_ranks
 from small_vae import rough_encoder
 
 from hunyuan_staged.files import contract, tensors
@@ -21,31 +19,38 @@ def draw_video(size: tuple[int, int, int]) -> torch.Tensor:
     return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def encode_as(world: World, sizes: tuple[int, ...], size: tuple[int, int, int], chunk: int) -> dict[str, np.ndarray]:
-    """Encode as the first n of these processes would, for each n; rank 0 returns what it got."""
+# Rows of latents, frames, latent frames of a chunk. Four latents wide: a product of no more than three rows, which no size
+# that is published comes to, goes another way on a CPU, with another rounding.
+CASES = ((11, 13, 2), (5, 5, 1), (3, 1, 1))
+
+
+def encode_as(world: World, sizes: tuple[int, ...]) -> dict[tuple[int, int], torch.Tensor]:
+    """Encode each case as the first n of these processes would, for each n; rank 0 returns what it got."""
     results = {}
-    for count in sizes:
-        if world.rank < count:
-            part = World(world.rank, count, world.device)
-            video = draw_video(size) if world.is_main else None
-            found = vae_encoding.encode_video(rough_encoder(), video, size, part, chunk)
-            assert (found is None) == (world.rank > 0)
-            if found is not None:
-                results[str(count)] = found.numpy()
+    for rows, frames, chunk in CASES:
+        size = (frames, 16 * rows, 64)
+        for count in sizes:
+            if world.rank < count:
+                part = World(world.rank, count, world.device)
+                video = draw_video(size) if world.is_main else None
+                found = vae_encoding.encode_video(rough_encoder().to(world.device), video, size, part, chunk)
+                assert (found is None) == (world.rank > 0)
+                if found is not None:
+                    results[rows, count] = found
     return results
 
 
-@pytest.mark.parametrize(("rows", "frames", "chunk"), [(11, 13, 2), (5, 5, 1), (3, 1, 1)])
-def test_any_number_of_ranks_gives_the_same_bits(rows, frames, chunk):
-    """Rows that do not divide, one row each, more ranks than rows, and a picture. Four latents wide: a product of no more
-    than three rows, which no size that is published comes to, goes another way on a CPU, with another rounding."""
-    size = (frames, 16 * rows, 64)
-    results = run_ranks(8, encode_as, (1, 2, 3, 4, 8), size, chunk)[0]
-    wanted = Encoder(rough_encoder())(draw_video(size), chunk).chunk(2, dim=1)[0]
-    assert wanted.shape == (1, 32, (frames - 1) // 4 + 1, rows, 4) and wanted.std() > 0.01
-    assert list(results) == ["1", "2", "3", "4", "8"]
-    for count, found in results.items():
-        assert np.array_equal(found, wanted.numpy()), f"{count} ranks"
+def test_any_number_of_ranks_gives_the_same_bits(ranks):
+    """Rows that do not divide, one row each, more ranks than rows, and a picture."""
+    sizes = ranks.up_to((1, 2, 3, 4, 8))
+    results = ranks.run(sizes[-1], encode_as, sizes)[0]
+    assert list(results) == [(rows, count) for rows, *_ in CASES for count in sizes]
+    for rows, frames, chunk in CASES:
+        video = draw_video((frames, 16 * rows, 64))
+        wanted = Encoder(rough_encoder().to(ranks.device))(video, chunk).chunk(2, dim=1)[0]
+        assert wanted.shape == (1, 32, (frames - 1) // 4 + 1, rows, 4) and wanted.std() > 0.01
+        for count in sizes:
+            assert ranks.same(results[rows, count], wanted), f"{rows} rows, {count} ranks"
 
 
 class Log(Reporter):
@@ -70,16 +75,18 @@ def write(world: World, folder: str, clip: str) -> list[str]:
     return report.lines
 
 
-def test_stage_2_encodes_a_video_by_rows(tmp_path):
+def test_stage_2_encodes_a_video_by_rows(tmp_path, ranks):
     clip, found, lines = tmp_path / "clip.mp4", {}, {}
     frames = np.random.default_rng(0).integers(0, 255, (9, 80, 160, 3), np.uint8)
     write_video(clip, frames, 12, 80, 160)
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        lines[count] = run_ranks(count, write, str(folder), str(clip))[0]
+        lines[count] = ranks.run(count, write, str(folder), str(clip))[0]
         found[count] = tensors.load_latents(folder, contract.INPUT)
-    assert torch.equal(found[1][0], found[2][0])
+    one, two = (found[count][0].float() for count in (1, 2))
+    # On GPUs in bf16, by kernels that are chosen for other heights.
+    assert torch.equal(one, two) if ranks.most is None else (one - two).norm() < 0.02 * one.norm()
     assert found[1][1] == found[2][1]
     assert found[2][0].shape == (1, 32, 3, 5, 10)
     how = [next(line for line in told if "is encoded" in line) for told in lines.values()]

@@ -2,29 +2,30 @@
 
 import pytest
 import torch
-from golden_models import distance, run_loop
-from ranks import run_ranks
+from golden_models import CPU, run_loop
 
 from hunyuan_staged.parallel.layout import Layout, make_layout
 from hunyuan_staged.parallel.world import World
 
 
-def with_first_estimate(folder, layout: Layout | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def with_first_estimate(
+    folder, layout: Layout | None = None, device: torch.device = CPU
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents, what the first step took them to be)."""
     found = []
-    latents = run_loop(folder, layout, lambda i, _, clean: found.append(clean()))
+    latents = run_loop(folder, layout, lambda i, _, clean: found.append(clean()), device=device)
     assert torch.equal(found[-1], latents), "behind the last step no noise is left"
     return latents, found[0]
 
 
 def loop_on(world: World, folder) -> tuple[torch.Tensor, torch.Tensor]:
-    return with_first_estimate(folder, make_layout(world, 2))
+    return with_first_estimate(folder, make_layout(world, 2), world.device)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_processes_give_what_one_gives(golden_folder, size):
+def test_processes_give_what_one_gives(golden_folder, ranks, size):
     """2: a guidance branch each, the same arithmetic. 3 and 4: sums are split over shards, so not the same bits."""
-    one = with_first_estimate(golden_folder)
-    for rank in run_ranks(size, loop_on, golden_folder):
+    one = with_first_estimate(golden_folder, device=ranks.device)
+    for rank in ranks.run(size, loop_on, golden_folder):
         for found, alone in zip(rank, one, strict=True):
-            assert torch.equal(found, alone) if size == 2 else distance(found, alone) < 1e-5
+            assert ranks.same(found, alone, bits=size == 2)
