@@ -21,6 +21,7 @@ from hunyuan_staged.attention.packages import reason_of
 from hunyuan_staged.encoders.endpoint import LOCAL
 from hunyuan_staged.memory import available
 from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory, gib
+from hunyuan_staged.memory.cards import known_cards
 from hunyuan_staged.parallel.environment import rank_info
 from hunyuan_staged.parallel.threads import device_threads
 from hunyuan_staged.parallel.world import World
@@ -39,6 +40,7 @@ from hunyuan_staged.weights.single_file import TransformerFile
 CONTEXT = 3 * GIB // 4
 PIECE = 2**24  # bytes of a file that are read ahead at a time
 DUE = "the turn came first"
+Capability = tuple[int, int] | None
 SWITCH_SECONDS = 2e-4  # a piece of a file takes some milliseconds; Python's own are 5
 
 
@@ -64,9 +66,12 @@ def load_early(
     return Early(kept[0] if kept else None, told)
 
 
-def read_early(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> Early:
-    """The same where the device has no room: the weights of stage 2 are read into the host's cache, if that has."""
-    return Early(told=_trying("not read ahead", lambda: _read(options, own, is_due, device_memory)))
+def read_early(options: Sequence[Any], own: int, is_due: IsDue, gpu: tuple[int, Capability]) -> Early:
+    """The same where the device has no room: the weights of stage 2 are read into the host's cache, if that has.
+
+    gpu: its bytes that a stage may take, and its compute capability.
+    """
+    return Early(told=_trying("not read ahead", lambda: _read(options, own, is_due, gpu)))
 
 
 def _trying(without: str, work: Callable[[], str]) -> str:
@@ -97,7 +102,7 @@ def _load(
     info, free = rank_info(), available.free_memory(device)
     world = World(info.rank, info.size, device)
     # To try its kernels takes a stage seconds, and has time until the weights are under way.
-    plans = plan_processes(options, None, world, free)
+    plans = plan_processes(options, None, world, free, capability_of(device))
     needs, plan = list(map(need_of, plans)), plans[own][0]
     needed, room = peak(needs, own), sys.maxsize if free.device is None else free.device
     if getattr(plan.memory, "offloaded", 0) or needed > room:
@@ -128,7 +133,7 @@ def _rehearse_denoising(
     imports()
     if is_due():
         return f"not rehearsed: {DUE}"
-    setup = plan_processes(options, own, world, free)[own][0].setup
+    setup = plan_processes(options, own, world, free, capability_of(world.device))[own][0].setup
     rehearse_denoising(setup, one_block(setup))
     return "rehearsed"
 
@@ -164,12 +169,12 @@ def _load_decoder(plan: StagePlan, kept: list[Any], rehearse: bool) -> str:
     return _trying("not rehearsed", work) if rehearse else "not rehearsed"
 
 
-def _read(options: Sequence[Any], own: int, is_due: IsDue, device_memory: int) -> str:
+def _read(options: Sequence[Any], own: int, is_due: IsDue, gpu: tuple[int, Capability]) -> str:
     why_not = obstacle(options)
     if why_not:
         return why_not
-    free = FreeMemory(device_memory, available.host_available())
-    plans = plan_processes(options, None, World(0, rank_info().size, torch.device("cuda")), free)
+    free = FreeMemory(gpu[0], available.host_available())
+    plans = plan_processes(options, None, World(0, rank_info().size, torch.device("cuda")), free, gpu[1])
     setup, busy = plans[own][0].setup, plans[0][0].memory.host
     files = weight_files(setup) if isinstance(setup, DenoiseSetup) else []
     return f"read ahead: {gib(read_ahead(files, free.host - busy, is_due))}"
@@ -209,12 +214,15 @@ def obstacle(options: Sequence[Any]) -> str | None:
     return None
 
 
-def plan_processes(options: Sequence[Any], own: int | None, world: World, free: FreeMemory) -> list[list[StagePlan]]:
+def plan_processes(
+    options: Sequence[Any], own: int | None, world: World, free: FreeMemory, capability: Capability = None
+) -> list[list[StagePlan]]:
     """The plans of a run's processes, one after the other, as if each had this memory; nothing is asked of a hub.
 
-    The kernels of stage `own` are tried, those of the others are not.
+    The kernels of stage `own` are tried, those of the others are not. capability: of the GPU; None where unknown.
     """
-    card = f"{(free.device or 0) / GIB + 1:.0f}"
+    alike = (card.name for card in known_cards() if capability and card.capability == capability)
+    card = next(alike, None) or f"{(free.device or 0) / GIB + 1:.0f}"
     asked = [
         replace(one, dry_run=True, assume_gpu=card if index != own and free.device is not None else None)
         for index, one in enumerate(options)
@@ -224,6 +232,11 @@ def plan_processes(options: Sequence[Any], own: int | None, world: World, free: 
         return Target(world, free, None)
 
     return forecast.plan_processes(asked, world, find_target=find_target)
+
+
+def capability_of(device: torch.device) -> Capability:
+    """CUDA's; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def need_of(plans: Sequence[StagePlan]) -> Need:

@@ -117,4 +117,4 @@ def _load(gpu: GpuFacts, is_due: IsDue, imports: Callable[[], object] = bool) ->
     own, options = told[0], options_of_run(told[1])
     if room:
         return early.load_early(options, own, is_due, torch.device("cuda", gpu.index), imports)
-    return early.read_early(options, own, is_due, gpu.total - CARD_OVERHEAD)
+    return early.read_early(options, own, is_due, (gpu.total - CARD_OVERHEAD, gpu.capability))

@@ -15,6 +15,7 @@ from PIL import Image
 import stage2_transformer
 import stage3_vae_decoder
 import utils
+from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
 from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory
 from hunyuan_staged.models.embeddings import Conditioning
@@ -242,6 +243,19 @@ def test_published_weights_fit_a_card_of_48_gb_early_and_none_of_24():
         assert (early.peak(list(map(early.need_of, plans)), 1) <= free.device) is fits
 
 
+@pytest.mark.parametrize("own", [1, 2])
+def test_products_in_float8_are_planned_for_the_gpu_that_is_here(own):
+    """Was: no card's capability was told, so that such a run had neither its transformer nor its decoder early."""
+    denoise = DenoiseOptions(model_path="x", weights_dtype="fp8", fp8_matmul=True)
+    options = [EncodeOptions(model_path="x"), denoise, DecodeOptions(model_path="x")]
+    world, free = World(0, 1, torch.device("cuda")), FreeMemory(48 * GIB, 64 * GIB)
+    plans = early.plan_processes(options, None, world, free, (9, 0))
+    assert plans[1][0].rows["weights"].endswith("fp8; computed in float8 and torch.bfloat16")
+    assert early.peak(list(map(early.need_of, plans)), own) <= free.device
+    with pytest.raises(InputError, match=r"this one has 8\.9"):
+        early.plan_processes(options, None, world, free, (8, 9))
+
+
 def test_files_are_read_ahead_where_the_host_has_room(tmp_path):
     files = [tmp_path / "a", tmp_path / "b"]
     for path, size in zip(files, (2 * early.PIECE + 1, 5), strict=True):
@@ -257,8 +271,8 @@ def test_a_card_without_room_has_the_transformer_read_ahead(tiny_official, tmp_p
     options = options_of_run(flags_of(tmp_path, tiny_official))
     weights = tiny_official / "transformer" / "demo_t2v" / "diffusion_pytorch_model.safetensors"
     size = weights.stat().st_size / 2**20
-    assert early.read_early(options, 1, never, 8 * GIB) == Early(None, f"read ahead: {size:.0f} MiB")
-    assert early.read_early(options, 2, never, 8 * GIB) == Early(None, "read ahead: 0 MiB")
+    assert early.read_early(options, 1, never, (8 * GIB, (8, 9))) == Early(None, f"read ahead: {size:.0f} MiB")
+    assert early.read_early(options, 2, never, (8 * GIB, (8, 9))) == Early(None, "read ahead: 0 MiB")
 
 
 def test_the_launcher_tells_a_stage_the_flags_of_all_but_texts(monkeypatch):
