@@ -82,6 +82,12 @@ def measured_encoding(gpu: str | None, size: tuple[int, int, int]) -> float | No
     return None
 
 
+def transfer_seconds(size: int) -> float:
+    """Of so many bytes from pinned host memory to a GPU, as measured on the fastest link there was; others take longer."""
+    rates = (row.get("host_to_device_bytes_per_second", 0.0) for row in benchmarks()["records"])
+    return size / max(rates)
+
+
 @cache
 def reused_shares() -> dict[str, float]:
     """Seconds of a reused step of each fixed schedule's cache, of a computed one's.

@@ -126,6 +126,17 @@ def test_what_does_not_fit_a_small_card_is_offloaded_there(plan_run):
     assert found[TITLES[2]]["decoding"].startswith("whole frames in 3 bands of rows")
 
 
+def test_a_small_video_waits_for_the_blocks_that_are_offloaded(plan_run):
+    """Was: the time of the computing alone, which is a sixth of it here. Of a long video the blocks arrive in time."""
+    flags = ["--transformer_version", "480p_t2v", "--enable_offloading", "--assume_gpu"]
+    rows = plan_run(*flags, "H100", "--video_length", "5")[TITLES[1]]
+    offloaded = float(re.search(r"offloaded weights (\S+) GiB", rows["memory"])[1])
+    least, most = map(int, re.match(r"(\d+) to (\d+) s \(an estimate: NVIDIA H100 ", rows["expected time"]).groups())
+    assert least == round(100 * offloaded * 2**30 / 55e9) and least < most < 1.3 * least
+    times = [plan_run(*flags[:count], "--assume_gpu", "4090")[TITLES[1]]["expected time"] for count in (2, 3)]
+    assert times[0] == times[1] and times[0].endswith("min (an estimate: NVIDIA GeForce RTX 4090)")
+
+
 def test_an_image_decides_the_size_and_processes_the_layout(plan_run):
     image = str(ROOT / "docs" / "first_frame.png")
     flags = ["--assume_gpu", "H100", "--image_path", image, "--transformer_version", "480p_i2v"]
