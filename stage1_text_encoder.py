@@ -70,6 +70,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
     encoders = run.keep(partial(LoadedEncoders, keep=run.many and not options.rewrite))
     plan, free = encoders.plan(setup)
     if run.many and encoding_records.is_written(setup):
+        encoding_records.update_super_resolution(setup)
         run.outcome = ALREADY_DONE
         return
     run.record_plan(setup.rows(plan, free))
@@ -81,7 +82,7 @@ def stage1(run: utils.Run, options: EncodeOptions) -> None:
         written = encoding_records.write(setup, tensors)
     for path, what in written:
         run.add_output(path, what)
-    run.next_stage(2, options.output_dir)
+    run.next_stage(2, [f"--input_dir={options.output_dir}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,7 +54,7 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
         upscaling.enlarge(options, job, run.world, partial(denoise, run), run)
     else:
         denoise(run, denoising.resolve(options, job, run.world, run))
-    run.next_stage(3, jobs.output_dir(options))
+    run.next_stage(*jobs.what_follows(options, job.config))
 
 
 def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:

@@ -203,12 +203,12 @@ class Run(Reporter):
         self.written.append(f"{path}: {what}")
         self.events.write("output", path=Path(path).absolute(), what=what)
 
-    def next_stage(self, stage: int, folder: str | Path) -> None:
+    def next_stage(self, stage: int, flags: Sequence[str]) -> None:
         """Have the last line name the command of the stage that follows, unless the launcher runs that itself."""
         if started_by_launcher() is None:
             script = Path(__file__).absolute().with_name(f"run_stage{stage}.sh")
             near = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-            self._last.append(f"next: {shlex.join(['bash', str(near), f'--input_dir={folder}'])}")
+            self._last.append(f"next: {shlex.join(['bash', str(near), *flags])}")
 
     def add_video(self, path: Path, frames: int, fps: float) -> None:
         """Have the last line name the video; run by itself, the stage also prints its path on standard output."""

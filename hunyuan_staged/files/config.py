@@ -14,6 +14,7 @@ from hunyuan_staged.files.contract import CONFIG_FILE, EMBEDDINGS_HASH, LATENTS_
 # Which stage decides which key of generation_config.json, and what its value is; any may be null. A stage that runs
 # again replaces its own keys, no others.
 NUMBER = (int, float)
+LARGER_KEY = "super_resolution"  # what is to follow on the base run
 CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
     1: {
         "prompt": str,
@@ -24,6 +25,7 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "vision_encoder": str,
         "vae": str,
         "resolution": str,
+        LARGER_KEY: str,
         "transformer_version": str,
         "task_type": str,
         "image_path": str,

@@ -12,6 +12,7 @@ from hunyuan_staged.flags import options_of
 from hunyuan_staged.jobs.names import NAME, check_name
 from hunyuan_staged.jobs.values import check_values
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
+from hunyuan_staged.stage_flags import base_and_larger
 
 ROOT = Path(__file__).absolute().parents[2]
 OF_THE_COMMAND = ("input_dir", "output_dir", "output_video", "resume")
@@ -20,11 +21,21 @@ JOBS_FILE = "finish.jsonl"  # that a command for several jobs writes beside thei
 
 def denoise_command(folder: Path, given: Mapping[str, Any], *, resume: bool) -> str:
     """Stage 2 on a folder. given: options by name, as a state records them; what is no option of stage 2 is left out."""
+    return _denoise_command(folder, given, _flags(DenoiseOptions, given), resume=resume)
+
+
+def enlarge_command(folder: Path, given: Mapping[str, Any], resolution: str, *, resume: bool) -> str:
+    """Super resolution after denoise_command, as in a whole run. given: the options of the base run."""
+    words = _flags(DenoiseOptions, {**given, "super_resolution": resolution})
+    return _denoise_command(folder, given, base_and_larger(words)[-1], resume=resume)
+
+
+def _denoise_command(folder: Path, given: Mapping[str, Any], flags: list[str], *, resume: bool) -> str:
     words = [f"--input_dir={Path(str(given.get('input_dir') or folder))}"]
     if given.get("input_dir"):
         words.append(f"--output_dir={folder}")
     words += ["--resume"] if resume else []
-    return _command(2, [*words, *_flags(DenoiseOptions, given)])
+    return _command(2, [*words, *flags])
 
 
 def decode_command(folder: Path, given: Mapping[str, Any]) -> str:

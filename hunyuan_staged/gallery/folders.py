@@ -11,11 +11,11 @@ from typing import Any
 
 from hunyuan_staged.errors import InputError, printable
 from hunyuan_staged.files import contract
-from hunyuan_staged.files.config import read_config
+from hunyuan_staged.files.config import LARGER_KEY, read_config
 from hunyuan_staged.files.encoding import SUFFIXES
 from hunyuan_staged.files.provenance import sha256
 from hunyuan_staged.files.tensors import opened
-from hunyuan_staged.gallery.finishing import decode_command, denoise_command, job_line
+from hunyuan_staged.gallery.finishing import decode_command, denoise_command, enlarge_command, job_line
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.pipeline.decoding import choose_latents
@@ -174,16 +174,34 @@ def _judge(job: Job, config: Mapping[str, Any], resolution: str | None) -> None:
         job.status = FAILED
     else:
         raise InputError(f"{contract.CONFIG_FILE} is alone: neither embeddings nor latents nor a video are with it")
+    larger = _still_to_come(job, config, given, resolution)
     if owner := _owner(folder):
         job.status, job.note = RUNNING, f"{owner} is at it"
     elif job.status in (STOPPED, ENCODED):
         resume = job.status == STOPPED
-        job.commands = [denoise_command(folder, given, resume=resume), decode_command(folder, given)]
-        job.line = job_line(folder, given)
+        job.commands = [denoise_command(folder, given, resume=resume)]
+        job.commands += [enlarge_command(folder, given, larger, resume=resume)] if larger else []
+        job.commands.append(decode_command(folder, given))
+        job.line = None if larger else job_line(folder, given)
     elif job.status == DECODE:
-        job.commands = [decode_command(folder, given)]
+        job.commands = [enlarge_command(folder, given, larger, resume=True)] if larger else []
+        job.commands.append(decode_command(folder, given))
     if failure and job.status != RUNNING:
         job.status, job.note = FAILED, printable(f"stage {failure[0]} failed: {failure[1]}")
+
+
+def _still_to_come(job: Job, config: Mapping[str, Any], given: Mapping[str, Any], resolution: str | None) -> str | None:
+    """The super resolution that stage 1 was told of, where it is to follow on the base run's latents; noted, too.
+
+    resolution: of the latents that stage 3 would decode.
+    """
+    larger = config.get(LARGER_KEY)
+    if larger not in SUPER_RESOLUTION or given.get("super_resolution") or job.status not in (STOPPED, ENCODED, DECODE):
+        return None
+    if job.status == DECODE and SIZES.index(resolution) <= SIZES.index(larger):
+        return None
+    job.note = f"{job.note}; super resolution to {larger} follows".removeprefix("; ")
+    return str(larger)
 
 
 def _replaced(latents: Path, video: Path, config: Mapping[str, Any]) -> bool:

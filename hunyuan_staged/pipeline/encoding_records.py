@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hunyuan_staged.files import contract, provenance
-from hunyuan_staged.files.config import read_config, update_config
+from hunyuan_staged.files.config import CONFIG_KEYS, LARGER_KEY, read_config, update_config
 from hunyuan_staged.files.tensors import read_made_from, save_embeddings
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.pipeline.encoding import EncodeSetup
@@ -72,6 +72,7 @@ def config_entries(setup: EncodeSetup) -> dict[str, Any]:
         "transformer_version": version.name,
         "image_path": options.image_path,
         "dtype": options.dtype,
+        **({LARGER_KEY: options.super_resolution} if options.super_resolution else {}),
     }
 
 
@@ -86,7 +87,16 @@ def is_written(setup: EncodeSetup) -> bool:
     if not (folder / contract.CONFIG_FILE).is_file():
         return False
     config, wanted = read_config(folder), config_entries(setup) | {contract.EMBEDDINGS_HASH: provenance.sha256(path)}
+    wanted.pop(LARGER_KEY, None)  # update_super_resolution has it say that
     return {name: config.get(name) for name in wanted} == wanted
+
+
+def update_super_resolution(setup: EncodeSetup) -> None:
+    """Have the config of embeddings that are there already say which super resolution is to follow now, if any."""
+    folder, larger = setup.options.output_dir, setup.options.super_resolution
+    config = read_config(folder)
+    if config.get(LARGER_KEY) != larger:
+        update_config(folder, {name: config[name] for name in CONFIG_KEYS[1] if name in config} | {LARGER_KEY: larger})
 
 
 def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:

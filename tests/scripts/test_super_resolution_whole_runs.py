@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,10 @@ from PIL import Image
 
 from hunyuan_staged.encoders.image import pixels_of, resize_and_center_crop
 from hunyuan_staged.files import contract
+from hunyuan_staged.files.config import read_config
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state
 from hunyuan_staged.files.video import read_video, write_video
+from hunyuan_staged.gallery import folders as gallery
 from hunyuan_staged.weights.components import load_vae_encoder
 from hunyuan_staged.weights.folder import open_model
 
@@ -162,6 +166,39 @@ def test_a_draft_is_not_enlarged_and_is_finished_to_the_same_bits(tmp_path, tiny
     assert result.returncode == 0, result.stderr
     assert "going on after step 1 of 2" in result.stderr
     check_bits(folder, single[1])
+
+
+def test_a_draft_that_stage_2_finishes_is_enlarged_by_the_commands_that_are_named(
+    tmp_path, tiny_super_resolution, single
+):
+    """By the gallery's, and by the last line of stage 2. Was: decoded at once, as if nothing had been asked for."""
+    folder = tmp_path / "out"
+    flags = ["--model_path", tiny_super_resolution, "--prompt", "a red circle", "--seed", 1, "--output_dir", folder]
+    result = whole_run(*flags, "--stop_after", 1)
+    assert result.returncode == 0, result.stderr
+    assert read_config(folder)["super_resolution"] == "demo_hd"
+    commands = gallery.read(folder, tmp_path).commands
+    words = [shlex.split(command)[2:] for command in commands]
+    status, said = run_stage(2, *words[0], said=tmp_path / "said")
+    assert status == 0, said
+    named = f"--input_dir={folder} --super_resolution=demo_hd"
+    assert re.search(rf"next: bash \S*run_stage2\.sh {named}$", said.strip()), said
+    assert [len(words), words[1]] == [3, [f"--input_dir={folder}", "--resume", *words[1][2:]]]
+    for stage, flags in ((2, words[1]), (3, words[2])):
+        status, said = run_stage(stage, *flags, said=tmp_path / "said")
+        assert status == 0, said
+    check_bits(folder, single[1])
+
+
+def test_embeddings_that_are_there_learn_what_is_to_follow(tmp_path, tiny_super_resolution):
+    """A job whose prompt is encoded is not encoded again for that."""
+    args = ["--model_path", tiny_super_resolution, "--output_dir", tmp_path / "runs", "--jobs", tmp_path / "jobs.txt"]
+    (tmp_path / "jobs.txt").write_text("a cat")
+    for more, recorded in (([], None), (["--super_resolution", "demo_hd"], "demo_hd"), ([], None)):
+        status, said = run_stage(1, *args, *more, said=tmp_path / "said")
+        assert status == 0, said
+        assert read_config(tmp_path / "runs" / "a-cat").get("super_resolution") == recorded
+    assert "a-cat: already done" in said and "loading" not in said
 
 
 def test_many_drafts_are_not_enlarged(tmp_path, tiny_super_resolution, single):

@@ -77,7 +77,7 @@ def test_a_stage_run_by_itself_names_the_next_command_and_prints_the_path(capfd,
         monkeypatch.setenv(WHOLE_RUN, repr(time.monotonic() - 3600))
 
     def body(run, _):
-        run.next_stage(3, "a folder")
+        run.next_stage(3, ["--input_dir=a folder"])
         run.add_video(Path("clip.mp4"), 33, 24)
 
     assert utils.run_stage("stage x", ARGS, body=body) == 0

@@ -123,6 +123,36 @@ def test_larger_latents_are_what_is_decoded(tmp_path):
     assert found.note == "output_video.mp4 is of other latents: it will be replaced"
 
 
+def test_super_resolution_that_was_asked_for_follows(tmp_path):
+    """A draft of a whole run forgot it. As in a whole run, what shapes the base run alone is not given to it."""
+    encoded, asked = (contract.EMBEDDINGS_FILE,), {"super_resolution": "1080p"}
+    options = {"seed": 7, "preset": "fast", "cache_type": "teacache", "num_inference_steps": 9, "video_length": 9}
+    stop(job(tmp_path, "draft", encoded, **asked), options=options | {"input_dir": "/in"})
+    stop(job(tmp_path, "unknown", encoded, super_resolution="9999p"), options={})
+    stop(job(tmp_path, "enlarging", encoded, **asked), options={"super_resolution": "1080p"})
+    job(tmp_path, "encoded", encoded, **asked)
+    for size in (None, "720p", "1080p"):
+        folder = job(tmp_path, f"to {size}", **asked)
+        made = tensors.save_latents(folder, torch.zeros(1, 32, 2, 6, 10), {})
+        hashed = sha256(made.read_bytes()).hexdigest()
+        if size:
+            tensors.save_latents(folder, torch.zeros(1, 32, 2, 6, 10), {contract.LATENTS_HASH: hashed}, size)
+    found = read(tmp_path)
+    draft = found["draft"]
+    assert [Path(shlex.split(line)[1]).name for line in draft.commands] == [
+        f"run_stage{stage}.sh" for stage in (2, 2, 3)
+    ]
+    folders_of = ["--input_dir=/in", f"--output_dir={tmp_path}/draft", "--resume"]
+    assert flags(draft.commands[1]) == [*folders_of, "--super_resolution=1080p", "--video_length=9", "--seed=7"]
+    assert "--super_resolution=1080p" not in flags(draft.commands[0]) and "--preset=fast" in flags(draft.commands[0])
+    assert draft.note == "stopped after step 10 of 30; super resolution to 1080p follows" and draft.line is None
+    assert len(found["unknown"].commands) == 2 and "follows" not in found["unknown"].note
+    assert len(found["enlarging"].commands) == 2 and "--super_resolution=1080p" in found["enlarging"].commands[0]
+    assert flags(found["encoded"].commands[1]) == [f"--input_dir={tmp_path}/encoded", "--super_resolution=1080p"]
+    enlarges = {name: len(found[name].commands) == 2 for name in found if name.startswith("to ")}
+    assert enlarges == {"to None": True, "to 720p": True, "to 1080p": False}
+
+
 def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
     """Through the state's JSON and a shell's words; files by their whole paths."""
     adapter = tmp_path / "it's an adapter.safetensors"
