@@ -196,8 +196,8 @@ def _read(args: argparse.Namespace, run: Run, world: Any, dtype: Any) -> Model:
     """The weights of a file, as stage 2 reads them; InputError where others were asked for besides."""
     import torch
 
-    from hunyuan_staged.memory import offloading
     from hunyuan_staged.models.modulations import remove_linears
+    from hunyuan_staged.pipeline.denoiser import Denoiser
     from hunyuan_staged.sampling.precompute import ModulationReader
     from hunyuan_staged.weights import components
     from hunyuan_staged.weights.single_file import guess_version, open_transformer
@@ -215,25 +215,14 @@ def _read(args: argparse.Namespace, run: Run, world: Any, dtype: Any) -> Model:
     version, device = opened.version.name, world.device
     skeleton = components.transformer_skeleton(opened, version, weights_dtype=args.weights_dtype)
     reader = ModulationReader(opened, version, skeleton, remove_linears(skeleton), device=device, dtype=dtype)
-    table = reader.begin(run.sigmas)
-
-    def load(destinations: Any) -> Any:
-        filled = reader.destinations(table, destinations)
-        return components.load_transformer(
-            opened, version, device=device, dtype=dtype, skeleton=skeleton, destinations=filled
-        )
-
-    offloaded = _offloaded(args, len(skeleton.transformer_blocks))
-    model, blocks = offloading.load_offloaded(
-        skeleton, "transformer_blocks", offloaded, load, device=device, dtype=dtype, world=world
-    )
+    denoiser = Denoiser.load(reader, run.sigmas, _offloaded(args, len(skeleton.transformer_blocks)), world)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     return (
-        model,
-        table,
-        blocks,
+        denoiser.model,
+        denoiser.modulations,
+        denoiser.blocks,
         {
             "transformer": opened.describe(),
             "load_seconds": round(time.perf_counter() - started, 2),

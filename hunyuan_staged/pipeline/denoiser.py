@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hunyuan_staged.attention.choose import AttentionMode
-from hunyuan_staged.memory.offloading import StreamedBlocks
+from hunyuan_staged.memory.offloading import StreamedBlocks, load_offloaded
 from hunyuan_staged.models import transformer
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.modulations import Modulations
@@ -23,9 +23,11 @@ from hunyuan_staged.sampling import cache, loop
 from hunyuan_staged.sampling.callbacks import AfterStep, Callback, active
 from hunyuan_staged.sampling.conditions import Condition
 from hunyuan_staged.sampling.guidance import Guidance, guidance_branches
-from hunyuan_staged.sampling.precompute import step_times
+from hunyuan_staged.sampling.precompute import ModulationReader, step_times
 from hunyuan_staged.sampling.recorder import Recorder
 from hunyuan_staged.sampling.state import Start
+from hunyuan_staged.weights import components
+from hunyuan_staged.weights.loading import Destinations
 from hunyuan_staged.weights.quantization import one_kind
 
 if TYPE_CHECKING:
@@ -66,6 +68,44 @@ class Denoiser:
     modulations: Modulations | None = None
     blocks: StreamedBlocks | transformer.Blocks | None = None
     layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        reader: ModulationReader,
+        sigmas: torch.Tensor,
+        offloaded: int,
+        world: World,
+        progress: Callable[..., Iterable[Any]] = quiet,
+    ) -> "Denoiser":
+        """From the files of the reader's transformer, with the modulations of a schedule [steps + 1] computed.
+
+        So many of the blocks stay on the host: where any do, every rank calls it. progress: of tensors.
+        """
+        modulations = reader.begin(sigmas)
+
+        def load(destinations: Destinations) -> Any:
+            return components.load_transformer(
+                reader.folder,
+                reader.version,
+                device=reader.device,
+                dtype=reader.dtype,
+                progress=progress,
+                skeleton=reader.skeleton,
+                destinations=reader.destinations(modulations, destinations),
+                adapt=reader.adapt,
+            )
+
+        model, blocks = load_offloaded(
+            reader.skeleton,
+            "transformer_blocks",
+            offloaded,
+            load,
+            device=reader.device,
+            dtype=reader.dtype,
+            world=world,
+        )
+        return cls(model, modulations, blocks)
 
     def run(
         self,

@@ -22,7 +22,7 @@ from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.files import contract
 from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
-from hunyuan_staged.memory.offloading import load_offloaded, weights_of, widened_bytes
+from hunyuan_staged.memory.offloading import weights_of, widened_bytes
 from hunyuan_staged.models.modulations import table_bytes
 from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.heads import HeadSplit, split_heads
@@ -41,7 +41,7 @@ from hunyuan_staged.sampling.cache_settings import CacheSettings
 from hunyuan_staged.sampling.guidance import guidance_branches
 from hunyuan_staged.sampling.guidance_plan import GuidancePlan
 from hunyuan_staged.sampling.precompute import ModulationReader
-from hunyuan_staged.weights import components, loading, lora
+from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.single_file import TransformerFile
 
@@ -124,7 +124,7 @@ class DenoiseSetup:
     @property
     def modulations(self) -> ModulationReader:
         """What computes the modulations of a schedule from the file."""
-        version, adapt = self.settings.version.name, self.adapters.fused
+        version, adapt = self.settings.version.name, self.adapters.fused if self.adapters.additions else iter
         return ModulationReader(
             self.folder, version, self.skeleton, self.linears, device=self.world.device, dtype=self.dtype, adapt=adapt
         )
@@ -211,25 +211,7 @@ class DenoiseSetup:
         return self._load(0, SILENT)
 
     def _load(self, offloaded: int, report: Reporter) -> Denoiser:
-        reader, world = self.modulations, self.world
-        modulations = reader.begin(self.sigmas)
-
-        def load(destinations: loading.Destinations) -> Any:
-            return components.load_transformer(
-                self.folder,
-                self.settings.version.name,
-                device=world.device,
-                dtype=self.dtype,
-                progress=report.progress,
-                skeleton=self.skeleton,
-                destinations=reader.destinations(modulations, destinations),
-                adapt=self.adapters.fused if self.adapters.additions else iter,
-            )
-
-        model, blocks = load_offloaded(
-            self.skeleton, "transformer_blocks", offloaded, load, device=world.device, dtype=self.dtype, world=world
-        )
-        return Denoiser(model, modulations, blocks)
+        return Denoiser.load(self.modulations, self.sigmas, offloaded, self.world, report.progress)
 
 
 def resolve(options: DenoiseOptions, job: DenoiseJob, world: World, report: Reporter = SILENT) -> DenoiseSetup:
