@@ -30,7 +30,7 @@ from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import settings as resolving
 from hunyuan_staged.pipeline.choices import remedies
-from hunyuan_staged.pipeline.common import attention_for, torch_dtype
+from hunyuan_staged.pipeline.common import torch_dtype
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.jobs import DenoiseJob
 from hunyuan_staged.pipeline.settings import Settings
@@ -242,9 +242,7 @@ def assemble(
     dtype = torch_dtype(settings.dtype, world.device)
     config = components.transformer_config(folder, version.name)
     layers, head_width = config.get("num_layers", versions.LAYERS), config.get("attention_head_dim", 128)
-    choose = partial(attention_for, options, device=world.device, dtype=dtype, head_width=head_width)
-    attention = choose(options.attention_mode())
-    by_step = resolving.resolve_schedule(options, settings, layers, attention, choose)
+    attention, by_step = resolving.resolve_attention(options, settings, (layers, head_width), world.device, dtype)
     names = by_step.names if by_step else (attention.name,)
     if modes.SPARSE_ATTN_MODE in names and not version.sparse:
         report.warn(

@@ -31,7 +31,7 @@ from hunyuan_staged.pipeline.denoisers import Denoisers
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.forecast_target import StagePlan, Target
 from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
-from hunyuan_staged.pipeline.rehearsal import one_block, rehearse_decoding, rehearse_denoising
+from hunyuan_staged.pipeline.rehearsal import one_block, rehearse_decoding, rehearse_denoising, with_kernels
 from hunyuan_staged.run_options import RunOptions
 from hunyuan_staged.runtime.environment import Early, IsDue
 from hunyuan_staged.weights.single_file import TransformerFile
@@ -101,8 +101,7 @@ def _load(
         return why_not
     info, free = rank_info(), available.free_memory(device)
     world = World(info.rank, info.size, device)
-    # To try its kernels takes a stage seconds, and has time until the weights are under way.
-    plans = plan_processes(options, None, world, free, capability_of(device))
+    plans = plan_processes(options, world, free, capability_of(device))
     needs, plan = list(map(need_of, plans)), plans[own][0]
     needed, room = peak(needs, own), sys.maxsize if free.device is None else free.device
     if getattr(plan.memory, "offloaded", 0) or needed > room:
@@ -111,7 +110,10 @@ def _load(
     fits = peak(needs, own) <= room
     try:
         if isinstance(plan.setup, DenoiseSetup):
-            rehearse = partial(_rehearse_denoising, options, own, world, free, imports, is_due) if fits else None
+            # Of the model as it is before it is loaded, beside the rehearsal.
+            rehearse = (
+                partial(_rehearse_denoising, plan.setup, one_block(plan.setup), imports, is_due) if fits else None
+            )
             told = _load_denoiser(plan.setup, kept, rehearse)
         else:
             told = _load_decoder(plan, kept, fits)
@@ -121,20 +123,12 @@ def _load(
     return f"loaded early: {gib(plan.memory.resident)}, {told}"
 
 
-def _rehearse_denoising(
-    options: Sequence[Any],
-    own: int,
-    world: World,
-    free: FreeMemory,
-    imports: Callable[[], object],
-    is_due: IsDue,
-) -> str:
-    """Import the compiler, try this stage's own kernels, and compile on a copy of one block."""
+def _rehearse_denoising(setup: DenoiseSetup, model: Any, imports: Callable[[], object], is_due: IsDue) -> str:
+    """Import the compiler, try the kernels, which takes seconds, and compile on a copy of one block."""
     imports()
     if is_due():
         return f"not rehearsed: {DUE}"
-    setup = plan_processes(options, own, world, free, capability_of(world.device))[own][0].setup
-    rehearse_denoising(setup, one_block(setup))
+    rehearse_denoising(with_kernels(setup), model)
     return "rehearsed"
 
 
@@ -174,7 +168,7 @@ def _read(options: Sequence[Any], own: int, is_due: IsDue, gpu: tuple[int, Capab
     if why_not:
         return why_not
     free = FreeMemory(gpu[0], available.host_available())
-    plans = plan_processes(options, None, World(0, rank_info().size, torch.device("cuda")), free, gpu[1])
+    plans = plan_processes(options, World(0, rank_info().size, torch.device("cuda")), free, gpu[1])
     setup, busy = plans[own][0].setup, plans[0][0].memory.host
     files = weight_files(setup) if isinstance(setup, DenoiseSetup) else []
     return f"read ahead: {gib(read_ahead(files, free.host - busy, is_due))}"
@@ -215,18 +209,15 @@ def obstacle(options: Sequence[Any]) -> str | None:
 
 
 def plan_processes(
-    options: Sequence[Any], own: int | None, world: World, free: FreeMemory, capability: Capability = None
+    options: Sequence[Any], world: World, free: FreeMemory, capability: Capability = None
 ) -> list[list[StagePlan]]:
     """The plans of a run's processes, one after the other, as if each had this memory; nothing is asked of a hub.
 
-    The kernels of stage `own` are tried, those of the others are not. capability: of the GPU; None where unknown.
+    No kernel is tried. capability: of the GPU; None where unknown.
     """
     alike = (card.name for card in known_cards() if capability and card.capability == capability)
     card = next(alike, None) or f"{(free.device or 0) / GIB + 1:.0f}"
-    asked = [
-        replace(one, dry_run=True, assume_gpu=card if index != own and free.device is not None else None)
-        for index, one in enumerate(options)
-    ]
+    asked = [replace(one, dry_run=True, assume_gpu=None if free.device is None else card) for one in options]
 
     def find_target(_: RunOptions, world: World) -> Target:
         return Target(world, free, None)

@@ -21,6 +21,7 @@ from hunyuan_staged.pipeline.decoding import DecodeSetup
 from hunyuan_staged.pipeline.denoiser import Denoiser
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
+from hunyuan_staged.pipeline.settings import resolve_attention
 from hunyuan_staged.sampling.guidance import guidance_branches
 from hunyuan_staged.sampling.precompute import step_times
 from hunyuan_staged.weights.quantization.stored import KEPT
@@ -45,6 +46,14 @@ def one_block(setup: DenoiseSetup) -> Any:
         empty = torch.empty(tensor.shape, dtype=dtype, device=setup.world.device)
         setattr(model.get_submodule(path), leaf, nn.Parameter(empty, requires_grad=False))
     return model.eval()
+
+
+def with_kernels(setup: DenoiseSetup) -> DenoiseSetup:
+    """A setup that was planned as for an assumed card, with the attention of this device, whose kernels are tried."""
+    options = replace(setup.options, assume_gpu=None)
+    model = setup.weights.count, setup.skeleton.config.attention_head_dim
+    attention, by_step = resolve_attention(options, setup.settings, model, setup.world.device, setup.dtype)
+    return replace(setup, options=options, attention=attention, by_step=by_step)
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hunyuan_staged import geometry, presets, versions
 from hunyuan_staged.attention import modes
@@ -13,6 +16,7 @@ from hunyuan_staged.attention.choose import AttentionMode
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.options import DEFAULT_ASPECT_RATIO, DEFAULT_DTYPE, DenoiseOptions
 from hunyuan_staged.pipeline import calibrations
+from hunyuan_staged.pipeline.common import attention_for
 from hunyuan_staged.sampling import cache_settings, guidance_plan
 from hunyuan_staged.sampling.calibration import noise_levels
 from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion, Version
@@ -230,16 +234,17 @@ def resolve_guidance(
     )
 
 
-def resolve_schedule(
-    options: DenoiseOptions,
-    settings: Settings,
-    layers: int,
-    otherwise: AttentionMode,
-    choose: Callable[[str], AttentionMode],
-) -> AttentionByStep | None:
-    """The attention of each step; None where all run `otherwise`. choose: a mode's kernel, or InputError."""
-    schedule = options.attention_schedule()
+def resolve_attention(
+    options: DenoiseOptions, settings: Settings, model: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[AttentionMode, AttentionByStep | None]:
+    """(the attention of all steps, that of each step where they differ). model: its layers, and how wide its heads are.
+
+    Kernels are tried, unless --assume_gpu names a card. InputError for a mode that does not run.
+    """
+    layers, head_width = model
+    choose = partial(attention_for, options, device=device, dtype=dtype, head_width=head_width)
+    attention, schedule = choose(options.attention_mode()), options.attention_schedule()
     if not schedule:
-        return None
+        return attention, None
     modes.check_schedule(schedule, settings.num_inference_steps, layers)
-    return choose_by_step(schedule, settings.num_inference_steps, otherwise, choose)
+    return attention, choose_by_step(schedule, settings.num_inference_steps, attention, choose)

@@ -17,13 +17,14 @@ import stage3_vae_decoder
 import utils
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
+from hunyuan_staged.memory import available
 from hunyuan_staged.memory.budget import GIB, RESERVE, FreeMemory
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.layout import LoneShare, plan_layout
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.parsing import options_of_run, parse
-from hunyuan_staged.pipeline import early
+from hunyuan_staged.pipeline import common, early
 from hunyuan_staged.pipeline.denoisers import Denoisers
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.early import CONTEXT, Need
@@ -87,7 +88,7 @@ def test_image_to_video_is_known_by_stage_1s_flags(tiny_official, tmp_path, monk
     """Of the weights' two versions the one for images; and at the image's own shape."""
     Image.new("RGB", (100, 160)).save(tmp_path / "high.png")
     flags = flags_of(embed(tmp_path / "run", tiny_official, image=True), tiny_official, image=tmp_path / "high.png")
-    plans = early.plan_processes(options_of_run(flags), 1, World(0, 1, CPU), FreeMemory(None, 2**40))
+    plans = early.plan_processes(options_of_run(flags), World(0, 1, CPU), FreeMemory(None, 2**40))
     assert (plans[1][0].setup.settings.version.name, plans[1][0].setup.shape[-2:]) == ("demo_i2v", (10, 6))
     loaded = early.load_early(options_of_run(flags), 1, never, CPU)
     assert loadings(run(2, flags[1], loaded, tmp_path / "run", monkeypatch)) == set()
@@ -144,6 +145,33 @@ def test_what_cannot_be_rehearsed_is_loaded_all_the_same(tiny_official, tmp_path
     assert isinstance(found.kept, Denoisers) and found.told.endswith(" MiB, not rehearsed: the turn came first")
 
 
+def test_kernels_are_tried_after_the_one_plan(tiny_official, tmp_path, monkeypatch):
+    """Was: all stages were planned a second time for that. The plan goes by a card that is assumed, and tries none."""
+    plans, setups, tried = [], [], []
+    whole, rehearse, choose = early.forecast.plan_processes, early.rehearse_denoising, common.choose_attention
+
+    def plan(*args, **kwargs):
+        plans.append(whole(*args, **kwargs))
+        assert tried == []
+        return plans[-1]
+
+    monkeypatch.setattr(early.forecast, "plan_processes", plan)
+    monkeypatch.setattr(
+        early, "rehearse_denoising", lambda setup, model: (setups.append(setup), rehearse(setup, model))
+    )
+    monkeypatch.setattr(
+        common, "choose_attention", lambda *args, **more: tried.append(args[0]) or choose(*args, **more)
+    )
+    monkeypatch.setattr(available, "free_memory", lambda _: FreeMemory(48 * GIB, 64 * GIB))
+    schedule = "--attn_schedule=torch:1"
+    loaded = early.load_early(options_of_run(flags_of(tmp_path, tiny_official, schedule)), 1, never, CPU)
+    assert re.fullmatch("loaded early: [0-9]+ MiB, rehearsed", loaded.told)
+    (planned,), (setup,) = [found[1][0].setup for found in plans], setups
+    assert planned.attention.reason.startswith("the fastest exact kernel of such a card")
+    assert (setup.attention.name, setup.attention.reason) == ("torch", "no GPU: torch's scaled_dot_product_attention")
+    assert (tried, setup.by_step.names, setup.skeleton) == (["flash", "torch"], ("torch",), planned.skeleton)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_step_has_nothing_left_to_compile_after_a_rehearsal(tiny_official, tmp_path, monkeypatch, processes):
     """Neither for another length of the text nor, where images are among it, for theirs; with several ranks, as well."""
@@ -158,7 +186,7 @@ def test_a_step_has_nothing_left_to_compile_after_a_rehearsal(tiny_official, tmp
     monkeypatch.setattr(DenoiseSetup, "compiled", True)
     options = options_of_run(flags_of(tmp_path, tiny_official, image=tmp_path / "image.png"))
     world = World(0, processes, CPU)
-    setup = early.plan_processes(options, 1, world, FreeMemory(None, 2**40))[1][0].setup
+    setup = early.plan_processes(options, world, FreeMemory(None, 2**40))[1][0].setup
     torch._dynamo.reset()
     try:
         rehearse_denoising(setup, one_block(setup))
@@ -239,7 +267,7 @@ def test_published_weights_fit_a_card_of_48_gb_early_and_none_of_24():
     options = [EncodeOptions(model_path="x"), DenoiseOptions(model_path="x"), DecodeOptions(model_path="x")]
     for card, fits in ((48, True), (24, False)):
         free = FreeMemory(card * GIB, 64 * GIB)
-        plans = early.plan_processes(options, None, World(0, 1, torch.device("cuda")), free)
+        plans = early.plan_processes(options, World(0, 1, torch.device("cuda")), free)
         assert (early.peak(list(map(early.need_of, plans)), 1) <= free.device) is fits
 
 
@@ -249,11 +277,11 @@ def test_products_in_float8_are_planned_for_the_gpu_that_is_here(own):
     denoise = DenoiseOptions(model_path="x", weights_dtype="fp8", fp8_matmul=True)
     options = [EncodeOptions(model_path="x"), denoise, DecodeOptions(model_path="x")]
     world, free = World(0, 1, torch.device("cuda")), FreeMemory(48 * GIB, 64 * GIB)
-    plans = early.plan_processes(options, None, world, free, (9, 0))
+    plans = early.plan_processes(options, world, free, (9, 0))
     assert plans[1][0].rows["weights"].endswith("fp8; computed in float8 and torch.bfloat16")
     assert early.peak(list(map(early.need_of, plans)), own) <= free.device
     with pytest.raises(InputError, match=r"this one has 8\.9"):
-        early.plan_processes(options, None, world, free, (8, 9))
+        early.plan_processes(options, world, free, (8, 9))
 
 
 def test_files_are_read_ahead_where_the_host_has_room(tmp_path):
