@@ -35,7 +35,7 @@ def build_parser() -> Parser:
 
 def stage3(run: utils.Run, options: DecodeOptions) -> None:
     """Read the latents, plan, load the decoder, decode, write the video."""
-    from hunyuan_staged.pipeline import decoding, decoding_records
+    from hunyuan_staged.pipeline import decode_jobs, decoding, decoding_records
     from hunyuan_staged.pipeline.loaded_decoder import LoadedDecoder
 
     if options.dry_run:
@@ -43,8 +43,8 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
 
         run.show_plan(forecast.plan_decoding(options, run.world, run).rows)
         return
-    run.lock_all(decoding.locks(options))
-    job = decoding.read_job(options, run)
+    run.lock_all(decode_jobs.locks(options))
+    job = decode_jobs.read(options, run)
     run.warn_or_refuse(job.mismatch, strict=options.strict)
     setup = decoding.resolve(options, job, run.world, run)
     made_from = decoding_records.made_from(setup) if run.many else None
@@ -55,7 +55,7 @@ def stage3(run: utils.Run, options: DecodeOptions) -> None:
     free = decoders.free(setup.world)
     plan = setup.plan(free)
     run.record_plan(setup.rows(plan, free, run.world.size))
-    if other := decoding.replaced(options, job):
+    if other := decode_jobs.replaced(options, job):
         run.warn(other)
     written = decoding.run(setup, plan, run, decoders, made_from)
     for path, what in written.files:

@@ -18,7 +18,7 @@ from hunyuan_staged.files.tensors import opened
 from hunyuan_staged.gallery.finishing import decode_command, denoise_command, enlarge_command, job_line
 from hunyuan_staged.geometry import BUCKET_BASE
 from hunyuan_staged.options import DecodeOptions
-from hunyuan_staged.pipeline.decoding import choose_latents
+from hunyuan_staged.pipeline.decode_jobs import choose_latents
 from hunyuan_staged.pipeline.job_folders import failure_of, read_job
 from hunyuan_staged.versions import SUPER_RESOLUTION
 

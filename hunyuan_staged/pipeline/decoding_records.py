@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from hunyuan_staged.files import contract, provenance
-from hunyuan_staged.pipeline.decoding import DecodeSetup, video_path
+from hunyuan_staged.pipeline.decode_jobs import video_path
+from hunyuan_staged.pipeline.decoding import DecodeSetup
 
 OPTIONS = ("encoder", "encoder_preset", "crf", "tile_size", "tile_overlap", "disable_tiling")
 

@@ -20,7 +20,8 @@ from hunyuan_staged.memory import expected as times
 from hunyuan_staged.memory import operations
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline import decoding, encoding, encoding_records, low_resolution
+from hunyuan_staged.pipeline import decode_jobs, decoding, encoding, encoding_records, low_resolution
+from hunyuan_staged.pipeline.decode_jobs import DecodeJob
 from hunyuan_staged.pipeline.forecast_denoising import assume_denoising, larger_options, likely_config
 from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, is_done, steps_done
 from hunyuan_staged.pipeline.forecast_target import (
@@ -74,7 +75,7 @@ def plan_decoding(options: DecodeOptions, world: World, report: Reporter = SILEN
     asked = contract.resolution_asked(options.latents)
     there = [*contract.latents_present(folder), *[None] * (folder / contract.LATENTS_FILE).is_file()]
     if there if options.latents is None else asked in there:
-        job = decoding.read_job(options, report)
+        job = decode_jobs.read(options, report)
         report.warn_or_refuse(job.mismatch, strict=options.strict)
         return _plan_decoding(options, job, target_of(options, world), report)
     config = read_config(folder) if (folder / contract.CONFIG_FILE).exists() else {}
@@ -96,12 +97,12 @@ def assume_decoding(
     find_target: FindTarget = target_of,
 ) -> StagePlan:
     """The plan of stage 3 for latents [1, C, t, h, w] that are not there."""
-    job = decoding.DecodeJob(torch.zeros(1, 1, 1, 1, 1).expand(shape), "", dict(config), None)
+    job = DecodeJob(torch.zeros(1, 1, 1, 1, 1).expand(shape), "", dict(config), None)
     return _plan_decoding(options, job, find_target(options, world), report, f"latents {list(shape)}")
 
 
 def _plan_decoding(
-    options: DecodeOptions, job: decoding.DecodeJob, target: Target, report: Reporter, assumed: str = ""
+    options: DecodeOptions, job: DecodeJob, target: Target, report: Reporter, assumed: str = ""
 ) -> StagePlan:
     setup = decoding.resolve(options, job, target.world, report)
     plan = planned(setup, target)

@@ -12,6 +12,7 @@ from hunyuan_staged.files import contract
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import (
+    decode_jobs,
     decoding,
     decoding_records,
     denoising,
@@ -59,7 +60,7 @@ def _is_denoised(own: DenoiseOptions, world: World) -> bool:
 
 
 def _is_decoded(own: DecodeOptions, world: World) -> bool:
-    setup = decoding.resolve(own, decoding.read_job(own), world)
+    setup = decoding.resolve(own, decode_jobs.read(own), world)
     return decoding_records.is_written(setup, decoding_records.made_from(setup))
 
 

@@ -9,7 +9,7 @@ from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import denoising, jobs
 from hunyuan_staged.pipeline.common import free_memory
-from hunyuan_staged.pipeline.decoding import video_path
+from hunyuan_staged.pipeline.decode_jobs import video_path
 from hunyuan_staged.pipeline.denoisers import fits
 
 SCALING = 0.96  # of twice the processes on one video, against twice the videos: decoding on two H200 (benchmarks.md)

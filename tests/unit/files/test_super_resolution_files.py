@@ -11,7 +11,7 @@ from hunyuan_staged.files.tensors import load_latents, load_state, save_latents,
 from hunyuan_staged.geometry import BUCKET_BASE, resolution_of, size_buckets
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
-from hunyuan_staged.pipeline.decoding import choose_latents, locks
+from hunyuan_staged.pipeline.decode_jobs import choose_latents, locks
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 
