@@ -9,7 +9,8 @@ from hunyuan_staged.attention.kernel_cache import user_cache
 from hunyuan_staged.files.atomic import replacing
 from hunyuan_staged.sampling import calibration
 from hunyuan_staged.sampling.calibration import Calibration
-from hunyuan_staged.weights.folder import CALIBRATION_FILE, ModelFolder
+from hunyuan_staged.weights.fingerprint import CALIBRATION_FILE
+from hunyuan_staged.weights.folder import ModelFolder
 
 
 def beside(folder: ModelFolder, version: str) -> Path | None:

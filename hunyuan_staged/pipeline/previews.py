@@ -16,7 +16,8 @@ from hunyuan_staged.sampling.callbacks import Callback
 from hunyuan_staged.sampling.preview import Factors
 from hunyuan_staged.sampling.preview_writer import PreviewWriter
 from hunyuan_staged.weights.components import vae_config
-from hunyuan_staged.weights.folder import PREVIEW_FACTORS, ModelFolder
+from hunyuan_staged.weights.fingerprint import PREVIEW_FACTORS
+from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.single_file import TransformerFile
 
 FIT_COMMAND = "python -m hunyuan_staged.fit_preview"

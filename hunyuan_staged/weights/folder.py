@@ -4,7 +4,6 @@ The official layout is that of tencent/HunyuanVideo-1.5 on the hub, one transfor
 layout that of hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-*.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from hunyuan_staged.versions import (
     parse_version,
     super_resolution_named,
 )
-from hunyuan_staged.weights.boundary import read_json, require_regular
+from hunyuan_staged.weights.boundary import read_json
+from hunyuan_staged.weights.fingerprint import hash_of_files, model_files
 from hunyuan_staged.weights.hub import (
     DIFFUSERS_FETCH,
     PARTS,
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 
 # The task of diffusers' pipelines.
 PIPELINES = {"HunyuanVideo15Pipeline": "t2v", "HunyuanVideo15ImageToVideoPipeline": "i2v"}
-PREVIEW_FACTORS = "preview_factors.json"  # beside a VAE's weights, for previews; no part of the model
-# What was recorded of a transformer for caches, beside its weights; no part of them.
-CALIBRATION_FILE = "cache_calibration.json"
-# Of each file a fingerprint reads so many pieces of so many bytes.
-SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 def is_version(name: str) -> bool:
@@ -55,20 +50,6 @@ def is_version(name: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def sampled_hash(path: Path) -> bytes:
-    """The hash of a file's size and of SAMPLES pieces of it, evenly spread, its beginning and its end among them."""
-    size = require_regular(path).stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    try:
-        with path.open("rb") as file:
-            for index in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
-                found.update(file.read(SAMPLE_BYTES))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    return found.digest()
 
 
 @dataclass(frozen=True)
@@ -182,20 +163,8 @@ class ModelFolder:
             elif part == "upsampler":
                 assert version is not None
                 folders = [self.super_resolution_folder(part, version)]
-            # hf download keeps its own notes in hidden folders.
-            files += [
-                (f"{part}/{path.relative_to(folder).as_posix()}", path)
-                for folder in folders
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-                and path.name not in (PREVIEW_FACTORS, CALIBRATION_FILE)
-                and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-            ]
-        total = hashlib.sha256()
-        for name, path in sorted(files):
-            total.update(f"{name}\0".encode())
-            total.update(sampled_hash(path))
-        return total.hexdigest()
+            files += [(f"{part}/{name}", path) for folder in folders for name, path in model_files(folder)]
+        return hash_of_files(files)
 
     def resolutions(self) -> list[str]:
         """The resolutions of the versions in the folder."""

@@ -18,7 +18,8 @@ from hunyuan_staged.models.modulations import is_modulation
 from hunyuan_staged.models.modules import TransformerConfig, TransformerModules
 from hunyuan_staged.versions import TASKS, SuperResolutionVersion, TransformerVersion, Version, make_version
 from hunyuan_staged.weights.boundary import on_meta
-from hunyuan_staged.weights.folder import ModelFolder, sampled_hash
+from hunyuan_staged.weights.fingerprint import sampled_hash
+from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.key_maps import (
     COMFY_RULES,
     FUSED_RULES,

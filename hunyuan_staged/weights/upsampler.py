@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.weights.boundary import read_json, require_regular
-from hunyuan_staged.weights.folder import sampled_hash
+from hunyuan_staged.weights.fingerprint import sampled_hash
 from hunyuan_staged.weights.key_maps import Named
 from hunyuan_staged.weights.loading import read_tensors, weight_files
 

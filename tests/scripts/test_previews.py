@@ -23,7 +23,8 @@ from hunyuan_staged.files.video import read_video, write_video
 from hunyuan_staged.pipeline import previews
 from hunyuan_staged.sampling import preview_factors
 from hunyuan_staged.sampling.preview_factors import FittedFactors
-from hunyuan_staged.weights.folder import PREVIEW_FACTORS, open_model
+from hunyuan_staged.weights.fingerprint import PREVIEW_FACTORS
+from hunyuan_staged.weights.folder import open_model
 
 STEP = "hunyuan_staged.sampling.loop.euler_step"
 PREVIEWS = {contract.PREVIEW_VIDEO, contract.PREVIEW_PICTURE}

@@ -29,7 +29,7 @@ from hunyuan_staged.sampling.calibration import Calibration, Curve, Polynomial, 
 from hunyuan_staged.sampling.conditions import condition_channels
 from hunyuan_staged.sampling.loop import Sampling, denoise
 from hunyuan_staged.sampling.schedule import flow_sigmas
-from hunyuan_staged.weights.folder import CALIBRATION_FILE
+from hunyuan_staged.weights.fingerprint import CALIBRATION_FILE
 
 INF = float("inf")
 ALONE = World(0, 1, CPU)
