@@ -106,7 +106,7 @@ def _load(
     needed, room = peak(needs, own), sys.maxsize if free.device is None else free.device
     if getattr(plan.memory, "offloaded", 0) or needed > room:
         return f"not loaded early: {gib(needed)} needed, free: {free.describe()}"
-    needs[own] = Need(needs[own].total, needs[own].total)
+    needs[own] = need_to_rehearse(plans[own])
     fits = peak(needs, own) <= room
     try:
         if isinstance(plan.setup, DenoiseSetup):
@@ -233,6 +233,14 @@ def capability_of(device: torch.device) -> Capability:
 def need_of(plans: Sequence[StagePlan]) -> Need:
     """Of a process, from the plans of what it does one after the other."""
     return Need(max(plan.memory.total for plan in plans), max(plan.memory.resident for plan in plans))
+
+
+def need_to_rehearse(plans: Sequence[StagePlan]) -> Need:
+    """Of a stage that works in small while it loads; a denoising does so on a copy of all its weights but other blocks."""
+    setup, most = plans[0].setup, need_of(plans).total
+    if isinstance(setup, DenoiseSetup):
+        most += setup.weights.rest + setup.weights.each  # see one_block
+    return Need(most, most)
 
 
 def peak(needs: Sequence[Need], own: int) -> int:
