@@ -11,7 +11,7 @@ from hunyuan_staged.memory.budget import GIB
 ACTIVATIONS = 6.8
 # An odd number of tokens takes no more: 480p, offloaded, 2.16 GiB in all.
 ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
-ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before fused kernels; they take less
+ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before fused kernels, with which it was not measured
 # Of several sequence shards: q, k and v packed, sent and received. Not measured.
 ACTIVATIONS_EXCHANGE = 6.0
 

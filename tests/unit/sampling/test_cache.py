@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import os
+import shutil
 import signal
 from functools import partial
 from types import SimpleNamespace
@@ -464,9 +466,11 @@ SMALL = ["--video_length", 5, "--num_inference_steps", STEPS, "--cache_start_ste
 def inputs(tmp_path_factory, tiny_official):
     found = calibration.flat(STEPS).curves[0]
     content = {"magcache": [{"steps": STEPS, "flow_shift": 5.0, "ratios": found.ratios, "source": "a test"}]}
-    for folder in (tiny_official / "transformer").iterdir():
+    own = tmp_path_factory.mktemp("calibrated") / "model"
+    shutil.copytree(tiny_official, own, copy_function=os.link)
+    for folder in (own / "transformer").iterdir():
         (folder / CALIBRATION_FILE).write_text(json.dumps(content))
-    return embed(tmp_path_factory.mktemp("inputs"), tiny_official)
+    return embed(tmp_path_factory.mktemp("inputs"), own)
 
 
 @pytest.mark.parametrize("kind", ["deepcache", "magcache"])
