@@ -16,22 +16,28 @@ import triton.language as tl
 from hunyuan_staged.models.layers import EPSILON
 
 VALUES = 2048  # of a program that goes through rows, at least one row
-WARP_VALUES = (
-    256  # at most as many warps as have so many values each: no value is loaded twice, and rewritten in between
-)
+# At most as many warps as have so many values each: no value is loaded twice, and rewritten in between.
+WARP_VALUES = 256
 GATE_VALUES = 4096  # of one that adds up
 MOST_WARPS = 4
+
+
+@triton.jit
+def _whole_rows(tokens, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):
+    """Of this program's rows: the channels, which of them there are, which values there are, and where these lie."""
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.arange(0, block)
+    real = channel < channels
+    live = (row < tokens)[:, None] & real[None, :]
+    place = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    return channel, real, live, place
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _modulate(
     x, shift, scale, out, epsilon, tokens, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    channel = tl.arange(0, block)
-    real = channel < channels
-    live = (row < tokens)[:, None] & real[None, :]
-    place = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    channel, real, live, place = _whole_rows(tokens, channels, block, rows)
     dtype = x.dtype.element_ty
     value = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
     value = tl.where(live, value - (tl.sum(value, axis=1) / channels)[:, None], 0.0)
@@ -53,11 +59,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 @triton.jit(do_not_specialize=["tokens"])
 def _add_gated(x, y, gate, tokens, channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr):
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    channel = tl.arange(0, block)
-    real = channel < channels
-    live = (row < tokens)[:, None] & real[None, :]
-    place = row.to(tl.int64)[:, None] * channels + channel[None, :]
+    channel, real, live, place = _whole_rows(tokens, channels, block, rows)
     dtype = x.dtype.element_ty
     factor = tl.load(gate + channel, mask=real, other=0.0).to(tl.float32)
     product = tl.load(y + place, mask=live, other=0.0).to(tl.float32) * factor[None, :]
