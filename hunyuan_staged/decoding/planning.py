@@ -18,6 +18,9 @@ DECODER_TENSORS = 3
 MID_BLOCK_TENSORS = 8
 SCORE_BYTES = 4 + 4 + 2  # of the mid block's attention: in float32, after the softmax, and rounded
 GATHERED_TENSORS = 4  # of all ranks' keys and values: as they come, and joined
+# cuBLAS's, which torch gives to whoever multiplies first and keeps: on a Hopper; 8 MiB on older GPUs. Source: torch,
+# aten/src/ATen/cuda/CublasHandlePool.cpp.
+WORKSPACE = 32 * 2**20
 # A chunk of whole frames gains nothing beyond so many latents: two frames of 1280x720 (README, "Measured").
 USEFUL_CHUNK = 2 * 45 * 80
 
@@ -59,6 +62,23 @@ def mid_block_working(channels: int, latent_frames: int, positions: tuple[int, i
     return channels * latent_frames * itemsize * (MID_BLOCK_TENSORS * own + gathered) + scores
 
 
+def _behind_mid_block(
+    chunk: int, piece: int, areas: Sequence[int], padded: Sequence[int], channels: Sequence[int]
+) -> int:
+    """The most values that levels hold while a chunk of frames goes through them, `piece` at a time through the last.
+
+    areas, padded: positions of a frame of each level, and of a convolution's input, which has one more on every side.
+    """
+    beside = DECODER_TENSORS - 1  # the padded input, of two frames more, is the third
+    # In a piece, the others waiting; in the level before; and between the two, where pieces become of a chunk.
+    values = ((beside * piece + chunk - piece) * areas[-1] + (piece + 2) * padded[-1]) * channels[-1]
+    if piece == chunk:
+        return values
+    before = (beside * chunk * areas[-2] + (chunk + 2) * padded[-2]) * channels[-2]
+    between = chunk * (channels[-2] * areas[-2] + 2 * channels[-1] * areas[-1])
+    return max(values, before, between)
+
+
 def whole_working(
     latent_frames_per_chunk: int,
     bands: int,
@@ -84,19 +104,18 @@ def whole_working(
     for start in range(0, rows, cut):
         own = slice(start, min(start + cut, rows))
         needed = needed_rows(own, rows, [*scales, scales[-1]], [convolutions] * len(channels))
-        areas = [(of.stop - of.start) * columns * scale for of, scale in zip(needed, scales, strict=False)]
-        # In a piece, the others waiting; in the level before; and between the two, where pieces become of a chunk.
-        values = (DECODER_TENSORS * piece + 2 + chunk - piece) * channels[-1] * areas[-1]
-        if piece < chunk:
-            before = channels[-2] * areas[-2]
-            values = max(
-                values, (DECODER_TENSORS * chunk + 2) * before, chunk * (before + 2 * channels[-1] * areas[-1])
-            )
+        sides = [(of.stop - of.start, columns * scale) for of, scale in zip(needed, scales, strict=False)]
+        padded = [(high + 2) * (wide + 2) for high, wide in sides]
+        values = _behind_mid_block(chunk, piece, [high * wide for high, wide in sides], padded, channels)
         if chunk < frames:
-            values += sum(2 * convolutions * width * area for width, area in zip(channels, areas, strict=True))
+            values += sum(2 * convolutions * width * area for width, area in zip(channels, padded, strict=True))
+            # The pixels of the chunk before, until this one's are there.
+            values += 3 * chunk * (own.stop - own.start) * columns * ratio**2
         behind = max(behind, values)
-    inside = mid_block_working(channels[0], latent_frames, (rows * columns, height * width // ratio**2), itemsize)
-    return max(behind * itemsize, inside) + channels[0] * latent_frames * rows * columns * itemsize
+    positions = height * width // ratio**2
+    inside = mid_block_working(channels[0], latent_frames, (rows * columns, positions), itemsize)
+    latents = (channels[0] * rows * columns + int(config["latent_channels"]) * positions) * latent_frames
+    return max(behind * itemsize, inside) + latents * itemsize
 
 
 @dataclass(frozen=True)
@@ -163,9 +182,10 @@ def _chunks_of_whole(asked: Request, latents: int, temporal_ratio: int) -> list[
 
 
 def _frames_held(size: tuple[int, int, int], chunk: int, bands: int) -> int:
-    """Bytes of 8-bit frames on the device. Of those that come whole, a chunk's leave while the next one's come."""
+    """Bytes of 8-bit frames on the device. Of those that come whole, a chunk's leave while the next one's come; in bands
+    all wait, and a chunk's come beside them."""
     frames, height, width = size
-    return 3 * (frames if bands > 1 else min(frames, 2 * chunk)) * height * width
+    return 3 * (min(frames, 2 * chunk) if bands == 1 else frames + min(frames, chunk)) * height * width
 
 
 def fit_decoding(
@@ -185,14 +205,14 @@ def fit_decoding(
     """
     frames, height, width = size
     ratio, temporal = int(config["spatial_compression_ratio"]), int(config["temporal_compression_ratio"])
-    room = free.host if free.device is None else free.device
+    room, workspace = (free.host, 0) if free.device is None else (free.device, WORKSPACE)
     around = {"weights": weights, "frames": 3 * frames * height * width}
     ranks = row_ranks(height // ratio, asked.ranks)
 
     def whole(bands: int, chunk: int, reason: str, piece: int | None = None) -> Decoding:
         working = whole_working(chunk, bands, ranks, size, config, itemsize, piece)
-        parts = around | {"frames": _frames_held(size, chunk * temporal, bands), "working memory": working}
-        return Decoding(None, chunk, reason, parts, bands, piece)
+        parts = {"frames": _frames_held(size, chunk * temporal, bands), "working memory": working + workspace}
+        return Decoding(None, chunk, reason, around | parts, bands, piece)
 
     def tiled(tile: int, chunk: int, reason: str) -> Decoding:
         cut = tiling.tile_plan(
@@ -202,7 +222,7 @@ def fit_decoding(
         last_row = cut.rows[-1].size * sum(span.size for span in cut.columns) * ratio**2
         open_px = max(sides[0] * sides[1], last_row)
         working = decoder_working(chunk, (frames, *sides), open_px, config, itemsize)
-        return Decoding(tile, chunk, reason, around | {"working memory": working})
+        return Decoding(tile, chunk, reason, around | {"working memory": working + workspace})
 
     # In the order of preference; of each size the longest chunk that fits with the reserve, or else the shortest.
     tried: list[Decoding] = []
