@@ -1,13 +1,14 @@
 """What a safetensors file holds, and the pieces that it is read in."""
 
-import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+LENGTH_BYTES = 8  # in front of the header, its length
 
 # https://github.com/huggingface/safetensors: the names of dtypes in a file's header
 DTYPES = {
@@ -37,22 +38,23 @@ class Entry:
     end: int
 
 
-def entries(path: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by name. Raises OSError, or ValueError where the header is none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("its header is cut off")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+def entries(header: Any, file: int) -> dict[str, Entry]:
+    """What a safetensors file holds, by name, in the order in which it lies there.
+
+    header: what safe_open gave of it, which has made sure that the tensors lie without gaps, to the file's end; file: the
+    descriptor of the same file. Raises ValueError for a dtype that torch cannot hold.
+    """
+    start = LENGTH_BYTES + int.from_bytes(os.pread(file, LENGTH_BYTES, 0), "little")
     found = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is of dtype {entry['dtype']}; read are {', '.join(DTYPES)}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        found[name] = Entry(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+    for name in header.offset_keys():
+        tensor = header.get_slice(name)
+        stored, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+        if stored not in DTYPES:
+            raise ValueError(f"{name} is of dtype {stored}; read are {', '.join(DTYPES)}")
+        dtype = DTYPES[stored]
+        end = start + math.prod(shape) * dtype.itemsize
+        found[name] = Entry(name, dtype, shape, start, end)
+        start = end
     return found
 
 

@@ -105,13 +105,13 @@ def read_tensors(
         exits.callback(thread.shutdown, wait=False, cancel_futures=True)
         sources, mapped = [], []
         for path in files:
-            with _naming(path):
-                names = _checked_names(path, wanted, dtypes)
+            with _naming(path), safe_open(require_regular(path), "pt") as header:
+                names = _checked_names(header, path, wanted, dtypes)
                 on_host = [name for name in names if _stays_mapped(device) or stays_on_host(name)]
                 sent = set(names) - set(on_host)
                 if sent:
-                    held, file = entries(path), exits.enter_context(path.open("rb"))
-                    sources.append((file.fileno(), [held[name] for name in sent]))
+                    file = exits.enter_context(path.open("rb")).fileno()
+                    sources.append((file, [entry for name, entry in entries(header, file).items() if name in sent]))
                 else:
                     sources.append((-1, []))
                 mapped.append(on_host)
@@ -136,13 +136,11 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is not a whole safetensors file ({error})") from error
 
 
-def _checked_names(path: Path, wanted: Callable[[str], bool], dtypes: Collection[str]) -> list[str]:
-    """The tensors of a file that are wanted, all of allowed dtypes."""
-    require_regular(path)
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
-        for name in names:
-            require_float(f"{path}: {name}", file.get_slice(name).get_dtype(), dtypes)
+def _checked_names(header: Any, path: Path, wanted: Callable[[str], bool], dtypes: Collection[str]) -> list[str]:
+    """The tensors of an open file that are wanted, all of allowed dtypes."""
+    names = [name for name in header.keys() if wanted(name)]  # noqa: SIM118 (no iterator)
+    for name in names:
+        require_float(f"{path}: {name}", header.get_slice(name).get_dtype(), dtypes)
     return names
 
 
