@@ -124,7 +124,7 @@ class DenoiseSetup:
     @property
     def modulations(self) -> ModulationReader:
         """What computes the modulations of a schedule from the file."""
-        version, adapt = self.settings.version.name, self.adapters.fused if self.adapters.additions else iter
+        version, adapt = self.settings.version.name, self.adapters.fused if self.adapters.additions else None
         return ModulationReader(
             self.folder, version, self.skeleton, self.linears, device=self.world.device, dtype=self.dtype, adapt=adapt
         )

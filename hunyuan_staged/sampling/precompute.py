@@ -14,7 +14,7 @@ from hunyuan_staged.sampling.schedule import timesteps_of
 from hunyuan_staged.weights import components
 from hunyuan_staged.weights.folder import ModelFolder
 from hunyuan_staged.weights.key_maps import Named
-from hunyuan_staged.weights.loading import NO_DESTINATIONS, Destinations, assign_weights
+from hunyuan_staged.weights.loading import NO_DESTINATIONS, Adapt, Destinations, assign_weights
 
 
 def step_times(sigmas: torch.Tensor, *, use_meanflow: bool = False) -> list[Times]:
@@ -39,13 +39,14 @@ class ModulationReader:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
+        adapt: Adapt | None = None,
     ) -> None:
         self.folder, self.version, self.skeleton, self.shapes = folder, version, skeleton, shapes
         self.device, self.dtype, self.adapt = device, dtype, adapt
 
     def _read(self, wanted: Callable[[str], bool]) -> Iterable[Named]:
-        return self.adapt(components.transformer_tensors(self.folder, self.version, device=self.device, wanted=wanted))
+        tensors = components.transformer_tensors(self.folder, self.version, device=self.device, wanted=wanted)
+        return self.adapt(tensors) if self.adapt else tensors
 
     @torch.no_grad()
     def begin(self, sigmas: torch.Tensor) -> Modulations:

@@ -30,6 +30,7 @@ from hunyuan_staged.weights.hub import remote_shape
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, VAE_MAP, Named, Rule, diffusers_names, diffusers_tensors
 from hunyuan_staged.weights.loading import (
     NO_DESTINATIONS,
+    Adapt,
     Destinations,
     Progress,
     assign_weights,
@@ -128,14 +129,14 @@ def load_transformer(
     progress: Progress = quiet,
     skeleton: nn.Module | None = None,
     destinations: Destinations = NO_DESTINATIONS,
-    adapt: Callable[[Iterable[Named]], Iterable[Named]] = iter,
+    adapt: Adapt | None = None,
 ) -> nn.Module:
     """TransformerModules with a version's weights, in eval mode, without gradients.
 
     Args:
         skeleton: what transformer_skeleton gave, by default in `dtype` throughout.
         destinations: where some tensors go; those that another process fills are not read.
-        adapt: what the tensors, under diffusers' names and in the file's dtype, go through on their way.
+        adapt: what the tensors, under diffusers' names and in the file's dtype, go through; None: no adapter changes any.
     """
     model = transformer_skeleton(folder, version, keep=False) if skeleton is None else skeleton
     state = model.state_dict()
@@ -168,9 +169,9 @@ def load_transformer(
         progress=progress,
         kept=kept,
         # What adapters change comes in the file's dtype.
-        place=destinations.memory.get if adapt is iter else nowhere,
+        place=nowhere if adapt else destinations.memory.get,
     )
-    quantised = fp8_rows.quantised(adapt(tensors), state, dtype)
+    quantised = fp8_rows.quantised(adapt(tensors) if adapt else tensors, state, dtype)
     return assign_weights(model, quantised, dtype, device, folder.transformer_folder(version), destinations)
 
 

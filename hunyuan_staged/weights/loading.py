@@ -22,6 +22,7 @@ from hunyuan_staged.weights.quantization.stored import FLOAT8, KEPT
 from hunyuan_staged.weights.stream import FileReader, Place, nowhere
 
 Progress = Callable[..., Iterable[Any]]
+Adapt = Callable[[Iterable[Named]], Iterable[Named]]  # what adapters make of a model's tensors
 
 # The names that weights go by in a part's folder; with .index.json behind them they are sharded.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")

@@ -15,6 +15,7 @@ from hunyuan_staged.weights import components, lora
 from hunyuan_staged.weights.folder import open_model
 from hunyuan_staged.weights.key_maps import TRANSFORMER_MAP, to_official
 from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear, dequantise, quantise
+from hunyuan_staged.weights.stream import nowhere
 
 CPU = torch.device("cpu")
 VERSION = "demo_t2v"
@@ -90,6 +91,22 @@ def write(path, drawn, style: tuple[str, str], alpha: float | None = None, alpha
             tensors[alpha_key.format(module)] = torch.tensor(alpha)
     save_file(tensors, path, metadata)
     return path
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_tensors_are_read_straight_to_their_places_unless_adapters_change_them(folder, monkeypatch, adapted):
+    """Whoever gave the loader a function that changes nothing had them read to memory of their own."""
+    places = []
+
+    def recorded(*args, place, **options):
+        places.append(place)
+        return read(*args, place=place, **options)
+
+    read = components.transformer_tensors
+    monkeypatch.setattr(components, "transformer_tensors", recorded)
+    adapt = lora.Adapters().fused if adapted else None
+    components.load_transformer(folder, VERSION, device=CPU, dtype=torch.float32, adapt=adapt)
+    assert (places == [nowhere]) == adapted
 
 
 @pytest.mark.parametrize("style", OFFICIAL_STYLES)
