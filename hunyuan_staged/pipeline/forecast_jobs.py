@@ -44,12 +44,11 @@ class PlanRun(Protocol):
 @dataclass(frozen=True)
 class Planned:
     """A job's plan. own: its options for each process of the run; done: of each, whether its part is there; plans: of
-    each; why_not: what says that it cannot be made, else empty; world: one process here; steps: done, of each."""
+    each; why_not: what says that it cannot be made, else empty; steps: done, of each."""
 
     job: Job
     own: Sequence[Any]
     done: Sequence[bool]
-    world: World
     steps: Sequence[StepsDone] = ()
     plans: Sequence[Sequence[StagePlan]] = ()
     why_not: str = ""
@@ -74,9 +73,10 @@ def show(run: PlanRun, options: Sequence[Any], found: Jobs, world: World) -> Non
 def plan_all(options: Sequence[Any], found: Sequence[Job], world: World) -> tuple[dict[str, Rows], list[str]]:
     """(the plan of all jobs: rows by title, a line on each job that cannot be made)."""
     plan = remembered(partial(plan_processes if len(options) > 1 else plan_stage, world=world))
-    todo = [_looked_at(options, job, world) for job in found]
+    here = World(0, 1, world.device)
+    todo = [_looked_at(options, job, here) for job in found]
     sizes = [_size(options, index, todo, plan, world.size) for index in range(len(options))]
-    todo = [_planned(one, plan, sizes) for one in todo]
+    todo = [_planned(one, plan, sizes, here) for one in todo]
     parts = [_rows_of(index, one, todo, (sizes[index], world.size)) for index, one in enumerate(options)]
     rows = {_title(one): of_stage for one, (of_stage, _) in zip(options, parts, strict=True)}
     if len(options) > 1:
@@ -144,33 +144,32 @@ def _alike(options: Any, *, alone: bool) -> object:
 
 
 def _looked_at(options: Sequence[Any], job: Job, world: World) -> Planned:
-    """A job and what of it is there; what follows on something that is still to be made is not."""
+    """A job and what of it is there, for one process; what follows on something that is still to be made is not."""
     own: list[Any] = []
     done: list[bool] = []
-    world = World(0, 1, world.device)
     for one in options:
         number = NUMBERS[type(one)]
         own.append(job_folders.placed(options_of_job(one, job), job, number))
         done.append(all(done) and is_done(own[-1], world))
-    return Planned(job, own, done, world)
+    return Planned(job, own, done)
 
 
-def _planned(one: Planned, plan: Plan, sizes: Sequence[int]) -> Planned:
+def _planned(one: Planned, plan: Plan, sizes: Sequence[int], world: World) -> Planned:
     """A job with its plans, which one that is done needs none of."""
     if one.done[-1]:
         return one
     try:
-        steps = [_steps_done(one, index) for index in range(len(one.own))]
+        steps = [_steps_done(one, index, world) for index in range(len(one.own))]
         return replace(one, steps=steps, plans=plan(one.own, sizes, steps))
     except InputError as error:
         return replace(one, why_not=str(error).removeprefix("--"))
 
 
-def _steps_done(one: Planned, index: int) -> StepsDone:
+def _steps_done(one: Planned, index: int, world: World) -> StepsDone:
     """Of a job's process, which goes on from a state without --resume, too, where what it follows on is there."""
     own = one.own[index]
     goes_on = isinstance(own, DenoiseOptions) and all(one.done[:index])
-    return steps_done(own, one.world) if goes_on else NOTHING
+    return steps_done(own, world) if goes_on else NOTHING
 
 
 # -- all jobs --
