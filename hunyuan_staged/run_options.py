@@ -36,6 +36,8 @@ MAX_NAME_BYTES = 200  # of a file: file systems take 255, some of which a tempor
 
 # Options that name a file for a part of the model; which part, weights.hub.PARTS says.
 PART_FILES = ("text_encoder", "glyph_encoder", "vision_encoder", "vae")
+# The same of super resolution.
+LARGER_FILES = ("super_resolution_transformer", "super_resolution_upsampler")
 
 FILES, WHAT, REWRITING, WEIGHTS, MEMORY = "files", "what to show", "rewriting", "weights", "memory"
 STOPPING, VIDEO, SAMPLING, SPEED = "stopping and going on", "video", "sampling", "attention and memory"
@@ -180,8 +182,11 @@ def part_help(part: str) -> str:
 
 
 def check_part_files(options: object) -> None:
-    """InputError for a file that stands in the place of a part, and is not there."""
-    for name in PART_FILES:
+    """InputError for a file that stands in the place of a part, and is not there, or without --super_resolution."""
+    for name in LARGER_FILES:
+        if getattr(options, name, None) is not None and getattr(options, "super_resolution", None) is None:
+            raise InputError("belongs to --super_resolution", option=name)
+    for name in (*PART_FILES, *LARGER_FILES):
         file = getattr(options, name, None)
         if file is not None and not Path(file).is_file():
             raise InputError(f"{file} is no file" if Path(file).exists() else f"{file} does not exist", option=name)
@@ -247,6 +252,14 @@ class EncodeOptions(JobOptions):
         "prepare for stage 2's --super_resolution: weights that lead to it, an image's latents at its sizes, too",
         group=WEIGHTS,
         choices=tuple(versions.SUPER_RESOLUTION),
+    )
+    super_resolution_transformer: str | None = flag(
+        "record its transformer's file, which stage 2 takes where it is given none (default: none)",
+        group=WEIGHTS,
+        metavar="FILE",
+    )
+    super_resolution_upsampler: str | None = flag(
+        "record its latent upsampler's file, likewise (default: none)", group=WEIGHTS, metavar="FILE"
     )
     dtype: str = flag(
         "of the whole run; stage 2 follows it (default: %(default)s, which is bf16 on a GPU and fp32 on a CPU)",

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.flags import flag
-from hunyuan_staged.run_options import LARGER, RunOptions
+from hunyuan_staged.run_options import LARGER, RunOptions, check_part_files
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
 
@@ -26,12 +26,14 @@ class UpscaleOptions(RunOptions):
         metavar="FILE",
     )
     super_resolution_transformer: str | None = flag(
-        "its transformer as one safetensors file, as ComfyUI has it (default: the model's)",
+        "its transformer as one safetensors file, as ComfyUI has it (default: as stage 1 recorded, else the model's)",
         group=LARGER,
         metavar="FILE",
     )
     super_resolution_upsampler: str | None = flag(
-        "its latent upsampler as one safetensors file, likewise (default: the model's)", group=LARGER, metavar="FILE"
+        "its latent upsampler as one safetensors file, likewise (default: as its transformer)",
+        group=LARGER,
+        metavar="FILE",
     )
 
     # Options of stage 2 that shape the latents to enlarge, and cannot shape the larger ones.
@@ -55,12 +57,11 @@ class UpscaleOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name in ("input_video", "super_resolution_transformer", "super_resolution_upsampler"):
-            file = getattr(self, name)
-            if file is not None and self.super_resolution is None:
-                raise InputError("belongs to --super_resolution", option=name)
-            if file is not None and not Path(file).is_file():
-                raise InputError(f"{file} does not exist", option=name)
+        if self.input_video is not None and self.super_resolution is None:
+            raise InputError("belongs to --super_resolution", option="input_video")
+        if self.input_video is not None and not Path(self.input_video).is_file():
+            raise InputError(f"{self.input_video} does not exist", option="input_video")
+        check_part_files(self)
         if self.super_resolution is None:
             return
         for name in self.of_the_base:

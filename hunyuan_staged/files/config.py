@@ -26,6 +26,8 @@ CONFIG_KEYS: dict[int, dict[str, type | tuple[type, ...]]] = {
         "vae": str,
         "resolution": str,
         LARGER_KEY: str,
+        "super_resolution_transformer": str,
+        "super_resolution_upsampler": str,
         "transformer_version": str,
         "task_type": str,
         "image_path": str,

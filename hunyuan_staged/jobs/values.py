@@ -9,7 +9,7 @@ from hunyuan_staged.errors import InputError
 from hunyuan_staged.flags import Option, options_of
 from hunyuan_staged.jobs.names import NAME, check_name
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
-from hunyuan_staged.run_options import RunOptions
+from hunyuan_staged.run_options import LARGER_FILES, RunOptions
 
 STAGE_OPTIONS: tuple[type[RunOptions], ...] = (EncodeOptions, DenoiseOptions, DecodeOptions)
 # What is asked of a whole run, not of one job.
@@ -28,7 +28,7 @@ OF_THE_RUN = frozenset(
             "seeds",
         ),
         *("gpus_per_job", "watch", "assume_gpu", "super_resolution", "input_video"),
-        *("super_resolution_transformer", "super_resolution_upsampler"),
+        *LARGER_FILES,
     )
 )
 KINDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}

@@ -19,6 +19,7 @@ from hunyuan_staged.pipeline.common import gpu_name
 from hunyuan_staged.pipeline.denoiser import Denoised
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.jobs import output_dir
+from hunyuan_staged.run_options import LARGER_FILES
 from hunyuan_staged.sampling.state import RunIdentity
 from hunyuan_staged.weights.single_file import TransformerFile
 
@@ -35,13 +36,7 @@ OF_ONE_CALL = {
     "log_json",
 }
 OF_ONE_CALL |= {"jobs", "seeds", "gpus_per_job", "watch"}
-FILE_OPTIONS = (
-    "model_path",
-    "transformer",
-    "input_video",
-    "super_resolution_transformer",
-    "super_resolution_upsampler",
-)
+FILE_OPTIONS = ("model_path", "transformer", "input_video", *LARGER_FILES)
 
 
 def identity(setup: DenoiseSetup) -> RunIdentity:

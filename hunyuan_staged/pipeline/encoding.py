@@ -29,7 +29,7 @@ from hunyuan_staged.pipeline.image_encoding import encode_image, larger_sizes
 from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.pipeline.vae_encoding import EncodingPlan, plan_for_model
-from hunyuan_staged.run_options import DEMO_CHECKPOINT
+from hunyuan_staged.run_options import DEMO_CHECKPOINT, LARGER_FILES
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import components, encoder_components, loading
@@ -197,7 +197,8 @@ def resolve(
             f"{folder.path} has no weights of {version.name}, its config alone: stage 2 needs --transformer FILE"
         )
     target = None if options.dry_run or isinstance(folder, PartsFolder) else options.super_resolution
-    if target and (lacking := low_resolution.missing_weights(folder, version.resolution, target)):
+    files_given = all(getattr(options, name) for name in LARGER_FILES)
+    if target and not files_given and (lacking := low_resolution.missing_weights(folder, version.resolution, target)):
         report.warn(f"{lacking}; stage 2 then needs --super_resolution_transformer and --super_resolution_upsampler")
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)

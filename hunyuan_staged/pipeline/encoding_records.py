@@ -1,5 +1,6 @@
 """What embeddings are known by, and what their file and the config say of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from hunyuan_staged.files.config import CONFIG_KEYS, LARGER_KEY, read_config, up
 from hunyuan_staged.files.tensors import read_made_from, save_embeddings
 from hunyuan_staged.options import EncodeOptions
 from hunyuan_staged.pipeline.encoding import EncodeSetup
-from hunyuan_staged.run_options import PART_FILES
+from hunyuan_staged.run_options import LARGER_FILES, PART_FILES
+
+WHAT_FOLLOWS = (LARGER_KEY, *LARGER_FILES)
 
 
 def outdated(options: EncodeOptions) -> str | None:
@@ -43,8 +46,18 @@ def recorded_model(setup: EncodeSetup) -> str:
 
 def recorded_files(options: EncodeOptions) -> dict[str, str]:
     """The files that were given in the place of parts, absolute, by option: stage 3 takes its VAE from here."""
-    given = {name: getattr(options, name) for name in PART_FILES}
+    return _absolute(options, PART_FILES)
+
+
+def _absolute(options: EncodeOptions, names: Sequence[str]) -> dict[str, str]:
+    given = {name: getattr(options, name) for name in names}
     return {name: str(Path(file).resolve()) for name, file in given.items() if file}
+
+
+def what_follows(options: EncodeOptions) -> dict[str, str]:
+    """The super resolution that is to follow on the base run, if any, and the files that it is to be made with."""
+    larger = {LARGER_KEY: options.super_resolution} if options.super_resolution else {}
+    return larger | _absolute(options, LARGER_FILES)
 
 
 def made_from(setup: EncodeSetup) -> str:
@@ -72,7 +85,7 @@ def config_entries(setup: EncodeSetup) -> dict[str, Any]:
         "transformer_version": version.name,
         "image_path": options.image_path,
         "dtype": options.dtype,
-        **({LARGER_KEY: options.super_resolution} if options.super_resolution else {}),
+        **what_follows(options),
     }
 
 
@@ -87,16 +100,17 @@ def is_written(setup: EncodeSetup) -> bool:
     if not (folder / contract.CONFIG_FILE).is_file():
         return False
     config, wanted = read_config(folder), config_entries(setup) | {contract.EMBEDDINGS_HASH: provenance.sha256(path)}
-    wanted.pop(LARGER_KEY, None)  # update_super_resolution has it say that
-    return {name: config.get(name) for name in wanted} == wanted
+    # What is to follow update_super_resolution has it say.
+    return all(config.get(name) == wanted[name] for name in wanted if name not in WHAT_FOLLOWS)
 
 
 def update_super_resolution(setup: EncodeSetup) -> None:
     """Have the config of embeddings that are there already say which super resolution is to follow now, if any."""
-    folder, larger = setup.options.output_dir, setup.options.super_resolution
+    folder, wanted = setup.options.output_dir, what_follows(setup.options)
     config = read_config(folder)
-    if config.get(LARGER_KEY) != larger:
-        update_config(folder, {name: config[name] for name in CONFIG_KEYS[1] if name in config} | {LARGER_KEY: larger})
+    if any(config.get(name) != wanted.get(name) for name in WHAT_FOLLOWS):
+        own = {name: config[name] for name in CONFIG_KEYS[1] if name in config and name not in WHAT_FOLLOWS}
+        update_config(folder, own | wanted)
 
 
 def write(setup: EncodeSetup, tensors: dict[str, torch.Tensor]) -> list[tuple[Path, str]]:

@@ -5,15 +5,17 @@ a run from fresh noise. docs/super_resolution.md says more.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract, provenance, tensors
+from hunyuan_staged.files.config import LARGER_KEY
 from hunyuan_staged.geometry import (
     BUCKET_BASE,
     LATENT_CHANNELS,
@@ -31,6 +33,7 @@ from hunyuan_staged.pipeline.common import chosen_model, free_memory
 from hunyuan_staged.pipeline.input_video import InputVideo
 from hunyuan_staged.pipeline.jobs import DenoiseJob, output_dir
 from hunyuan_staged.pipeline.opening import open_for, open_recorded
+from hunyuan_staged.run_options import LARGER_FILES
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.sampling.conditions import LowResolutionCondition
 from hunyuan_staged.versions import SuperResolutionVersion, parse_version, super_resolution_chain
@@ -112,6 +115,20 @@ def resolve(
     return denoising.assemble(UpscaleSetup, options, job, world, (folder, path, settings), report, **more)
 
 
+def _with_recorded_files(options: DenoiseOptions, config: Mapping[str, Any]) -> DenoiseOptions:
+    """The options, with the files that stage 1 recorded for this super resolution where they name none."""
+    given: dict[str, Any] = {}
+    for name in LARGER_FILES if config.get(LARGER_KEY) == options.super_resolution else ():
+        file = config.get(name)
+        if not file or getattr(options, name):
+            continue
+        if not Path(file).is_file():
+            place = Path(options.input_dir) / contract.CONFIG_FILE
+            raise InputError(f"{place} records {name} {file}, which does not exist; give --{name}")
+        given[name] = file
+    return replace(options, **given)
+
+
 def _weights(
     options: DenoiseOptions, job: DenoiseJob, version: SuperResolutionVersion, report: Reporter
 ) -> tuple[ModelFolder, str, UpsamplerFiles | None]:
@@ -154,6 +171,7 @@ def enlarge(
     made so will do. encode(video): what a plan does with a video of the user's. Of several runs all are planned before the
     first begins. Every rank calls it.
     """
+    options = _with_recorded_files(options, job.config)
     assert options.super_resolution is not None
     video = input_video.look_at(options, report) if options.input_video else None
     shape: tuple[int, ...] = video.shape if video else base_shape(options, job)

@@ -190,14 +190,71 @@ def test_a_draft_that_stage_2_finishes_is_enlarged_by_the_commands_that_are_name
     check_bits(folder, single[1])
 
 
-def test_embeddings_that_are_there_learn_what_is_to_follow(tmp_path, tiny_super_resolution):
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory, tiny_super_resolution) -> tuple[Path, list[object]]:
+    """(the model without super resolution, the flags that name its files)."""
+    model, flags = tmp_path_factory.mktemp("apart") / "model", []
+    shutil.copytree(tiny_super_resolution, model)
+    for part in ("transformer", "upsampler"):
+        file = model.parent / f"{part}.safetensors"
+        (model / part / "demo_hd_sr_distilled" / "diffusion_pytorch_model.safetensors").rename(file)
+        shutil.rmtree(model / part / "demo_hd_sr_distilled")
+        flags += [f"--super_resolution_{part}", file]
+    return model, flags
+
+
+def test_a_draft_is_enlarged_with_the_files_that_it_was_started_with(tmp_path, apart, single):
+    """Was: with the model's own, which this one has not."""
+    (model, files), folder = apart, tmp_path / "out"
+    flags = ["--model_path", model, *files, "--prompt", "a red circle", "--seed", 1, "--output_dir", folder]
+    result = whole_run(*flags, "--stop_after", 1)
+    assert result.returncode == 0, result.stderr
+    assert "stage 2 then needs" not in result.stderr
+    config = read_config(folder)
+    assert [config[name[2:]] for name in files[::2]] == [str(file) for file in files[1::2]]
+    for command in gallery.read(folder, tmp_path).commands:
+        script, *words = shlex.split(command)[1:]
+        status, said = run_stage(int(script[-4]), *words, said=tmp_path / "said")
+        assert status == 0, said
+    check_bits(folder, single[1])
+
+
+def test_a_recorded_file_that_is_gone_is_named(tmp_path, apart, single):
+    """The config alone says it, so that the message says where; another one that is given will do."""
+    (_, files), folder = apart, tmp_path / "out"
+    shutil.copytree(single[1], folder)
+    place = folder / contract.CONFIG_FILE
+    recorded = {"super_resolution_transformer": str(tmp_path / "gone.safetensors")}
+    place.write_text(json.dumps(read_config(folder) | recorded))
+    args = ["--input_dir", folder, "--super_resolution", "demo_hd", "--dry_run"]
+    status, said = run_stage(2, *args, said=tmp_path / "said")
+    assert status == 2
+    assert said.splitlines()[-1] == (
+        f"error: {place} records super_resolution_transformer {tmp_path}/gone.safetensors, which does not exist; "
+        "give --super_resolution_transformer"
+    )
+    assert run_stage(2, *args, *files[:2], said=tmp_path / "said")[0] == 0
+
+
+def test_files_without_super_resolution_are_refused_by_stage_1(tmp_path, apart):
+    args = ["--output_dir", tmp_path / "out", *apart[1][:2]]
+    status, said = run_stage(1, *args, said=tmp_path / "said")
+    message = "error: --super_resolution_transformer belongs to --super_resolution"
+    assert (status, said.splitlines()[-1]) == (2, message) and not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_are_there_learn_what_is_to_follow(tmp_path, tiny_super_resolution, apart):
     """A job whose prompt is encoded is not encoded again for that."""
+    larger = ["--super_resolution", "demo_hd"]
     args = ["--model_path", tiny_super_resolution, "--output_dir", tmp_path / "runs", "--jobs", tmp_path / "jobs.txt"]
     (tmp_path / "jobs.txt").write_text("a cat")
-    for more, recorded in (([], None), (["--super_resolution", "demo_hd"], "demo_hd"), ([], None)):
+    asked = ([], None, None), (larger, "demo_hd", None), ([*larger, *apart[1]], "demo_hd", str(apart[1][3]))
+    for more, recorded, file in (*asked, asked[0]):
         status, said = run_stage(1, *args, *more, said=tmp_path / "said")
         assert status == 0, said
-        assert read_config(tmp_path / "runs" / "a-cat").get("super_resolution") == recorded
+        config = read_config(tmp_path / "runs" / "a-cat")
+        assert config.get("super_resolution") == recorded
+        assert config.get("super_resolution_upsampler") == file
     assert "a-cat: already done" in said and "loading" not in said
 
 
