@@ -10,6 +10,7 @@ from typing import Any
 from hunyuan_staged import geometry, presets, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.decode_options import DecodeOptions as DecodeOptions
+from hunyuan_staged.encode_options import EncodeOptions as EncodeOptions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
 from hunyuan_staged.flags import flag
@@ -31,7 +32,6 @@ from hunyuan_staged.run_options import (
     STRICT,
     VIDEO,
     WEIGHTS_DTYPES,
-    EncodeOptions,
     GroupOptions,
     offload_help,
 )
