@@ -149,6 +149,30 @@ def test_no_more_is_sent_than_a_little_ahead(tmp_path, monkeypatch):
     assert most == 5
 
 
+def test_no_more_is_sent_while_a_slow_piece_is_waited_for(tmp_path, monkeypatch):
+    """One thread reads the first piece last of all that there are buffers for."""
+    save_file({f"{number:02}": torch.ones(100) for number in range(50)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 5 * 400)
+    held, read, others = entries(tmp_path / "x.safetensors"), stream._read, threading.Semaphore(0)
+    first = min(entry.start for entry in held.values())
+
+    def slowly(file: int, buffer: memoryview, start: int) -> None:
+        if start == first:
+            for _ in range(19):
+                others.acquire()
+        read(file, buffer, start)
+        others.release()
+
+    monkeypatch.setattr(stream, "_read", slowly)
+    with (tmp_path / "x.safetensors").open("rb") as file:
+        sources = [(file.fileno(), list(held.values()))]
+        with FileReader(sources, CPU, workers=4, piece=400, buffers=20) as reader:
+            tensors = reader.tensors(0)
+            assert next(tensors)[0] == "00"
+            assert len(reader._sent) <= 5
+            assert [name for name, _ in tensors] == [f"{number:02}" for number in range(1, 50)]
+
+
 def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path):
     content = sample(tmp_path / "x.safetensors")
     held, before = entries(tmp_path / "x.safetensors"), threading.active_count()
