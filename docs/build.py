@@ -104,7 +104,7 @@ def steps() -> str:
     for row in figures()["steps"]:
         notes = [] if row["branches"] == 2 else ["guidance 1: one branch"]
         notes += [] if row["weights"] == "bf16" else [f"weights stored in {row['weights']}"]
-        notes += [] if row["compiled"] else ["not compiled"]
+        notes += [] if row["fused"] else ["not fused"]
         notes += [f"{row['offloaded_blocks']} blocks offloaded"] if row["offloaded_blocks"] else []
         if row["parts"]:
             notes.append("attention {:g}, linear layers {:g}, rest {:g} s".format(*row["parts"]))
@@ -185,7 +185,7 @@ def whole_table(name: str) -> str:
 def measured_step(resolution: str, num_frames: int, attention: str = "flash4") -> dict[str, Any]:
     """The step that --dry_run's time rests on, with all blocks on the GPU."""
     wanted = {"resolution": resolution, "num_frames": num_frames, "attention": attention, "in_plan": True}
-    wanted |= {"offloaded_blocks": 0, "compiled": True}
+    wanted |= {"offloaded_blocks": 0, "fused": True}
     return next(row for row in figures()["steps"] if all(row[key] == value for key, value in wanted.items()))
 
 

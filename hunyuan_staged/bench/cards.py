@@ -36,7 +36,7 @@ def language_skeleton(layers: int | None = None) -> Any:
 def table() -> list[tuple[str, ...]]:
     """What runs on each card, computed: (card, stage 1, stage 2 at 720p, with fp8, stage 2 at 480p, stage 3), 121 frames.
 
-    bf16 on one GPU, compiled, with another kernel than flash4, which takes less.
+    bf16 on one GPU, with another kernel than flash4, which takes less.
     """
     import torch
 

@@ -68,7 +68,7 @@ def add_stage2(stages: Any) -> None:
     stage2.add_argument("--transformer", help="a file as in stage 2, read as there, in place of random weights")
     stage2.add_argument("--no_parts", action="store_true", help="without the step that is taken apart")
     stage2.add_argument("--layers", type=int, help="fewer blocks than the full 54, for a quick look")
-    stage2.add_argument("--no_compile", action="store_true", help="run the blocks eagerly")
+    stage2.add_argument("--compile", action="store_true", help="let torch.compile fuse the blocks, as in stage 2")
     offload = stage2.add_mutually_exclusive_group()
     offload.add_argument("--enable_offloading", action="store_true", help="stream all blocks from host memory")
     offload.add_argument("--disable_offloading", action="store_true", help="all weights on the device (default)")

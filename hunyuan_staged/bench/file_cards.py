@@ -19,7 +19,7 @@ FILES = {
 
 
 def table(steps: int) -> list[tuple[str, ...]]:
-    """(file, command, what it takes on each of CARDS) at 480p, 121 frames, on one GPU, compiled; steps: of the schedule."""
+    """(file, command, what it takes on each of CARDS) at 480p, 121 frames, on one GPU; steps: of the schedule."""
     return [(name, command, *_cells(kind, steps)) for name, (kind, command) in FILES.items()]
 
 

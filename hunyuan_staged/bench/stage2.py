@@ -115,7 +115,7 @@ def memory_use(setup: Setup, video_tokens: int) -> dict[str, Any]:
         setup.inner,
         dtype.itemsize,
         setup.attention.name,
-        setup.compile,
+        setup.cuda,
         setup.layout.shards,
         offloading.widened_bytes(setup.model.transformer_blocks, dtype),
         setup.modulations.table.nbytes,

@@ -162,7 +162,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         _offloaded(args, block_weights.count),
         blocks,
         weights_bytes=torch.cuda.memory_allocated() if device.type == "cuda" else 0,
-        compile=not args.no_compile,
+        compile=args.compile or args.fp8_matmul,
         loading=loading,
     )
 

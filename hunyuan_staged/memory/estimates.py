@@ -7,11 +7,11 @@ from hunyuan_staged.geometry import TEMPORAL_RATIO
 from hunyuan_staged.memory.budget import GIB
 
 # Stage 2's working memory, in activations (one value of the run's dtype for each token and channel). H100, 720p, bf16,
-# compiled, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
+# fused, flash4 or cuDNN alike: 2.79 GiB at 121 frames and 1.22 at 49 (README, "Measured").
 ACTIVATIONS = 6.8
 # An odd number of tokens takes no more: 480p, offloaded, 2.16 GiB in all.
 ACTIVATIONS_SPARSE = 12.5  # SSTA, before the feed-forward was taken apart from attention's output
-ACTIVATIONS_EAGER = 20.6  # not compiled: 3.7 GiB at 49 frames, before fused kernels, with which it was not measured
+ACTIVATIONS_EAGER = 20.6  # not fused: 3.7 GiB at 49 frames, before attention's inputs and output were freed early
 # Of several sequence shards: q, k and v packed, sent and received. Not measured.
 ACTIVATIONS_EXCHANGE = 6.0
 
@@ -29,10 +29,10 @@ KEPT_ENCODERS = 3 * GIB
 class DenoisingSize:
     """What decides the working memory of a denoising step. channels: the width of the blocks; itemsize: of the dtype.
 
-    kernel: the attention mode that runs. shards: processes that a guidance branch's tokens are split over. block: bytes of
-    one block in the run's dtype where it is stored in another one, else 0. modulations: bytes of those computed
-    beforehand. kept: activations that a cache keeps on this rank, of all guidance branches (CacheSettings.kept). left: the
-    share of heads whose k and v go to all shards (HeadSplit.left).
+    kernel: the attention mode that runs. fused: whether a compiler or kernels of our own fuse the blocks. shards: processes
+    that a guidance branch's tokens are split over. block: bytes of one block in the run's dtype where it is stored in
+    another one, else 0. modulations: bytes of those computed beforehand. kept: activations that a cache keeps on this rank,
+    of all guidance branches (CacheSettings.kept). left: the share of heads whose k and v go to all shards (HeadSplit.left).
     """
 
     video_tokens: int
@@ -40,7 +40,7 @@ class DenoisingSize:
     channels: int
     itemsize: int
     kernel: str
-    compiled: bool
+    fused: bool
     shards: int = 1
     block: int = 0
     modulations: int = 0
@@ -54,7 +54,7 @@ class DenoisingSize:
         activations = ACTIVATIONS
         if self.kernel == SPARSE_ATTN_MODE:
             activations = ACTIVATIONS_SPARSE
-        if not self.compiled:
+        if not self.fused:
             activations = ACTIVATIONS_EAGER
         if self.shards > 1:
             # Of left heads k and v are sent to all, and come from all; their q stays.

@@ -117,7 +117,7 @@ def _changes(setup: "DenoiseSetup", goal: Goal) -> list[Change]:
     made += [float8, _no_cache]
     if goal.free.device is None:
         return made
-    return [*made, _compiled, _split_further, _smaller, partial(_more_gpus, goal), partial(_shorter, goal)]
+    return [*made, _split_further, _smaller, partial(_more_gpus, goal), partial(_shorter, goal)]
 
 
 def _with(setup: "DenoiseSetup", **options: Any) -> "DenoiseSetup":
@@ -136,10 +136,6 @@ def _no_cache(setup: "DenoiseSetup") -> Changed | None:
         return None
     flag = "no --enable_cache" if setup.options.enable_cache and not setup.options.preset else "--disable_cache"
     return flag, replace(setup, caching=None)
-
-
-def _compiled(setup: "DenoiseSetup") -> Changed | None:
-    return ("no --no_compile", _with(setup, no_compile=False)) if setup.options.no_compile else None
 
 
 def _split_further(setup: "DenoiseSetup") -> Changed | None:

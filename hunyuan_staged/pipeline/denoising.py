@@ -77,7 +77,7 @@ class DenoiseSetup:
     @property
     def compiled(self) -> bool:
         """Whether torch.compile fuses the blocks."""
-        return self.world.device.type == "cuda" and not self.options.no_compile
+        return self.world.device.type == "cuda" and self.options.compiles
 
     @property
     def enlarges_to(self) -> str | None:
@@ -154,7 +154,8 @@ class DenoiseSetup:
             width,
             self.dtype.itemsize,
             self.by_step.hungriest if self.by_step else self.attention.name,
-            self.compiled,
+            self.world.device.type
+            == "cuda",  # where Triton fuses, which comes with torch: the compiler's kernels or ours
             shards,
             widened_bytes(self.skeleton.transformer_blocks, self.dtype),
             table_bytes(steps, self.weights.count, width, self.dtype.itemsize),

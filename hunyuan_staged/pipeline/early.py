@@ -124,7 +124,7 @@ def _load(
 
 
 def _rehearse_denoising(setup: DenoiseSetup, model: Any, imports: Callable[[], object], is_due: IsDue) -> str:
-    """Import the compiler, try the kernels, which takes seconds, and compile on a copy of one block."""
+    """Import and try this stage's kernels, and compile what there is to be compiled on a copy of one block."""
     imports()
     if is_due():
         return f"not rehearsed: {DUE}"

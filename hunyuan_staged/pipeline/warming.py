@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 
 from hunyuan_staged.attention import kernel_cache, modes
-from hunyuan_staged.attention.packages import FLASH4_PACKAGE, HOPPER, obstacle
+from hunyuan_staged.attention.packages import FLASH4_PACKAGE, HOPPER, installed, obstacle
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.budget import CARD_OVERHEAD
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
@@ -27,6 +27,7 @@ DENOISING = (
 )
 # What torch.compile imports when it is first called.
 COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codecache", "triton")
+KERNELS = ("hunyuan_staged.models.block_kernels",)
 DECODING = (
     WORLD,
     *(f"hunyuan_staged.pipeline.{name}" for name in ("decoding", "decoding_records", "loaded_decoder")),
@@ -43,8 +44,8 @@ def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
         return NOTHING_EARLY
 
     def import_kernels() -> None:
-        if not options.no_compile:
-            _import(COMPILER)
+        if options.compiles or installed("triton"):
+            _import(COMPILER if options.compiles else KERNELS)
         if gpu.capability >= HOPPER and may_take_flash4(options):
             kernel_cache.keep_flash4_kernels()
             obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next

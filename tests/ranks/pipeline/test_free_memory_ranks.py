@@ -24,7 +24,7 @@ def order(world: World, folder: str) -> tuple[list[str], bool]:
         happened.append("measured")
         return measure(device)
 
-    options = DenoiseOptions(input_dir=folder, video_length=5, no_compile=True)
+    options = DenoiseOptions(input_dir=folder, video_length=5)
     setup = denoising.resolve(options, jobs.read(options), world)
     denoisers = Denoisers()
     with pytest.MonkeyPatch.context() as patch:

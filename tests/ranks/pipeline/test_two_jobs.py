@@ -30,7 +30,6 @@ def two_jobs(world: World, folder: str, outputs: list[str], cfg_parallel: str = 
             num_inference_steps=3,
             checkpoint_every=1,
             cfg_parallel=cfg_parallel,
-            no_compile=True,
         )
         setup = denoising.resolve(options, jobs.read(options), world)
         identity = denoising_records.identity(setup)

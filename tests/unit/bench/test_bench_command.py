@@ -58,7 +58,7 @@ def test_what_super_resolution_does_not_take(monkeypatch, capsys, words, message
 
 
 def test_super_resolution_is_timed_with_its_upsampler_and_a_share(monkeypatch, capsys):
-    words = "stage2 --super_resolution demo_hd --layers 1 --video_length 1 --steps 1 --share_of 2 --no_compile"
+    words = "stage2 --super_resolution demo_hd --layers 1 --video_length 1 --steps 1 --share_of 2"
     monkeypatch.setattr(sys, "argv", ["bench", *words.split(), "--attn_mode", "torch"])
     assert command.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -75,7 +75,7 @@ def test_what_cannot_be_drawn(tmp_path):
 def test_a_step_with_it_is_timed(tmp_path, monkeypatch, capsys):
     path = drawn(tmp_path / "any.safetensors", "fp8").path
     words = ["--resolution", "480p", "--video_length", "1", "--steps", "1", "--warmup", "0"]
-    words += ["--no_compile", "--offload_blocks", "1"]
+    words += ["--offload_blocks", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", "stage2", "--transformer", str(path), *words])
     assert command.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

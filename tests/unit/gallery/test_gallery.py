@@ -217,7 +217,7 @@ def test_what_a_job_file_cannot_say_has_a_command_of_its_own(tmp_path):
 
 
 def test_a_file_gives_values_of_known_flags_alone(tmp_path):
-    options = {"seed": "7; rm -rf ~", "evil": "$(x)", "lora": "text", "no_compile": "yes", "dtype": ["a"], "debug": 1}
+    options = {"seed": "7; rm -rf ~", "evil": "$(x)", "lora": "text", "compile": "yes", "dtype": ["a"], "debug": 1}
     stop(job(tmp_path, "a b; $(touch x)"), options=options)
     (found,) = read(tmp_path).values()
     assert flags(found.commands[0]) == [

@@ -65,7 +65,7 @@ def test_the_operations_are_those_of_the_measured_steps():
 def test_the_measured_times_lie_in_the_estimated_ranges():
     h100 = find_card("NVIDIA H100 80GB HBM3")
     for row in timings.benchmarks()["steps"]:
-        if row["in_plan"] and row["compiled"]:
+        if row["in_plan"] and row["fused"]:
             tokens = ((row["num_frames"] - 1) // 4 + 1) * row["height"] * row["width"] // 256
             flops = row["branches"] * operations.step_flops(tokens, operations.TEXT_TOKENS, **FULL)
             range_ = expected.estimated(flops, flops, h100)

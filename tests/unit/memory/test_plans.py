@@ -43,7 +43,7 @@ def total(denoising: DenoisingSize, offloaded: int) -> float:
         (replace(SHORT, kernel="cudnn"), RESIDENT, 16.73),
         (replace(WHOLE, video_tokens=49_290, kernel="cudnn"), STREAMED, 2.16),
         (replace(WHOLE, kernel="flex-block-attn"), RESIDENT, 20.8),
-        (replace(SHORT, kernel="cudnn", compiled=False), RESIDENT, 19.2),
+        (replace(SHORT, kernel="cudnn", fused=False), RESIDENT, 19.2),
     ],
 )
 def test_the_measured_peaks_come_out(denoising, offloaded, measured):
@@ -234,7 +234,7 @@ def test_the_times_that_a_plan_states_are_those_of_the_benchmarks():
         (46_800, "flash4", True, 0, 3.8, 8.36),
     }
     steps = timings.measured_steps()
-    assert {(s.tokens, s.kernel, s.compiled, s.offloaded, s.seconds, s.extra) for s in steps} == by_hand
+    assert {(s.tokens, s.kernel, s.fused, s.offloaded, s.seconds, s.extra) for s in steps} == by_hand
     assert len(steps) == len(by_hand) and {s.gpu for s in steps} == {GPU, "NVIDIA H200"}
 
 

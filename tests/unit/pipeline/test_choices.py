@@ -21,9 +21,11 @@ FLAGS = {
     "--weights_dtype fp8": {"weights_dtype": "fp8"},
     "--disable_cache": {"enable_cache": False},
     "no --enable_cache": {"enable_cache": False},
-    "no --no_compile": {"no_compile": False},
     "--cfg_parallel off": {"cfg_parallel": "off"},
 }
+
+
+CACHED = {"offload_blocks": 0, "enable_cache": True, "cache_type": "taylorcache"}
 
 
 def resolved(processes: int = 1, **options) -> DenoiseSetup:
@@ -38,32 +40,32 @@ def found(setup: DenoiseSetup, gib: float, **goal) -> list[str]:
 
 def test_each_choice_fits_and_the_fastest_is_first():
     free = budget.card(12)
-    setup = resolved(offload_blocks=0, no_compile=True)
+    setup = resolved(**CACHED)
     listed = choices(setup, Goal(free))
     assert [choice.changes.split(" and ") for choice in listed] == [
-        ["--video_length 5 or less"],
+        ["--video_length 13 or less"],
         ["no flag about offloading"],
+        ["--weights_dtype fp8"],
     ]
     seconds = [choice.expected.most for choice in listed]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    shorter = resolved(offload_blocks=0, no_compile=True, video_length=5)
+    shorter = resolved(**CACHED, video_length=13)
     assert shorter.plan(free).total == listed[0].plan.total
-    assert resolved(no_compile=True).plan(free) == listed[1].plan
+    assert resolved(**CACHED | {"offload_blocks": None}).plan(free) == listed[1].plan
     with pytest.raises(InputError):
-        resolved(offload_blocks=0, no_compile=True, video_length=9).plan(free)
+        resolved(**CACHED, video_length=17).plan(free)
 
 
 def test_changes_go_together_where_none_helps_alone():
-    setup = resolved(offload_blocks=0, no_compile=True)
-    free = FreeMemory(int(8.7 * GIB), 64 * GIB)
+    setup = resolved(**CACHED)
+    free = FreeMemory(5 * GIB, 64 * GIB)
     listed = choices(setup, Goal(free))
-    assert "--weights_dtype fp8 and no --no_compile" in [choice.changes for choice in listed]
+    assert "no flag about offloading and no --enable_cache" in [choice.changes for choice in listed]
     for choice in listed:
         assert choice.changes.count(" and ") == 1, "pairs, and nothing more than is needed"
         flags = choice.changes.split(" and ")
         if all(flag in FLAGS for flag in flags):
-            options = {"offload_blocks": 0, "no_compile": True} | FLAGS[flags[0]] | FLAGS[flags[1]]
-            assert resolved(**options).plan(free) == choice.plan
+            assert resolved(**CACHED | FLAGS[flags[0]] | FLAGS[flags[1]]).plan(free) == choice.plan
 
 
 def test_a_cache_and_the_split_over_gpus_are_among_them():
