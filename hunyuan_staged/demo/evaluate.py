@@ -357,7 +357,10 @@ def _off_by_one(forward: Any, setting: Setting) -> Any:
 def held_out_prompts(
     kind: str, count: int, seed: int = SEED, *, new_wording: bool = True
 ) -> list[tuple[scenes.Scene, str]]:
-    """(scene, prompt) pairs that training never saw: not the combination, and with new_wording not the sentence."""
+    """(scene, prompt) pairs that training never saw: not the combination, and with new_wording not the sentence.
+
+    The scenes are the same in either wording.
+    """
     draw = random.Random(f"{seed}/{kind}")
     held_out = [scenes.draw_scene(draw, kind, held_out=True) for _ in range(count)]
     return [(scene, scenes.describe(scene, draw, scenes.UNSEEN if new_wording else scenes.FIRST)) for scene in held_out]
