@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +20,14 @@ from hunyuan_staged.pipeline import (
     denoising_records,
     encoding,
     encoding_records,
+    input_video,
     jobs,
     upscaling,
 )
+from hunyuan_staged.pipeline.common import chosen_model
+from hunyuan_staged.pipeline.input_video import InputVideo
+from hunyuan_staged.pipeline.opening import open_recorded
+from hunyuan_staged.runtime.progress import SILENT
 from hunyuan_staged.sampling.state import RunIdentity, StateSaver
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
@@ -48,7 +54,7 @@ def _is_encoded(own: EncodeOptions, world: World) -> bool:
 
 def _is_denoised(own: DenoiseOptions, world: World) -> bool:
     file = contract.at_resolution(contract.LATENTS_FILE, own.super_resolution)
-    if own.input_video or not (jobs.output_dir(own) / file).is_file():
+    if not (jobs.output_dir(own) / file).is_file():
         return False
     found: list[bool] = []
 
@@ -66,24 +72,33 @@ def _is_decoded(own: DecodeOptions, world: World) -> bool:
 
 def _look_at_runs(own: DenoiseOptions, world: World, look: Callable[[denoising.DenoiseSetup], None]) -> None:
     """Look at each run of a stage 2, by what lies in its folder; InputError at the first whose input is not there."""
+    job = jobs.read(own)
     if own.super_resolution:
-        upscaling.enlarge(own, jobs.read(own), world, lambda setup, _: look(setup))
+        encoded = partial(_require_encoded, own, job, world)
+        upscaling.enlarge(own, job, world, lambda setup, _: look(setup), encode=encoded)
     else:
-        look(denoising.resolve(own, jobs.read(own), world))
+        look(denoising.resolve(own, job, world))
+
+
+def _require_encoded(own: DenoiseOptions, job: jobs.DenoiseJob, world: World, video: InputVideo) -> None:
+    """InputError where the latents of a video of the user's are still to be made."""
+    path = chosen_model(own.model_path, own.input_dir, job.config)
+    if not input_video.is_encoded(video, own, partial(open_recorded, path, job.config, SILENT), world.device):
+        raise InputError(f"{video.path} has not been encoded")
 
 
 def steps_done(own: DenoiseOptions, world: World) -> StepsDone:
     """The steps that a stage 2 which goes on finds done, in finished latents or in a state.
 
     world: of one process. InputError, with --resume, for a state that is broken or of other settings, as of the stage
-    itself; without it such a state counts for nothing. Of a video that is the input nothing is known before it is encoded.
+    itself; without it such a state counts for nothing. Of a video that is the input nothing is done before it is encoded.
     """
     folder = jobs.output_dir(own)
     sizes = None, *SUPER_RESOLUTION
     names = [
         contract.at_resolution(file, size) for file in (contract.STATE_FILE, contract.LATENTS_FILE) for size in sizes
     ]
-    if own.input_video or not any((folder / name).is_file() for name in names):
+    if not any((folder / name).is_file() for name in names):
         return NOTHING
     runs: list[tuple[denoising.DenoiseSetup, RunIdentity]] = []
     with contextlib.suppress(InputError):  # the plan says what is wrong; and what has no input yet has not begun

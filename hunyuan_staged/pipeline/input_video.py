@@ -28,7 +28,7 @@ from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.pipeline import vae_encoding
 from hunyuan_staged.pipeline.common import free_memory
-from hunyuan_staged.pipeline.jobs import output_dir
+from hunyuan_staged.pipeline.jobs import INPUT_LATENTS, output_dir
 from hunyuan_staged.run_options import MAX_FPS
 from hunyuan_staged.runtime.progress import Reporter
 from hunyuan_staged.versions import SUPER_RESOLUTION
@@ -125,7 +125,7 @@ def write_latents(
     Every process calls it, and encodes rows of it; the first one reads and writes. open_model: gives what has the VAE.
     """
     folder, dtype = open_model(), encoder_dtype(world.device)
-    path = output_dir(options) / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)
+    path = output_dir(options) / INPUT_LATENTS
     made_from = _made_from(video, folder, dtype, world.device) if world.is_main else ""
     if world.from_main("input video", "there" if made_from and _is_made_from(path, made_from) else "to do") == "there":
         report.info(f"{path} is there, made from the same: taken as it is")
@@ -148,6 +148,12 @@ def write_latents(
             about["fps"] = f"{video.info.fps:g}"
         tensors.save_latents(path.parent, latents, about | {contract.MADE_FROM: made_from}, contract.INPUT)
     world.barrier("video encoded")
+
+
+def is_encoded(video: InputVideo, options: DenoiseOptions, open_model: OpenModel, device: torch.device) -> bool:
+    """Whether the latents that write_latents would write are there. The model is opened where there are some."""
+    path = output_dir(options) / INPUT_LATENTS
+    return path.is_file() and _is_made_from(path, _made_from(video, open_model(), encoder_dtype(device), device))
 
 
 def _made_from(video: InputVideo, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> str:

@@ -168,8 +168,8 @@ def enlarge(
     """Enlarge the latents of a folder to what the options ask for, by as many runs as that takes.
 
     denoise(setup, reuse) does one and writes its latents, or shows its plan; reuse: latents that are there already and were
-    made so will do. encode(video): what a plan does with a video of the user's. Of several runs all are planned before the
-    first begins. Every rank calls it.
+    made so will do. encode(video): what is done with a video of the user's instead of encoding it. Of several runs all are
+    planned before the first begins. Every rank calls it.
     """
     options = _with_recorded_files(options, job.config)
     assert options.super_resolution is not None

@@ -276,6 +276,28 @@ def test_any_video_is_enlarged(again, clip):
     assert said.count("is there, made from the same: taken as it is") == 2
 
 
+def test_done_steps_of_a_video_that_is_enlarged_are_planned(again, clip, tmp_path):
+    """They were planned anew. Of another video, and of one that is not encoded yet, none is done."""
+    args = ["--input_video", clip]
+
+    def steps() -> str:
+        status, said = enlarge(again, *args, "--dry_run", "--resume")
+        assert status == 0, said
+        return planned(said, "steps")
+
+    assert enlarge(again, *args, moment=Moment(STEP, 2, (signal.SIGTERM,)))[0] == 143
+    assert steps() == "6, guidance 1, 2 done already"
+    assert "done already" not in enlarge(again, *args, "--dry_run")[1], "without --resume it begins anew"
+    assert enlarge(again, *args, "--resume")[0] == 0
+    assert steps() == "6, guidance 1, 6 done already"
+    args = ["--input_video", tmp_path / "other.mp4"]
+    write_video(args[1], np.full((9, 100, 200, 3), 90, np.uint8), 12, 100, 200)
+    assert steps() == "6, guidance 1"
+    args = ["--input_video", clip]
+    (again / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)).unlink()
+    assert steps() == "6, guidance 1"
+
+
 def test_a_part_of_a_video_in_another_shape(again, clip):
     status, said = enlarge(again, "--input_video", clip, "--video_length", 5, "--aspect_ratio", "1:1", "--dry_run")
     assert status == 0, said

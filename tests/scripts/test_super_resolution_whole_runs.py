@@ -291,3 +291,7 @@ def test_a_whole_run_enlarges_a_video(tmp_path, tiny_super_resolution, many):
     frames, fps = read_video(video)
     assert (frames.shape, fps) == ((5, 176, 352, 3), 12)
     assert not {contract.LATENTS_FILE, contract.VIDEO_FILE} & files(made)
+    result = whole_run(*flags, "--dry_run", "--resume")
+    assert result.returncode == 0, result.stderr
+    counted = ["1: 1 done, 0 to make"] * 4 if many else ["2, guidance 1, 2 done already"]
+    assert re.findall(r"(?m)^(?:jobs|steps) +(.*)$", result.stdout) == counted
