@@ -18,6 +18,7 @@ from hunyuan_staged.errors import Stopped, one_line, refusal_of, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
+from hunyuan_staged.parallel.environment import rank_info
 from hunyuan_staged.runtime.environment import (
     Early,
     IsDue,
@@ -31,6 +32,7 @@ from hunyuan_staged.runtime.environment import (
     started_by_launcher,
 )
 from hunyuan_staged.runtime.failure import is_first, leave, status_of_error
+from hunyuan_staged.runtime.gpus import begin_context
 from hunyuan_staged.runtime.progress import LineBar, Reporter
 from hunyuan_staged.runtime.signals import Interrupts, hold_back, ignore_signals
 
@@ -344,7 +346,10 @@ def run_jobs(
 
     def check(options: Any) -> Jobs | None:
         options.check()
-        return jobs_of(options, [options]) if many and pipes is None and options.watch is None else None
+        found = jobs_of(options, [options]) if many and pipes is None and options.watch is None else None
+        if not options.dry_run:
+            begin_context(rank_info().local_rank)
+        return found
 
     def loop(run: Run, jobs: Jobs | None) -> None:
         if not many:

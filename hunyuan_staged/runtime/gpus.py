@@ -1,9 +1,13 @@
-"""Which GPUs there are, as told without torch, and without a context on any of them."""
+"""Which GPUs there are, and the context of one, by their driver alone: without torch."""
 
 import ctypes
 import os
 import subprocess
+import sys
+import threading
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 # https://docs.nvidia.com/cuda/cuda-driver-api: CUdevice_attribute, CUcomputemode
 _COMPUTE_MODE, _MAJOR, _MINOR = 20, 75, 76
@@ -21,7 +25,7 @@ class GpuFacts:
 
 
 def gpu_facts() -> list[GpuFacts]:
-    """The visible GPUs, as CUDA's driver lists them; none where there is no driver, or it does not answer."""
+    """The visible GPUs, as CUDA's driver lists them, none gets a context; none where there is no driver, or no answer."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         count, size = ctypes.c_int(), ctypes.c_size_t()
@@ -46,6 +50,36 @@ def gpu_facts() -> list[GpuFacts]:
     except (OSError, AttributeError):  # no library, or one without these functions
         return []
     return found
+
+
+def begin_context(local_rank: int) -> None:
+    """Have a thread open the context of a rank's GPU while torch is imported, which takes longer and finds it there.
+
+    Nothing where torch is imported already, or was built for no GPU.
+    """
+    if "torch" not in sys.modules and _torch_takes_gpus():
+        threading.Thread(target=open_context, args=(local_rank,), name="context").start()
+
+
+def _torch_takes_gpus() -> bool:
+    found = find_spec("torch")
+    return bool(found and found.origin and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists())
+
+
+def open_context(local_rank: int) -> bool:
+    """Open the context that all of this process shares, on the GPU that a rank takes (world.lone_world), until it ends.
+
+    Whether it is there; why it is not, torch will say.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count, device, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+            return False
+        failed = driver.cuDeviceGet(ctypes.byref(device), local_rank % count.value)
+        return not failed and not driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    except (OSError, AttributeError):  # no library, or one without these functions
+        return False
 
 
 def visible_gpus() -> int:
