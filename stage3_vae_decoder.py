@@ -78,9 +78,16 @@ def get_ready(options: DecodeOptions, is_due: IsDue) -> Early:
     return warming.warm_decoding(options, is_due)
 
 
+def begin(options: DecodeOptions) -> None:
+    """Have ffmpeg tried while torch is imported."""
+    from hunyuan_staged.files import video
+
+    video.begin_trial(options.video_encoder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(DecodeOptions, build_parser(), argv)
-    return utils.run_jobs(3, options, stage3, group_size, get_ready)
+    return utils.run_jobs(3, options, stage3, group_size, get_ready, begin)
 
 
 if __name__ == "__main__":

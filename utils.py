@@ -335,11 +335,12 @@ def run_jobs(
     body: Callable[[Run, Any], None],
     size: Callable[[Run, Any, Any], int] | None = None,
     ready: Ready | None = None,
+    begin: Callable[[Any], object] = bool,
 ) -> int:
     """Run a stage: body(run, options) for one video, or, where the options ask for many, or a cluster does, for each.
 
     size: how many processes make a video together, as many.Stage has it; None: a stage for one process. ready: as
-    run_stage.
+    run_stage. begin(options): what goes on while torch is imported, of a run and not of a plan.
     """
     pipes = job_pipes()
     many = pipes is not None or asks_for_many(options)
@@ -349,6 +350,7 @@ def run_jobs(
         found = jobs_of(options, [options]) if many and pipes is None and options.watch is None else None
         if not options.dry_run:
             begin_context(rank_info().local_rank)
+            begin(options)
         return found
 
     def loop(run: Run, jobs: Jobs | None) -> None:

@@ -76,6 +76,11 @@ class DecodeOptions(GroupOptions):
         "the first process decodes alone, the others wait", group=TILES, default=False
     )
 
+    @property
+    def video_encoder(self) -> str:
+        """The encoder that the video's file goes through."""
+        return encoding.GIF if Path(self.output_video or "").suffix == f".{encoding.GIF}" else self.encoder
+
     def check(self) -> None:
         super().check()
         check_part_files(self)

@@ -21,6 +21,7 @@ X264_SPEEDS = {
 X264_SPEEDS |= {"superfast": 36.0, "ultrafast": 100.0}
 PRESETS = {"libx264": tuple(X264_SPEEDS), "h264_nvenc": ("p7", "p6", "p5", "p4", "p3", "p2", "p1")}
 ENCODERS = tuple(PRESETS)
+GIF = "gif"  # the encoder of that name
 DECODED_A_SECOND = 25.0  # frames of 1280x720 on an H100
 X264_CORES = 16  # more make x264 hardly faster
 

@@ -1,13 +1,16 @@
 """Frames → mp4 or gif, streamed through ffmpeg; and back, for comparisons."""
 
 import contextlib
+import os
 import queue
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -15,12 +18,11 @@ import numpy as np
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import atomic
-from hunyuan_staged.files.encoding import DEFAULT_ENCODING, ENCODERS, Encoding
+from hunyuan_staged.files.encoding import DEFAULT_ENCODING, ENCODERS, GIF, Encoding
 
 # How ffmpeg may read a video of the user's: from this file alone, which some formats would have it leave.
 READ_FORMATS = ("mov", "matroska", "avi", "mpegts", "flv", "ogg", "gif")
 READ_OPTIONS = ["-protocol_whitelist", "file", "-format_whitelist", ",".join(READ_FORMATS)]
-GIF = "gif"  # the encoder of that name
 TRIAL_SECONDS = 60  # for a frame; a GPU's first takes a few
 FRAMES_AHEAD = 128  # that wait for the encoder at most: of 720p 0.33 GiB
 
@@ -37,11 +39,35 @@ def ffmpeg_path() -> str:
         ) from error
 
 
+def begin_trial(encoder: str) -> None:
+    """Have a thread find out what require_encoder says."""
+    with contextlib.suppress(InputError):  # it says so
+        _trial(ffmpeg_path(), encoder, os.getpid())
+
+
 def require_encoder(encoder: str) -> None:
-    """InputError with ffmpeg's reason where it cannot encode so on this machine: tried on one frame."""
+    """InputError with ffmpeg's reason where it cannot encode so on this machine: tried on one frame, once."""
+    try:
+        _trial(ffmpeg_path(), encoder, os.getpid()).result()
+    except InputError:
+        _trial.cache_clear()  # by the next job it may be there
+        raise
+
+
+@cache
+def _trial(program: str, encoder: str, process: int) -> Future[None]:
+    """process: this one. One that is forked has none of its parent's threads."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+    try:
+        return pool.submit(_try, program, encoder)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _try(program: str, encoder: str) -> None:
     source = ["-f", "lavfi", "-i", "color=size=256x256:rate=24", "-frames:v", "1"]
     kind = "gif" if encoder == GIF else "h264"
-    command = [ffmpeg_path(), "-v", "error", *source, "-c:v", encoder, "-f", kind, "-"]
+    command = [program, "-v", "error", *source, "-c:v", encoder, "-f", kind, "-"]
     try:
         tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TRIAL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

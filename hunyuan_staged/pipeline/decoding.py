@@ -24,7 +24,7 @@ from hunyuan_staged.decoding.tiling import Tiling
 from hunyuan_staged.files import contract, tensors
 from hunyuan_staged.files.config import update_config
 from hunyuan_staged.files.encoding import ENCODERS, Encoding, default_preset
-from hunyuan_staged.files.video import GIF, require_encoder, write_video
+from hunyuan_staged.files.video import require_encoder, write_video
 from hunyuan_staged.memory.budget import FreeMemory, Remedies, gib
 from hunyuan_staged.options import DecodeOptions
 from hunyuan_staged.parallel.world import World
@@ -112,7 +112,7 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     path = options.model_path or vae or chosen_model(None, options.input_dir, job.config)
     # Now, rather than after the decoding.
     if options.assume_gpu is None:
-        require_encoder(GIF if video_path(options, job.resolution).suffix == f".{GIF}" else options.encoder)
+        require_encoder(options.video_encoder)
     model = open_for(replace(options, vae=vae), path, ("vae",), report)
     config = components.vae_config(model)
     check_latents(job.latents, config)

@@ -9,6 +9,7 @@ from importlib import import_module
 from hunyuan_staged.attention import kernel_cache, modes
 from hunyuan_staged.attention.packages import FLASH4_PACKAGE, HOPPER, installed, obstacle
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files import video
 from hunyuan_staged.memory.budget import CARD_OVERHEAD
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions
 from hunyuan_staged.parallel.environment import rank_info
@@ -60,6 +61,8 @@ def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
 def warm_decoding(options: DecodeOptions, is_due: IsDue) -> Early:
     """What stage 3 can do before its turn."""
     _import(DECODING)
+    if not options.dry_run:
+        video.begin_trial(options.video_encoder)
     gpu = None if options.dry_run else _own_gpu()
     if gpu is None:
         return NOTHING_EARLY

@@ -193,6 +193,25 @@ def test_an_encoder_is_tried_before_it_is_used(tmp_path, monkeypatch):
         video.require_encoder("h264_nvenc")
 
 
+def test_a_trial_that_was_begun_is_the_one_that_counts(tmp_path, monkeypatch):
+    """Each job had ffmpeg tried, 0.1 s of it. One that failed is tried again."""
+    log = tmp_path / "log"
+    program = fake_ffmpeg(tmp_path, f"echo $$ >> {log}; echo frame")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+    video.begin_trial("libx264")
+    for _ in range(2):
+        video.require_encoder("libx264")
+    assert len(log.read_text().splitlines()) == 1
+    (tmp_path / "broken").mkdir()
+    log.unlink()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", fake_ffmpeg(tmp_path / "broken", f"echo $$ >> {log}; exit 1"))
+    video.begin_trial("libx264")
+    for _ in range(2):
+        with pytest.raises(InputError, match="it gave no reason"):
+            video.require_encoder("libx264")
+    assert len(log.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
