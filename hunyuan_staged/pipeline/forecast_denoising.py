@@ -11,6 +11,7 @@ from hunyuan_staged import geometry, versions
 from hunyuan_staged.encoders.text import glyph_text
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.config import read_config
+from hunyuan_staged.memory import expected as times
 from hunyuan_staged.memory import operations
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, offload_asked
 from hunyuan_staged.parallel.world import World
@@ -19,7 +20,7 @@ from hunyuan_staged.pipeline.choices import Goal, choices
 from hunyuan_staged.pipeline.common import chosen_model
 from hunyuan_staged.pipeline.denoising import DenoiseSetup
 from hunyuan_staged.pipeline.denoising_time import denoising_time
-from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, steps_done
+from hunyuan_staged.pipeline.forecast_done import NOTHING, StepsDone, is_encoded, steps_done
 from hunyuan_staged.pipeline.forecast_target import (
     INPUT_VIDEO,
     LARGER,
@@ -145,7 +146,10 @@ def _plan_video(
     vae = components.vae_config(folder)
     expected = vae_encoding.encoding_time(plan, vae, target.card) if target.card else None
     version = str(config.get("transformer_version") or f"{versions.DEFAULT_RESOLUTION}_t2v")
-    rows = finished(plan.rows(target.free), expected, target, figures(folder, version))
+    rows = plan.rows(target.free)
+    if is_encoded(options, config, target.world.device, video):
+        expected, rows = times.measured(0), rows | {"encoding": "done already"}
+    rows = finished(rows, expected, target, figures(folder, version))
     return StagePlan(rows, expected, config, video.shape, video, plan, INPUT_VIDEO)
 
 

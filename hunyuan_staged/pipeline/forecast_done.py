@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import contract
 from hunyuan_staged.options import DecodeOptions, DenoiseOptions, EncodeOptions
@@ -74,16 +76,23 @@ def _look_at_runs(own: DenoiseOptions, world: World, look: Callable[[denoising.D
     """Look at each run of a stage 2, by what lies in its folder; InputError at the first whose input is not there."""
     job = jobs.read(own)
     if own.super_resolution:
-        encoded = partial(_require_encoded, own, job, world)
+        encoded = partial(_require_encoded, own, job.config, world.device)
         upscaling.enlarge(own, job, world, lambda setup, _: look(setup), encode=encoded)
     else:
         look(denoising.resolve(own, job, world))
 
 
-def _require_encoded(own: DenoiseOptions, job: jobs.DenoiseJob, world: World, video: InputVideo) -> None:
-    """InputError where the latents of a video of the user's are still to be made."""
-    path = chosen_model(own.model_path, own.input_dir, job.config)
-    if not input_video.is_encoded(video, own, partial(open_recorded, path, job.config, SILENT), world.device):
+def is_encoded(own: DenoiseOptions, config: Mapping[str, Any], device: torch.device, video: InputVideo) -> bool:
+    """Whether the latents of a video of the user's are there, made from the same."""
+    path = chosen_model(own.model_path, own.input_dir, config)
+    try:
+        return input_video.is_encoded(video, own, partial(open_recorded, path, config, SILENT), device)
+    except InputError:  # the stage itself will say what is wrong
+        return False
+
+
+def _require_encoded(own: DenoiseOptions, config: Mapping[str, Any], device: torch.device, video: InputVideo) -> None:
+    if not is_encoded(own, config, device, video):
         raise InputError(f"{video.path} has not been encoded")
 
 

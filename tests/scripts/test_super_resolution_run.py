@@ -287,7 +287,8 @@ def test_done_steps_of_a_video_that_is_enlarged_are_planned(again, clip, tmp_pat
 
     assert enlarge(again, *args, moment=Moment(STEP, 2, (signal.SIGTERM,)))[0] == 143
     assert steps() == "6, guidance 1, 2 done already"
-    assert "done already" not in enlarge(again, *args, "--dry_run")[1], "without --resume it begins anew"
+    assert planned(enlarge(again, *args, "--dry_run")[1], "encoding") == "done already", "which --resume has no part in"
+    assert planned(enlarge(again, *args, "--dry_run")[1], "steps") == "6, guidance 1", "without --resume it begins anew"
     assert enlarge(again, *args, "--resume")[0] == 0
     assert steps() == "6, guidance 1, 6 done already"
     args = ["--input_video", tmp_path / "other.mp4"]
@@ -296,6 +297,7 @@ def test_done_steps_of_a_video_that_is_enlarged_are_planned(again, clip, tmp_pat
     args = ["--input_video", clip]
     (again / contract.at_resolution(contract.LATENTS_FILE, contract.INPUT)).unlink()
     assert steps() == "6, guidance 1"
+    assert planned(enlarge(again, *args, "--dry_run")[1], "encoding") == "4 frames at a time"
 
 
 def test_a_part_of_a_video_in_another_shape(again, clip):
