@@ -14,6 +14,7 @@ from hunyuan_staged.models.vae_decoder import Decoder
 from hunyuan_staged.parallel.world import World
 from hunyuan_staged.runtime.progress import quiet
 
+FLOAT32_HINT = '; "force_upcast": true in the config.json of the VAE has it decode in float32'
 BATCH_FRAMES = 8  # that leave the device together: of 720p 22 MB
 
 
@@ -150,4 +151,5 @@ class FiniteChecks:
             if event is not None:
                 event.synchronize()
             if not finite:
-                raise FloatingPointError(f"{what} decoded to NaN or Inf in {self.dtype}")
+                told = FLOAT32_HINT if self.dtype == torch.float16 else ""
+                raise FloatingPointError(f"{what} decoded to NaN or Inf in {self.dtype}{told}")

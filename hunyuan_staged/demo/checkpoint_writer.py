@@ -66,10 +66,12 @@ def save_official(
     versions: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int | None = None,
+    force_upcast: bool = False,
 ) -> Path:
     """Write the modules as `hf download tencent/HunyuanVideo-1.5` and its download guide leave them (facts.md).
 
-    All weights in dtype; a transformer of more than shard_bytes in several files and an index. The folder appears whole
+    All weights in dtype; a transformer of more than shard_bytes in several files and an index. force_upcast: of the VAE,
+    whose values are too large for float16. The folder appears whole
     or not at all; InputError where something is there already.
     """
     with new_folder(Path(folder)) as root:
@@ -83,7 +85,7 @@ def save_official(
             )
             if name in modules.upsamplers:
                 _save_upsampler(root / "upsampler" / name, *modules.upsamplers[name], dtype)
-        save_official_vae(root / "vae", modules.vae, dtype)
+        save_official_vae(root / "vae", modules.vae, dtype, force_upcast)
         write_scheduler(root)
     return Path(folder)
 
@@ -173,12 +175,13 @@ def _save_official_transformer(
     write_json(folder / "config.json", official_transformer_dict(module.config, version))
 
 
-def save_official_vae(folder: Path, module: Any, dtype: torch.dtype) -> None:
+def save_official_vae(folder: Path, module: Any, dtype: torch.dtype, force_upcast: bool = False) -> None:
     """Write a Vae and its official config."""
     from hunyuan_staged.weights.key_maps import VAE_MAP, to_official
 
     _save_tensors(folder / "diffusion_pytorch_model.safetensors", to_official(_weights(module, dtype), VAE_MAP))
-    write_json(folder / "config.json", official_vae_dict(module.config))
+    upcast = {"force_upcast": True} if force_upcast else {}
+    write_json(folder / "config.json", official_vae_dict(module.config) | upcast)
 
 
 def _save_qwen(folder: Path, modules: Modules, dtype: torch.dtype) -> None:

@@ -562,7 +562,7 @@ def save(out: Path, enlarger: Enlarger, teacher: Teacher) -> int:
     checkpoint_writer.save_super_resolution(
         out, version, (enlarger.transformer, enlarger.upsampler, config), torch.bfloat16
     )
-    checkpoint_writer.save_official_vae(out / "vae", teacher.vae, torch.bfloat16)
+    checkpoint_writer.save_official_vae(out / "vae", teacher.vae, torch.bfloat16, force_upcast=True)
     return sum(path.stat().st_size for path in out.glob(f"*/{version.name}/*"))
 
 

@@ -883,7 +883,9 @@ def parameters(modules: checkpoint_writer.Modules) -> Iterator[nn.Parameter]:
 def write_checkpoint(modules: checkpoint_writer.Modules, folder: Path) -> Path:
     """The official layout in bfloat16. Image to video is the same transformer: its folder links to the weights."""
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint_writer.save_official(folder, modules, versions=(VERSION,), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
+    checkpoint_writer.save_official(
+        folder, modules, versions=(VERSION,), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES, force_upcast=True
+    )
     trained, twin = folder / "transformer" / VERSION, folder / "transformer" / VERSION.replace("t2v", "i2v")
     twin.mkdir()
     config = json.loads((trained / "config.json").read_text())

@@ -116,7 +116,7 @@ def resolve(options: DecodeOptions, job: DecodeJob, world: World, report: Report
     model = open_for(replace(options, vae=vae), path, ("vae",), report)
     config = components.vae_config(model)
     check_latents(job.latents, config)
-    dtype = torch.float16 if world.device.type == "cuda" else torch.float32
+    dtype = components.vae_decoder_dtype(model, world.device)
     # With --disable_tile_parallelism the first process alone decodes, and no other's memory matters.
     own = World(world.rank, 1, world.device) if options.disable_tile_parallelism else world
     return DecodeSetup(options, job, model, own, dtype, config)

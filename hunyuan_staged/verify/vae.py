@@ -39,8 +39,8 @@ def _precise(coder: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_vae(folder: ModelFolder, device: torch.device) -> list[Check]:
-    """Both coders in the dtype that stage 3 decodes in: float16 on a GPU, float32 on a CPU."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    """Both coders in the dtype that stage 3 decodes in."""
+    dtype = components.vae_decoder_dtype(folder, device)
     decoder, config = components.load_vae_decoder(folder, device=device, dtype=dtype)
     checks = [finite("vae decoder", decoder)]
     latents = drawn((1, config["latent_channels"], *LATENTS), 5).to(device, dtype)

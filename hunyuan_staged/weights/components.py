@@ -47,6 +47,7 @@ from hunyuan_staged.weights.quantization import fp8_rows
 from hunyuan_staged.weights.quantization.formats import GGUF
 from hunyuan_staged.weights.quantization.fp8_rows import Float8Linear
 from hunyuan_staged.weights.quantization.stored import KEPT, StoredLinear, replace_linears
+from hunyuan_staged.weights.schema import VAE_DTYPE, picked
 from hunyuan_staged.weights.single_file import TransformerFile
 from hunyuan_staged.weights.stream import Place, nowhere
 
@@ -235,6 +236,16 @@ def vae_config(folder: ModelFolder) -> dict[str, Any]:
         return folder.vae_config()
     path = folder.require("vae")[0] / "config.json"
     return (official_vae_config if folder.official else diffusers_vae_config)(read_json(path), path)
+
+
+def vae_decoder_dtype(folder: ModelFolder, device: torch.device) -> torch.dtype:
+    """What frames are decoded in: float32 on a CPU, float16 on a GPU, unless the VAE's config.json has force_upcast, as
+    diffusers' AutoencoderKL has it: its values are too large for float16. InputError where that is not true or false."""
+    upcast = False
+    if "vae" not in folder.files and not isinstance(folder, PublishedModel):
+        path = folder.require("vae")[0] / "config.json"
+        upcast = picked(read_json(path), VAE_DTYPE, path).get("force_upcast", False)
+    return torch.float16 if device.type == "cuda" and not upcast else torch.float32
 
 
 def vae_skeleton(folder: ModelFolder, coder: str) -> nn.Module:

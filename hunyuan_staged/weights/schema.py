@@ -122,6 +122,7 @@ _VAE: Schema = {
     "upsample_match_channel": BOOLEAN,
     "scaling_factor": FACTOR,
 }
+VAE_DTYPE: Schema = {"force_upcast": BOOLEAN}
 OFFICIAL_VAE: Schema = {**_VAE, "ffactor_spatial": one_of(SPATIAL_RATIO), "ffactor_temporal": one_of(TEMPORAL_RATIO)}
 DIFFUSERS_VAE: Schema = {
     **_VAE,

@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from small_vae import ALONE, CONFIG, decode, draw_latents, rough_decoder, tiny_decoder
 
-from hunyuan_staged.decoding import whole
+from hunyuan_staged.decoding import frames, whole
 from hunyuan_staged.decoding.frames import DecodeContext
 from hunyuan_staged.decoding.planning import Decoding
 from hunyuan_staged.errors import InputError
@@ -80,6 +80,16 @@ def test_nan_is_not_a_black_video(bands):
     latents[0, 0, 1, 4, 3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^frames 1 to 4 decoded to NaN or Inf in torch\.float32$"):
         decode(latents, latent_frames_per_chunk=1, bands=bands)
+
+
+def test_what_helps_against_float16_is_said():
+    checks = frames.FiniteChecks(torch.float16)
+    checks.add("frames 0 to 4", torch.tensor(False))
+    told = (
+        r'^frames 0 to 4 decoded to NaN or Inf in torch\.float16; "force_upcast": true in the config\.json of the VAE'
+    )
+    with pytest.raises(FloatingPointError, match=told):
+        checks.read()
 
 
 def refused(world: World) -> str:

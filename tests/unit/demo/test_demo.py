@@ -16,6 +16,10 @@ from hunyuan_staged.encoders import text
 from hunyuan_staged.files import video
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
+from hunyuan_staged.models.vae_decoder import Decoder
+from hunyuan_staged.models.vae_encoder import Encoder
+from hunyuan_staged.weights import components
+from hunyuan_staged.weights.folder import open_model
 
 CPU = torch.device("cpu")
 
@@ -245,3 +249,21 @@ def test_a_loss_that_is_no_number_ends_training():
     assert train.finite(torch.tensor(0.25), 7) == 0.25
     with pytest.raises(FloatingPointError, match="the loss is nan after step 7"):
         train.finite(torch.tensor(float("nan")), 7)
+
+
+@torch.no_grad()
+def test_the_decoder_that_ships_is_one_for_float32():
+    """Of a trained scene float16 gives NaN, on a GPU too: so its config asks for float32."""
+    folder = open_model(CHECKPOINT, ("vae",))
+    encoder, _ = components.load_vae_encoder(folder, device=CPU, dtype=torch.float32)
+    draw = random.Random(3)
+    clips = [scenes.render([scenes.draw_scene(draw)]) for _ in range(4)]
+    latents = Encoder(encoder)(clips[3], 8)[:, :32]
+
+    def frames(dtype: torch.dtype) -> torch.Tensor:
+        decoder, _ = components.load_vae_decoder(folder, device=CPU, dtype=dtype)
+        return torch.cat(list(Decoder(decoder)(latents)))
+
+    assert torch.isfinite(frames(torch.float32)).all()
+    assert not torch.isfinite(frames(torch.float16)).all()
+    assert components.vae_decoder_dtype(folder, torch.device("cuda")) == torch.float32

@@ -159,6 +159,21 @@ def test_both_layouts_say_the_same_of_the_transformer_and_the_vae(tiny_official,
     assert components.vae_config(official) == components.vae_config(diffusers)
 
 
+def test_the_vae_decodes_in_float32_where_its_config_asks_for_it(tiny_official, tmp_path):
+    model = copied(tiny_official, tmp_path, "vae")
+    path, gpu = model / "vae" / "config.json", torch.device("cuda")
+    config = json.loads(path.read_text())
+    for given, wanted in ((None, torch.float16), (False, torch.float16), (True, torch.float32)):
+        path.write_text(json.dumps(config | ({} if given is None else {"force_upcast": given})))
+        folder = open_model(model, ())
+        assert components.vae_decoder_dtype(folder, gpu) == wanted
+        assert components.vae_decoder_dtype(folder, CPU) == torch.float32
+        assert "force_upcast" not in components.vae_config(folder)
+    path.write_text(json.dumps(config | {"force_upcast": "yes"}))
+    with pytest.raises(InputError, match=r"config\.json: force_upcast is 'yes'; allowed is true or false$"):
+        components.vae_decoder_dtype(open_model(model, ()), gpu)
+
+
 @pytest.mark.parametrize("coder", ["decoder", "encoder"])
 def test_one_half_of_the_vae_is_loaded_without_the_other(either_layout, tiny_official, tmp_path, coder):
     loaded, config = getattr(components, f"load_vae_{coder}")(either_layout, **F32)
