@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hunyuan_staged import geometry, presets, versions
+from hunyuan_staged import geometry, presets, schedule_rules, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.decode_options import DecodeOptions as DecodeOptions
 from hunyuan_staged.encode_options import EncodeOptions as EncodeOptions
@@ -25,7 +25,6 @@ from hunyuan_staged.run_options import (
     DISABLE_OFFLOADING,
     DTYPES,
     FILES,
-    MAX_STEPS,
     SAMPLING,
     SPEED,
     STOPPING,
@@ -36,7 +35,7 @@ from hunyuan_staged.run_options import (
     offload_help,
 )
 from hunyuan_staged.run_options import DEFAULT_FPS as DEFAULT_FPS
-from hunyuan_staged.sampling import cache_settings, guidance_plan
+from hunyuan_staged.sampling import cache_settings
 from hunyuan_staged.sampling.given_sigmas import parse_sigmas
 from hunyuan_staged.upscale_options import UpscaleOptions
 from hunyuan_staged.weights.lora_flags import parse_adapters
@@ -219,21 +218,13 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         if self.aspect_ratio is not None:
             geometry.check_aspect_ratio(self.aspect_ratio)
         geometry.check_size(self.width, self.height, self.aspect_ratio)
-        self.given_sigmas()
-        steps = self.num_inference_steps
-        if steps is not None and steps < 1:
-            raise InputError(f"{steps} is not a positive number", option="num_inference_steps")
-        if steps is not None and steps > MAX_STEPS:
-            raise InputError(f"{steps} is more than {MAX_STEPS}", option="num_inference_steps")
+        schedule_rules.check(self)
         for name in ("checkpoint_every", "preview_every"):
             given = getattr(self, name)
             if given < 0:
                 raise InputError(f"{given} is neither 0 (never) nor a number of steps", option=name)
         if self.stop_after is not None and self.stop_after < 1:
             raise InputError(f"{self.stop_after} is not a positive number", option="stop_after")
-        if self.guidance_scale is not None and not 1 <= self.guidance_scale < 100:
-            raise InputError(f"{self.guidance_scale} is outside 1 to 100", option="guidance_scale")
-        guidance_plan.check_flags(self.guidance_interval, self.guidance_reuse)
         if self.offload_blocks is not None and self.offload_blocks < 0:
             raise InputError(f"{self.offload_blocks} is not a number of blocks", option="offload_blocks")
         if not 0 <= self.seed < 2**64:

@@ -26,7 +26,6 @@ DEFAULT_COMPARISON_DIR = "./comparison"
 DEFAULT_AMPLIFY = 8.0
 
 # What an option may ask for at most: far beyond what the models were made for, and short of what no memory holds.
-MAX_STEPS = 1000
 MAX_FPS = 240
 MAX_JOBS = 10_000
 MAX_SEED = 2**64 - 1

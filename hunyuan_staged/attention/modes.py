@@ -54,11 +54,11 @@ def _range(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
-def check_schedule(schedule: Sequence[Stretch], steps: int, blocks: int) -> None:
-    """InputError where a schedule names a step or a block that the run does not have."""
+def check_schedule(schedule: Sequence[Stretch], steps: int, blocks: int | None = None) -> None:
+    """InputError where a schedule names a step or a block that the run does not have. blocks: None, not known yet."""
     for stretch in schedule:
         for what, named, count in (("step", stretch.steps, steps), ("block", stretch.blocks, blocks)):
-            if named is not None and named[-1] >= count:
+            if named is not None and count is not None and named[-1] >= count:
                 raise InputError(
                     f"{what} {named[-1]} is none of this run's {count}, 0 to {count - 1}", option="attn_schedule"
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hunyuan_staged import geometry, presets, versions
+from hunyuan_staged import geometry, presets, schedule_rules, versions
 from hunyuan_staged.attention import modes
 from hunyuan_staged.attention.by_step import AttentionByStep, choose_by_step
 from hunyuan_staged.attention.choose import AttentionMode
@@ -22,11 +22,8 @@ from hunyuan_staged.sampling.calibration import noise_levels
 from hunyuan_staged.versions import SuperResolutionVersion, TransformerVersion, Version
 from hunyuan_staged.weights.folder import ModelFolder
 
-MAX_SHIFT = 100
 _NAMED_FOUR = re.compile(r"(?<!\d)4[-_ ]?steps?(?![a-z])")  # in the name of weights or of an adapter for four steps
 MOST_FEW_STEPS = 8  # that such an adapter is run with
-# What lightx2v's distilled weights and adapters were made for.
-FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0}
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,10 @@ def apply_preset(options: DenoiseOptions, version: TransformerVersion) -> Denois
     """The options with the flags of their preset where none are given; InputError for weights that it is not for."""
     if options.preset in (None, presets.EXACT):
         return options
-    if version.use_meanflow or options.four_steps:
-        few = "--four_steps takes" if options.four_steps else f"{version.name} takes"
-        raise InputError(f"{options.preset} is for weights of many steps, and {few} few", option="preset")
+    if version.use_meanflow:
+        raise InputError(
+            f"{options.preset} is for weights of many steps, and {version.name} takes few", option="preset"
+        )
     own = version.num_inference_steps
     steps = options.num_inference_steps or round(presets.PRESETS[options.preset].steps * own)
     found = presets.fill(options.preset, steps, vars(options))
@@ -106,20 +104,12 @@ def apply_preset(options: DenoiseOptions, version: TransformerVersion) -> Denois
 
 def resolve_sampling(options: DenoiseOptions, version: Version, flow_shift: float) -> tuple[int, float, float]:
     """(steps, guidance_scale, flow_shift), each from its option, else the version's; flow_shift: the version's."""
-    if options.flow_shift is not None and not 0 < options.flow_shift <= MAX_SHIFT:
-        raise InputError(f"{options.flow_shift:g} is outside 0 to {MAX_SHIFT}", option="flow_shift")
     sampling = {
         "num_inference_steps": version.num_inference_steps,
         "guidance_scale": version.guidance_scale,
         "flow_shift": flow_shift,
     }
-    given = {name: value for name in sampling if (value := getattr(options, name)) is not None}
-    if options.four_steps:
-        other = next((name for name, value in given.items() if value != FOUR_STEPS[name]), None)
-        if other:
-            raise InputError(f"{given[other]:g} contradicts --four_steps, {FOUR_STEPS[other]:g}", option=other)
-        sampling = FOUR_STEPS
-    steps, guidance_scale, flow_shift = (sampling | given).values()
+    steps, guidance_scale, flow_shift = (sampling | schedule_rules.stated(options)).values()
     return int(steps), guidance_scale, flow_shift
 
 

@@ -235,6 +235,15 @@ def resolve(
     return settings
 
 
+def check_steps(cache_type: str, given: Mapping[str, Any], steps: int) -> None:
+    """InputError where a run of so many steps leaves a cache none to reuse, whatever the model's blocks.
+
+    A cache that goes by a calibration is judged when that is at hand.
+    """
+    if not needs_calibration(cache_type, given):
+        resolve(cache_type, {**given, "no_cache_block_id": None}, steps, layers=2)
+
+
 Found = TypeVar("Found")
 
 

@@ -76,12 +76,21 @@ def parse_interval(text: str) -> tuple[float, float]:
     return start, stop
 
 
-def check_flags(interval: str | None, reuse: int | None) -> None:
-    """InputError for a value that is wrong whatever the run."""
+def check_flags(interval: str | None, reuse: int | None, guidance_scale: float) -> None:
+    """InputError for a value that is wrong whatever the steps, and for flags of a run without guidance."""
     if interval is not None:
         parse_interval(interval)
     if reuse is not None and reuse < 0:
         raise InputError(f"{reuse} is neither 0 (no reuse) nor a number of steps", option="guidance_reuse")
+    given = _given(interval, reuse)
+    if given and guidance_scale == 1:
+        raise InputError("needs guidance, and this run has none: --guidance_scale is 1", option=given[0])
+
+
+def _given(interval: str | None, reuse: int | None) -> list[str]:
+    """Which of the two flags ask for something."""
+    asked = {"guidance_interval": interval, "guidance_reuse": reuse or None}
+    return [name for name, value in asked.items() if value is not None]
 
 
 def resolve(
@@ -91,13 +100,9 @@ def resolve(
 
     InputError for flags of a run without guidance, and for an interval that holds no step.
     """
-    check_flags(interval, reuse)
-    asked = {"guidance_interval": interval, "guidance_reuse": reuse or None}
-    given = [name for name, value in asked.items() if value is not None]
-    if not given:
+    check_flags(interval, reuse, guidance_scale)
+    if not _given(interval, reuse):
         return None
-    if guidance_scale == 1:
-        raise InputError("needs guidance, and this run has none: --guidance_scale is 1", option=given[0])
     start, stop = parse_interval(interval) if interval else WHOLE_RUN
     plan = GuidancePlan(steps, start, stop, reuse or 0, frozenset(cached))
     if not plan.guided:

@@ -116,6 +116,40 @@ def test_a_flag_of_nobody_is_refused_before_anything_starts(launch):
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--flow_shift 0", "--flow_shift 0 is not above 0 and up to 100"),
+        ("--flow_shift nan", "--flow_shift nan is not above 0 and up to 100"),
+        ("--four_steps --num_inference_steps 5", "--num_inference_steps 5 contradicts --four_steps, 4"),
+        ("--four_steps --preset fast", "--preset fast is for weights of many steps, and --four_steps takes few"),
+        ("--four_steps --guidance_interval 0,0.5", "--guidance_interval needs guidance, and this run has none: "
+         "--guidance_scale is 1"),
+        ("--guidance_scale 1 --guidance_reuse 2", "--guidance_reuse needs guidance, and this run has none: "
+         "--guidance_scale is 1"),
+        ("--num_inference_steps 5 --guidance_interval 0.1,0.15", "--guidance_interval 0.1,0.15 holds none of 5 steps"),
+        ("--num_inference_steps 5 --attn_schedule exact:0-5", "--attn_schedule step 5 is none of this run's 5, 0 to 4"),
+        ("--num_inference_steps 5 --enable_cache --cache_steps 0-5", "--cache_steps step 5 is none of this run's 5"),
+        ("--sigmas 1,0.5 --enable_cache", "--enable_cache: of 2 steps none between --cache_start_step 1 and "
+         "--cache_end_step 2 can be reused; run without a cache, or set them apart"),
+        ("--num_inference_steps 1 --preset balanced", "--enable_cache: of 1 steps none between --cache_start_step 0 "
+         "and --cache_end_step 1 can be reused; run without a cache, or set them apart"),
+    ],
+)  # fmt: skip
+def test_what_no_version_can_run_so_is_refused_before_stage_1_writes(launch, flags, message):
+    """Stage 1 had written over the embeddings and the config of the run before when stage 2 said so."""
+    result, calls = launch("run_staged.sh", *flags.split())
+    assert (result.returncode, result.stderr, calls) == (2, f"error: {message}\n", [])
+
+
+@pytest.mark.parametrize("flags", ["--preset balanced --num_inference_steps 10", "--four_steps --preset exact",
+                                   "--enable_cache --cache_type magcache --num_inference_steps 2",
+                                   "--enable_cache --no_cache_block_id 3 --num_inference_steps 30"])  # fmt: skip
+def test_what_a_version_may_run_so_is_left_to_it(launch, flags):
+    result, calls = launch("run_staged.sh", *flags.split())
+    assert (result.returncode, len(calls)) == (0, 3), result.stderr
+
+
 def test_help_names_the_stages(launch):
     result, calls = launch("run_staged.sh", "--help")
     assert result.returncode == 0

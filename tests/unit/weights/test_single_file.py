@@ -271,7 +271,7 @@ def test_through_the_script(tiny_official, official, tmp_path):
     assert shifted[1]["flow_shift"] == "3.0" and not torch.equal(shifted[0], plain[0])
     for more, message in (
         (["--four_steps", "--flow_shift", 7], "--flow_shift 7 contradicts --four_steps, 5"),
-        (["--flow_shift", 0], "--flow_shift 0 is outside 0 to 100"),
+        (["--flow_shift", 0], "--flow_shift 0 is not above 0 and up to 100"),
     ):
         status, said = run_stage(2, "--input_dir", inputs, *more, said=tmp_path / "said")
         assert status == 2 and message in said, said
