@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from hunyuan_staged.errors import Stopped, one_line, refusal_of, write_stdout
+from hunyuan_staged.errors import Stopped, one_line, open_standard_streams, refusal_of, write_stdout
 from hunyuan_staged.files.event_log import NO_LOG, EventLog
 from hunyuan_staged.jobs.outcomes import DONE
 from hunyuan_staged.jobs.reading import Jobs, asks_for_many, jobs_of
@@ -413,6 +413,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
     A signal waits until main listens to signals, and does nothing once main is done; see signals.hold_back.
     """
+    open_standard_streams()
     hold_back()
     imports_begin()
     try:

@@ -69,6 +69,21 @@ def print_error(text: object) -> None:
     print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
 
 
+def open_standard_streams() -> None:
+    """Put the null device in the place of each standard stream that this process was started without (`>&-`).
+
+    The next file or pipe that is opened would take its number, and get what libraries and child processes print.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def run_tool(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int | None],
@@ -81,6 +96,7 @@ def run_tool(
     InputError is one line on stderr and BAD_INPUT, Ctrl-C the line `interrupted` and 130; any other exception is our
     fault and goes on. With --debug an InputError's traceback comes first.
     """
+    open_standard_streams()
     try:
         args = parser.parse_args(argv)
     except SystemExit as end:

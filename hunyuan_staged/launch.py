@@ -16,7 +16,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from hunyuan_staged.errors import JOBS_FAILED, SIGNALLED, InputError, print_error, write_stdout
+from hunyuan_staged.errors import (
+    JOBS_FAILED,
+    SIGNALLED,
+    InputError,
+    open_standard_streams,
+    print_error,
+    write_stdout,
+)
 from hunyuan_staged.files import contract
 from hunyuan_staged.files.event_log import EventLog
 from hunyuan_staged.launch_jobs import jobs_of_run, run_many
@@ -180,6 +187,7 @@ def main(argv: Sequence[str]) -> int:
     `check` refuses what `run` would refuse before it starts anything, or shows --help and returns HELP_SHOWN.
     """
     python, task, *flags = argv
+    open_standard_streams()
     try:
         check_working_folder()
         command = read_command(flags)

@@ -126,6 +126,27 @@ def test_help_where_it_can_hardly_be_written(tmp_path, command):
     refused(result, "cannot write to standard output: No space left on device")
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_whole_run_may_lack_a_terminal_altogether(tmp_path, closed):
+    """It ended with status 1 after stage 1, without a word: there was no standard output to flush."""
+    small = ["--video_length", "5", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "run")]
+    result = call(["bash", "-c", f'exec "$@" {closed}', "x", *BASH, *small], tmp_path)
+    assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (0, "", False)
+    assert (tmp_path / "run" / "output_video.mp4").read_bytes()[4:8] == b"ftyp"
+    for command in (
+        [*BASH, "--only", "3", "--input_dir", str(tmp_path / "run")],
+        [*BASH, "--dry_run"],
+        [*BASH, "--help"],
+    ):
+        result = call(["bash", "-c", f'exec "$@" {closed}', "x", *command], tmp_path)
+        assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (0, "", False), command
+
+
+def test_a_refusal_is_no_fault_where_its_line_cannot_be_written(tmp_path):
+    result = call(["bash", "-c", 'exec "$@" >&- 2>&-', "x", *STAGE1, "--sede", "1"], tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
 def test_a_prompt_may_be_a_flags_name(tmp_path):
     """--help anywhere showed the help."""
     result = call([*BASH, "--prompt", "--help", "--negative_prompt", "--gpus", "--fps", "0"], tmp_path)
