@@ -13,6 +13,7 @@ from hunyuan_staged.decode_options import DecodeOptions as DecodeOptions
 from hunyuan_staged.encode_options import EncodeOptions as EncodeOptions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.atomic import check_output_dir
+from hunyuan_staged.files.sniffing import require_weights
 from hunyuan_staged.flags import flag
 from hunyuan_staged.run_options import (
     CACHE,
@@ -213,6 +214,8 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         if self.fp8_matmul and not self.weights_dtype:
             raise InputError("needs --weights_dtype fp8", option="fp8_matmul")
         self.adapter_files()
+        if self.transformer is not None:
+            require_weights("transformer", Path(self.transformer), gguf=True)
         if self.video_length is not None:
             geometry.check_video_length(self.video_length)
         if self.aspect_ratio is not None:
@@ -286,5 +289,5 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         cache_settings.check_flags(self.cache_type or of_preset or cache_settings.DEFAULT_CACHE_TYPE, given)
 
     def adapter_files(self) -> list[tuple[Path, float]]:
-        """(file or folder, weight) of each adapter; InputError where it does not exist, or the weight is no number."""
+        """(file or folder, weight) of each adapter; InputError where it holds no weights, or the weight is no number."""
         return parse_adapters(self.lora or ())

@@ -8,6 +8,7 @@ from typing import ClassVar
 from hunyuan_staged import versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files.event_log import OPTION, check_log
+from hunyuan_staged.files.sniffing import require_weights
 from hunyuan_staged.flags import flag
 from hunyuan_staged.memory.cards import assumed_card
 from hunyuan_staged.sampling import cache_settings
@@ -183,11 +184,11 @@ def part_help(part: str) -> str:
 
 
 def check_part_files(options: object) -> None:
-    """InputError for a file that stands in the place of a part, and is not there, or without --super_resolution."""
+    """InputError for a file that stands in the place of a part, and holds no weights, or without --super_resolution."""
     for name in LARGER_FILES:
         if getattr(options, name, None) is not None and getattr(options, "super_resolution", None) is None:
             raise InputError("belongs to --super_resolution", option=name)
     for name in (*PART_FILES, *LARGER_FILES):
         file = getattr(options, name, None)
-        if file is not None and not Path(file).is_file():
-            raise InputError(f"{file} is no file" if Path(file).exists() else f"{file} does not exist", option=name)
+        if file is not None:
+            require_weights(name, Path(file))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hunyuan_staged.bench.checkpoint import SIZES, Writer, parts_of, require_space, safetensors_header
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.sniffing import GGUF_MAGIC
 
 if TYPE_CHECKING:
     import torch
@@ -179,5 +180,5 @@ def _gguf_header(held: Mapping[str, tuple[str, list[int], int]]) -> bytes:
             entries.append(text(gguf_file.ORIGINAL_SHAPE + name) + struct.pack("<I", gguf_file.ARRAY) + values)
         tensors.append(text(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes[::-1], types[kind], place))
         place += size + -size % _ALIGNMENT
-    header = gguf_file.MAGIC + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join([*entries, *tensors])
+    header = GGUF_MAGIC + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join([*entries, *tensors])
     return header + bytes(-len(header) % _ALIGNMENT)

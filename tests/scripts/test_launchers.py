@@ -142,6 +142,53 @@ def test_what_no_version_can_run_so_is_refused_before_stage_1_writes(launch, fla
     assert (result.returncode, result.stderr, calls) == (2, f"error: {message}\n", [])
 
 
+HEADER = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
+WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + b"ab"
+NO_WEIGHTS = {
+    "cut": WHOLE[:-1], "longer": WHOLE + b"a", "head": WHOLE[:20], "empty": b"", "page": b"<html>404</html>",
+    "list": (2).to_bytes(8, "little") + b"[]", "odd": (8).to_bytes(8, "little") + b'{"a": 1}',
+}  # fmt: skip
+READ = "read is safetensors in float32, bfloat16, float16, or float8 with scales"
+
+
+def no_weights():
+    for name in NO_WEIGHTS:
+        yield f"--vae {name}", f"--vae {name} is not a whole safetensors file"
+    for flag in ("--transformer", "--lora", "--text_encoder", "--super_resolution 720p --super_resolution_upsampler"):
+        last = flag.split()[-1]
+        yield f"{flag} page", f"{last} page is not a whole safetensors file"
+        yield f"{flag} pickle", f"{last} pickle is a pickled PyTorch file; {READ}"
+    yield "--lora cut:0.5", "--lora cut is not a whole safetensors file"
+    yield (
+        "--vae gguf",
+        f"--vae gguf is a GGUF file, which is read for the transformer alone; {READ.replace('is', 'here is', 1)}",
+    )
+    yield "--transformer none", "--transformer none does not exist"
+    yield "--transformer pipe", "--transformer pipe is no file"
+    yield "--transformer folder", f"--transformer folder is a folder; {READ.replace('is', 'is one file:', 1)}"
+
+
+@pytest.mark.parametrize(("flags", "message"), list(no_weights()))
+def test_a_file_without_weights_is_refused_before_the_first_stage(launch, tmp_path, flags, message):
+    """A VAE's was found when the latents were done: after an hour, with real weights."""
+    for name, content in (NO_WEIGHTS | {"pickle": b"PK\x03\x04aaaa", "gguf": b"GGUF"}).items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    result, calls = launch("run_staged.sh", *flags.split())
+    assert (result.returncode, result.stderr, calls) == (2, f"error: {message}\n", [])
+
+
+def test_whole_files_go_to_the_stages(launch, tmp_path):
+    (tmp_path / "whole").write_bytes(WHOLE)
+    (tmp_path / "gguf").write_bytes(b"GGUF")
+    (tmp_path / "folder").mkdir()
+    result, calls = launch(
+        "run_staged.sh", *["--vae", "whole", "--lora", "whole:0.5", "--lora", "folder", "--transformer", "gguf"]
+    )
+    assert (result.returncode, len(calls)) == (0, 3), result.stderr
+
+
 @pytest.mark.parametrize("flags", ["--preset balanced --num_inference_steps 10", "--four_steps --preset exact",
                                    "--enable_cache --cache_type magcache --num_inference_steps 2",
                                    "--enable_cache --no_cache_block_id 3 --num_inference_steps 30"])  # fmt: skip

@@ -366,7 +366,10 @@ def test_a_plan_needs_no_latents(again):
         (["--enable_cache"], "--enable_cache is for the run whose latents --super_resolution enlarges"),
         (["--lora", ROOT], "--lora is for the run whose latents --super_resolution enlarges"),
         (["--input_video", ROOT / "none.mp4"], f"--input_video {ROOT}/none.mp4 does not exist"),
-        (["--super_resolution_upsampler", ROOT], f"--super_resolution_upsampler {ROOT} does not exist"),
+        (
+            ["--super_resolution_upsampler", ROOT],
+            f"--super_resolution_upsampler {ROOT} is a folder; read is one file: safetensors",
+        ),
         (["--super_resolution", "720p"], "super resolution to 720p does not start from demo; allowed: demo_hd"),
     ],
 )

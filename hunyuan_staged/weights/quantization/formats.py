@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.sniffing import READ, is_gguf
 from hunyuan_staged.weights.quantization import gguf_file, scaled_fp8
 from hunyuan_staged.weights.quantization.header import Header, read_header
 
 PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-READ = "safetensors in float32, bfloat16, float16, or float8 with scales"
 GGUF = "GGUF"
-
-# The first bytes of files that are no safetensors files.
-_MAGIC = {
-    b"PK\x03\x04": "a pickled PyTorch file",
-    b"\x80\x02": "a pickled PyTorch file",
-    b"\x80\x04": "a pickled PyTorch file",
-}
 
 
 def _has_leaf(pattern: str) -> Callable[[Header], bool]:
@@ -59,21 +52,8 @@ def recognise(flag: str, path: Path, *, gguf: bool = True) -> tuple[Header, Form
 
     gguf: whether GGUF is read.
     """
-    if path.is_dir():
-        kind = "a DCP checkpoint (torch.distributed.checkpoint)" if _is_dcp(path) else "a folder"
-        raise InputError(f"{flag} {path} is {kind}; read is one file: {READ}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read ({error.strerror})") from error
-    if start == gguf_file.MAGIC and gguf:
+    if is_gguf(flag, path, gguf=gguf):
         return gguf_file.read_header(flag, path), Format(GGUF, lambda _: True)
-    if start == gguf_file.MAGIC:
-        raise InputError(f"{flag} {path} is a GGUF file, which is read for the transformer alone; read here is {READ}")
-    for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
-            raise InputError(f"{flag} {path} is {kind}; read is {READ}")
     header = read_header(path)
     if not header.shapes:
         raise InputError(f"{flag} {path} holds no tensors")
@@ -84,7 +64,3 @@ def recognise(flag: str, path: Path, *, gguf: bool = True) -> tuple[Header, Form
     if found.remedy:
         raise InputError(f"{flag} {path} is {found.name}; {found.remedy}")
     return header, found
-
-
-def _is_dcp(path: Path) -> bool:
-    return (path / ".metadata").is_file() or any(path.glob("*.distcp"))

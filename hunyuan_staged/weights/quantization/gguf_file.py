@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from hunyuan_staged.errors import InputError
+from hunyuan_staged.files.sniffing import GGUF_MAGIC
 from hunyuan_staged.weights.boundary import require_regular
 from hunyuan_staged.weights.quantization.gguf_blocks import TYPES
 from hunyuan_staged.weights.quantization.header import Header
 
-MAGIC = b"GGUF"
 ARCHITECTURE = "hyvid"  # what converters call this family
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READ = (*PLAIN, *TYPES)
@@ -113,7 +113,7 @@ Info = tuple[str, list[int], int, int]  # name, shape with the rows first, type'
 
 def _walk(cursor: _Cursor) -> tuple[dict[str, Any], list[Info], int]:
     """(metadata, tensors, where the header ends)."""
-    if cursor.take(4) != MAGIC:
+    if cursor.take(4) != GGUF_MAGIC:
         raise ValueError("it does not begin as one")
     version = cursor.number("I")
     if version not in (2, 3):
