@@ -22,6 +22,7 @@ from hunyuan_staged.attention.choose import choose_attention
 from hunyuan_staged.encoders.image import pixels_of, resize_and_center_crop
 from hunyuan_staged.files import contract, provenance
 from hunyuan_staged.files.config import read_config
+from hunyuan_staged.files.sniffing import READ
 from hunyuan_staged.files.tensors import load_embeddings, load_latents, load_state, save_embeddings, save_latents
 from hunyuan_staged.files.video import read_video, write_video
 from hunyuan_staged.models.embeddings import Conditioning
@@ -368,7 +369,7 @@ def test_a_plan_needs_no_latents(again):
         (["--input_video", ROOT / "none.mp4"], f"--input_video {ROOT}/none.mp4 does not exist"),
         (
             ["--super_resolution_upsampler", ROOT],
-            f"--super_resolution_upsampler {ROOT} is a folder; read is one file: safetensors",
+            f"--super_resolution_upsampler {ROOT} is a folder; read is one file: {READ}",
         ),
         (["--super_resolution", "720p"], "super resolution to 720p does not start from demo; allowed: demo_hd"),
     ],
