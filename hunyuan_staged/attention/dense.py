@@ -58,6 +58,7 @@ def flash_attn_4(capability: tuple[int, int], head_width: int) -> Kernel:
     """With a tile of our own where the GPU is a Hopper and the package lets one choose; its public function does not."""
     from flash_attn.cute import interface
 
+    packages.silence_flash4()
     kernel: Any = interface.flash_attn_func
     inner: Any = getattr(interface, "_flash_attn_fwd", None)
     chosen = capability[0] == HOPPER[0] and head_width == FLASH4_TILE_HEADS and inner is not None

@@ -1,5 +1,6 @@
 """Which attention packages and GPUs there are."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -39,6 +40,11 @@ def obstacle(package: str) -> str | None:
 def installed(package: str) -> bool:
     """Whether a package, or one inside another, can be imported."""
     return obstacle(package) is None
+
+
+def silence_flash4() -> None:
+    """Keep flash-attn-4 4.0.0b36 quiet, which warns of an argument that it hands on itself, with cutlass-dsl 4.8.1."""
+    warnings.filterwarnings("ignore", message="Argument aux_data .*JitArgument", category=UserWarning)
 
 
 def failure(call: Callable[[], torch.Tensor], right: torch.Tensor) -> str | None:

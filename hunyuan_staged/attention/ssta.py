@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from hunyuan_staged.attention import packages
-from hunyuan_staged.attention.packages import FLASH4_HEAD_WIDTHS, FLASH4_PACKAGE, HALF, HOPPER, output_alone
+from hunyuan_staged.attention.packages import (
+    FLASH4_HEAD_WIDTHS,
+    FLASH4_PACKAGE,
+    HALF,
+    HOPPER,
+    output_alone,
+    silence_flash4,
+)
 
 TILE = (6, 8, 8)  # frames, rows, columns of the latents
 WINDOW = (3, 3, 3)  # tiles around each tile
@@ -153,6 +160,7 @@ def flash4(tiles: SstaGrid) -> SstaKernel:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
+    silence_flash4()
     parts = tiles.size // FLASH4_KEYS
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Which kernel a mode means, and what is refused."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -343,3 +344,16 @@ def test_flash4_agrees_with_float32_where_two_sizes_of_tiles_share_the_queries()
     except InputError as error:
         pytest.skip(str(error))
     assert distance(attend(q, k, v), exact(q, k, v)) < 5e-3
+
+
+def test_flash4_warns_of_nothing_that_a_user_could_change():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        packages.silence_flash4()
+        warnings.warn(
+            "Argument aux_data (position 17) cannot be converted to a JitArgument for function 'x'", stacklevel=1
+        )
+        warnings.warn("Argument other (position 1) cannot be converted to a JitArgument", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == [
+        "Argument other (position 1) cannot be converted to a JitArgument"
+    ]
