@@ -30,6 +30,7 @@ from hunyuan_staged.pipeline.loaded_encoders import LoadedEncoders
 from hunyuan_staged.pipeline.opening import open_for
 from hunyuan_staged.pipeline.vae_encoding import EncodingPlan, plan_for_model
 from hunyuan_staged.run_options import DEMO_CHECKPOINT, LARGER_FILES
+from hunyuan_staged.runtime.environment import started_by_launcher
 from hunyuan_staged.runtime.progress import SILENT, Reporter
 from hunyuan_staged.versions import TransformerVersion
 from hunyuan_staged.weights import components, encoder_components, loading
@@ -199,6 +200,8 @@ def resolve(
     target = None if options.dry_run or isinstance(folder, PartsFolder) else options.super_resolution
     files_given = all(getattr(options, name) for name in LARGER_FILES)
     if target and not files_given and (lacking := low_resolution.missing_weights(folder, version.resolution, target)):
+        if started_by_launcher() is not None:  # stage 2 will be given no more, and says so when the base run is done
+            raise InputError(f"{target}: {lacking}", option="super_resolution")
         report.warn(f"{lacking}; stage 2 then needs --super_resolution_transformer and --super_resolution_upsampler")
     dtypes = encoder_dtypes(options.dtype, world.device)
     skeleton = encoder_components.language_skeleton(folder)

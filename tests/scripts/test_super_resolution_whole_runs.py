@@ -119,6 +119,18 @@ def single(tmp_path_factory, tiny_super_resolution) -> dict[int, Path]:
     return folders
 
 
+def test_a_whole_run_to_a_size_whose_weights_are_not_there_is_refused_at_once(tmp_path, tiny_official):
+    """Stage 1 warned, and stage 2 refused it when it had made the base run: after an hour, with real weights."""
+    flags = ["--model_path", tiny_official, "--prompt", "a red circle", "--output_dir", tmp_path / "out"]
+    result = whole_run(*flags)
+    last = f"error: --super_resolution demo_hd: {tiny_official} has no upsampler/demo_hd_sr_distilled"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (2, last)
+    assert not (tmp_path / "out").exists()
+    result = whole_run(*flags, "--seeds", "1-2")
+    assert result.returncode == 3 and "loading" not in result.stderr
+    assert f"a-red-circle-seed1: failed: {last.removeprefix('error: ')}" in result.stderr
+
+
 def check_bits(folder: Path, single: Path) -> None:
     """Base and larger latents, and the video of the larger ones, are those of a run of its own."""
     for resolution in (None, "demo_hd"):
