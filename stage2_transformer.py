@@ -74,6 +74,11 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
         run.info(f"{path} is there, made from the same: taken as it is")
         run.outcome = ALREADY_DONE
         return
+    if options.stop_after is not None and options.stop_after >= steps:
+        run.warn(
+            f"--stop_after {options.stop_after} is not below this run's {steps} steps: it is no draft, its latents will be "
+            "finished; with --resume and without --stop_after the same command decodes them"
+        )
     looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume, lenient=run.many)

@@ -156,6 +156,18 @@ def test_one_draft_is_stopped_and_finished_to_the_same_bits(tmp_path, embedded, 
     assert torch.equal(latents(tmp_path / "out"), single[1])
 
 
+def test_a_draft_of_all_steps_is_told_to_be_none(tmp_path, embedded, single):
+    """A whole run ended with finished latents and no video, and no line said why."""
+    args = ["--input_dir", embedded, "--output_dir", tmp_path / "out", "--seed", 1, *SMALL]
+    status, said = run_stage(2, *args, "--stop_after", STEPS, said=tmp_path / "said")
+    told = (
+        f"--stop_after {STEPS} is not below this run's {STEPS} steps: it is no draft, its latents will be finished; with "
+        "--resume and without --stop_after the same command decodes them"
+    )
+    assert status == 0 and said.count(told) == 1, said
+    assert torch.equal(latents(tmp_path / "out"), single[1])
+
+
 def test_a_state_of_other_settings_is_not_gone_on_from(runs, single):
     assert stage2(runs, "--stop_after", 2, "--guidance_scale", 1)[0] == 0
     status, said = stage2(runs)
