@@ -87,6 +87,8 @@ class DecodeOptions(GroupOptions):
         if self.fps is not None and not 1 <= self.fps <= MAX_FPS:
             raise InputError(f"{self.fps:g} is outside 1 to {MAX_FPS}", option="fps")
         encoding.check_encoding(encoding.Encoding(self.encoder, self.encoder_preset, self.crf))
+        if self.disable_tiling and self.tile_size is not None:
+            raise InputError("and --tile_size contradict each other; give one of them", option="disable_tiling")
         if not self.disable_tiling:
             size = tiling.DEFAULT_TILE_SIZE if self.tile_size is None else self.tile_size
             tiling.check_tiling(size, self.tile_overlap, geometry.SPATIAL_RATIO)

@@ -1,7 +1,6 @@
 """The options of stage 1: see options.py. Knows no torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.encoders import endpoint
@@ -22,6 +21,7 @@ from hunyuan_staged.run_options import (
     check_part_files,
     offload_help,
     part_help,
+    require_named,
 )
 
 
@@ -113,8 +113,8 @@ class EncodeOptions(JobOptions):
             raise InputError(
                 "excludes --cfg_distilled and --sparse_attn: no such weights are published", option="step_distilled"
             )
-        if self.image_path and not Path(self.image_path).is_file():
-            raise InputError(f"{self.image_path} does not exist", option="image_path")
+        if self.image_path:
+            require_named("image_path", self.image_path)
         check_part_files(self)
         if self.transformer_version is not None:
             versions.parse_version(self.transformer_version)
@@ -128,8 +128,8 @@ class EncodeOptions(JobOptions):
                 if getattr(self, name) is not None:
                     raise InputError("goes with --rewrite alone", option=name)
             return
-        if self.rewrite_instructions is not None and not Path(self.rewrite_instructions).is_file():
-            raise InputError(f"{self.rewrite_instructions} does not exist", option="rewrite_instructions")
+        if self.rewrite_instructions is not None:
+            require_named("rewrite_instructions", self.rewrite_instructions)
         if not self.prompt.strip() and not self.image_path:
             raise InputError("needs a --prompt to rewrite", option="rewrite")
         if self.rewrite != endpoint.LOCAL:

@@ -183,6 +183,12 @@ def part_help(part: str) -> str:
     return f"one safetensors file instead of the model's {part} (default: none)"
 
 
+def require_named(option: str, file: str) -> None:
+    """InputError where the file that an option names is not there, or is none."""
+    if not Path(file).is_file():
+        raise InputError(f"{file} is no file" if Path(file).exists() else f"{file} does not exist", option=option)
+
+
 def check_part_files(options: object) -> None:
     """InputError for a file that stands in the place of a part, and holds no weights, or without --super_resolution."""
     for name in LARGER_FILES:

@@ -1,12 +1,11 @@
 """The options of super resolution, which is stage 2 once more: see options.py. Knows no torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.flags import flag
-from hunyuan_staged.run_options import LARGER, RunOptions, check_part_files
+from hunyuan_staged.run_options import LARGER, RunOptions, check_part_files, require_named
 from hunyuan_staged.versions import SUPER_RESOLUTION
 
 
@@ -59,8 +58,8 @@ class UpscaleOptions(RunOptions):
         super().check()
         if self.input_video is not None and self.super_resolution is None:
             raise InputError("belongs to --super_resolution", option="input_video")
-        if self.input_video is not None and not Path(self.input_video).is_file():
-            raise InputError(f"{self.input_video} does not exist", option="input_video")
+        if self.input_video is not None:
+            require_named("input_video", self.input_video)
         check_part_files(self)
         if self.super_resolution is None:
             return
