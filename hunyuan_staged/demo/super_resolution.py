@@ -611,15 +611,20 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"{getattr(args, name)} is not a positive number", option=name)
     if not 1 <= args.video_length <= scenes.FRAMES or args.video_length % geometry.TEMPORAL_RATIO != 1:
         raise InputError(f"{args.video_length} is not 4n + 1 from 1 to {scenes.FRAMES}", option="video_length")
-    begun = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = args.model_path if args.further or args.judge else None
+    enlarger, teacher = build(device, args.seed, trained), Teacher(args.model_path, device)
+    if not args.judge:
+        teach(enlarger, teacher, args)
+    print(json.dumps(measure(enlarger, teacher, args.clips, args.video_length, args.sheet)), flush=True)
+
+
+def teach(enlarger: Enlarger, teacher: Teacher, args: argparse.Namespace) -> None:
+    """Train, and write what comes of it."""
+    begun = time.time()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    teacher, enlarger = (
-        Teacher(args.model_path, device),
-        build(device, args.seed, args.model_path if args.further else None),
-    )
     count = sum(parameter.numel() for parameter in enlarger.parameters())
     train.log("build", 0, parameters=count, megabytes=2e-6 * count)
     pairs = Pairs(args.pool, teacher, args.seed + 3000)
@@ -628,7 +633,8 @@ def run(args: argparse.Namespace) -> None:
     learn(Lesson(enlarger, teacher, pairs), args)
     round_weights(enlarger, teacher.vae.decoder)
     size = save(args.out, enlarger, teacher)
-    print(json.dumps({"out": str(args.out), "bytes": size, "seconds": round(time.time() - begun, 1)}), flush=True)
+    torch.backends.cudnn.benchmark = False
+    train.log("written", 0, bytes=size, seconds=time.time() - begun)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The demo's super resolution: large drawings, and the training's forward against stage 2's own."""
 
+import json
 import random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hunyuan_staged.attention.choose import choose_attention
-from hunyuan_staged.demo import CHECKPOINT, scenes, super_resolution, tiny, train
+from hunyuan_staged.demo import CHECKPOINT, checkpoint_writer, scenes, super_resolution, tiny, train
 from hunyuan_staged.models.embeddings import Conditioning
 from hunyuan_staged.models.transformer import Transformer
 from hunyuan_staged.sampling import conditions, loop
@@ -89,6 +90,27 @@ def test_windows_are_cut_where_they_begin_and_count_where_the_picture_was_not_cu
 def test_what_cannot_be_judged_is_refused_in_one_line(capsys, flags, message):
     assert super_resolution.main(["--model_path", str(CHECKPOINT), "--judge", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_judging_measures_the_checkpoints_own_parts_and_trains_nothing(tmp_path, capsys):
+    parts = super_resolution.build(CPU)
+    version = super_resolution.super_resolution_version(super_resolution.RESOLUTION)
+    _, config = tiny.build_enlarger(super_resolution.SIZES, version)
+    checkpoint_writer.save_super_resolution(
+        tmp_path, version, (parts.transformer, parts.upsampler, config), torch.bfloat16
+    )
+    for name in ("text_encoder", "vision_encoder", "vae", "transformer/demo_t2v"):
+        (tmp_path / name).symlink_to(CHECKPOINT / name)
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--judge", "--clips", "1", "--video_length", "1", "--sheet", str(tmp_path / "sheet.png")]
+    assert super_resolution.main(["--model_path", str(tmp_path), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line).get("phase") for line in lines] == ["measure", None]
+    found = json.loads(lines[-1])
+    assert (found["clips"], found["frames"], len(found["gains"])) == (1, 1, 1)
+    assert found["all"] == found["shapes"], "the first that is held out"
+    assert found["all"]["super_resolution"] < found["all"]["bicubic"] < found["all"]["decoded_large"]
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "sheet.png"])
 
 
 def test_a_sheet_has_three_pictures_in_a_row(tmp_path):
