@@ -50,8 +50,6 @@ def _transformer_file(
 ) -> tuple[Path, PartFile | None] | None:
     """A transformer's file, and what has been seen of it; None where it is in a model folder."""
     if options.transformer:
-        if not Path(options.transformer).exists():
-            raise InputError(f"{options.transformer} does not exist", option="transformer")
         return Path(options.transformer), None
     path = options.model_path or (None if options.transformer_version and options.dry_run else config.get("model_path"))
     files = look_at(expanded(path)) if path else None
