@@ -40,7 +40,7 @@ def build_parser() -> Parser:
 
 def stage2(run: utils.Run, options: DenoiseOptions) -> None:
     """Read the embeddings; then denoise, or enlarge the latents that are there by denoising at a larger size."""
-    from hunyuan_staged.pipeline import denoising, jobs, upscaling
+    from hunyuan_staged.pipeline import denoising, jobs, upscaling, video_ahead
 
     if options.dry_run:
         from hunyuan_staged.pipeline import forecast_denoising
@@ -48,6 +48,7 @@ def stage2(run: utils.Run, options: DenoiseOptions) -> None:
         for plan in forecast_denoising.plan_denoising(options, run.world, run):
             run.show_plan(plan.rows)
         return
+    video_ahead.require_encoder()
     run.lock_all(jobs.locks(options))
     job = jobs.read(options)
     if options.super_resolution:
@@ -116,8 +117,9 @@ def group_size(run: utils.Run, options: DenoiseOptions, jobs: Sequence[DenoiseOp
 
 def get_ready(options: DenoiseOptions, is_due: IsDue) -> Early:
     """What can be done while the stage before works."""
-    from hunyuan_staged.pipeline import warming
+    from hunyuan_staged.pipeline import video_ahead, warming
 
+    video_ahead.begin_trial()
     return warming.warm_denoising(options, is_due)
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from forked import heed_interrupts
 
+from hunyuan_staged.files import contract
 from hunyuan_staged.stage_flags import STAGES
 
 BASH = ["bash", str(ROOT / "run_staged.sh")]
@@ -140,6 +141,19 @@ def test_a_whole_run_may_lack_a_terminal_altogether(tmp_path, closed):
     ):
         result = call(["bash", "-c", f'exec "$@" {closed}', "x", *command], tmp_path)
         assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (0, "", False), command
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_what_cannot_write_the_video_is_told_before_the_latents_are_made(tmp_path, count):
+    """It was told after them: after an hour, with real weights. A draft writes no video, and so needs none."""
+    folder = tmp_path / "run"
+    small = ["--video_length", "5", "--num_inference_steps", "2", "--gpus", count, "--output_dir", str(folder)]
+    result = call([*BASH, *small], tmp_path, IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
+    message = "error: /nowhere/ffmpeg is no ffmpeg that works: No such file or directory; see IMAGEIO_FFMPEG_EXE"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (2, message)
+    assert {path.name for path in folder.iterdir()} == {contract.EMBEDDINGS_FILE, contract.CONFIG_FILE}
+    result = call([*BASH, *small, "--stop_after", "1"], tmp_path, IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg")
+    assert result.returncode == 0 and (folder / contract.STATE_FILE).exists(), result.stderr
 
 
 def test_a_refusal_is_no_fault_where_its_line_cannot_be_written(tmp_path):
