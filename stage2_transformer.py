@@ -76,10 +76,7 @@ def denoise(run: utils.Run, setup: DenoiseSetup, reuse: bool = False) -> None:
         run.outcome = ALREADY_DONE
         return
     if options.stop_after is not None and options.stop_after >= steps:
-        run.warn(
-            f"--stop_after {options.stop_after} is not below this run's {steps} steps: it is no draft, its latents will be "
-            "finished; with --resume and without --stop_after the same command decodes them"
-        )
+        run.warn(callbacks.no_draft(options.stop_after, steps))
     looking = previews.make(setup, folder, run)
     saver = StateSaver(folder, identity, steps=steps, every=options.checkpoint_every, world=run.world, report=run)
     start = saver.load(setup.shape, resume=options.resume, lenient=run.many)

@@ -119,6 +119,14 @@ def check_stopped(done: int, stop_after: int | None, steps: int) -> None:
         raise Stopped(f"stopped after step {done} of {steps}")
 
 
+def no_draft(stop_after: int, steps: int) -> str:
+    """What to say where a run has no more steps than it is to be stopped after."""
+    return (
+        f"--stop_after {stop_after} is not below this run's {steps} steps: it is no draft, its latents will be finished; "
+        "with --resume and without --stop_after the same command decodes them"
+    )
+
+
 class SaveState(contextlib.AbstractContextManager["SaveState"]):
     """Saves the state every few steps, as `saver` says; where the one before is still being written, a step later.
 
