@@ -17,7 +17,7 @@ from hunyuan_staged.weights.published import UPSAMPLERS
 def prepare(args: argparse.Namespace, setup: Setup) -> tuple[torch.Tensor, dict[str, Any]]:
     """(what the transformer sees of random base latents [1, 32, T, H, W], seconds and peak of the upsampler).
 
-    The transformer's weights are in the peak, as in a run. Of demo_hd, which has no upsampler, that of 720p runs.
+    The transformer's weights are in the peak, as in a run. Of demo_hd, which is not published, the upsampler of 720p runs.
     """
     run, device = setup.run, setup.world.device
     assert run.enlarges is not None

@@ -3,7 +3,8 @@
 A latent upsampler and a transformer learn to give the latents of a clip drawn SCALE times as large from those of the
 clip itself. They are trained as one, through all steps of the sampling loop that stage 2 runs: noise, condition
 channels, shift and timesteps are its own. First against the larger clip's latents; then the decoder learns with them,
-against pixels, from latents of small clips and of large ones, too. The VAE's encoder stays, and with it all latents.
+against pixels, from latents of small clips and of large ones, too; or stays (--freeze_decoder), as it did for the parts
+that ship. The VAE's encoder stays, and with it all latents.
 OUT gets the three parts that are new, in the official layout. With --judge, nothing is trained: see `measure`.
 
 Letters: B clips of a batch; t h w of the small clip's latents, t H W of the larger one's.
@@ -44,11 +45,13 @@ SCALE = 2
 # Most of the transformer's bytes are its glyph projection, 2048 wide by design; so the rest is small.
 SIZES = replace(train.DEMO, transformer_heads=2, transformer_layers=3, upsampler_channels=64, upsampler_blocks=2)
 # The upsampler begins with so large an output that the noise mixed into it, made for latents, hides little of it.
-GAIN = 16.0
+GAIN = 64.0
 SHORT = 5  # latent frames of a clip's beginning, which most steps are trained on; the others on all
 CROP = 6  # latents on a side of what is decoded in most steps
 HELD_OUT = 20  # clips that measure
 SHOWN = 6  # of them in a sheet
+SCORES = Path(__file__).parent / "super_resolution_scores.json"  # what `measure` found for the checkpoint that ships
+EXACT = 2e-4  # a squared error of pixels, in [-1, 1], that needs no further learning: 43 dB
 
 Clips = dict[str, torch.Tensor]
 
@@ -266,13 +269,18 @@ def inner(top: torch.Tensor, left: torch.Tensor, grid: Sequence[int]) -> torch.T
 
 
 def pixel_loss(
-    decoder: Any, latents: torch.Tensor, pixels: torch.Tensor, weights: torch.Tensor
+    decoder: Any, latents: torch.Tensor, pixels: torch.Tensor, weights: torch.Tensor, *, logarithm: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, squared error [B]) of decoding latents, as the VAE has them, to pixels in 8 bits, where weights are 1."""
+    """(loss, squared error [B]) of decoding latents, as the VAE has them, to pixels in 8 bits, where weights are 1.
+
+    With logarithm the loss is what PSNR counts: half the logarithm of a clip's squared error, in mean over the clips.
+    """
     error = decoder(latents).float() - (pixels.float() / 127.5 - 1)
     weights = weights.expand_as(error)
     count = weights.sum(dim=(1, 2, 3, 4))
     squared = (error.square() * weights).sum(dim=(1, 2, 3, 4)) / count
+    if logarithm:
+        return 0.5 * (squared + EXACT).log().mean(), squared.detach()
     absolute = (error.abs() * weights).sum(dim=(1, 2, 3, 4)) / count
     return (4 * squared + absolute).mean(), squared.detach()
 
@@ -322,7 +330,8 @@ class Lesson:
             ratio = geometry.SPATIAL_RATIO
             pixels = cut(tensors[name][numbers, :, :length], top * ratio, left * ratio, CROP * ratio)
             windows.append((cut(latents, top, left, CROP), pixels, inner(top, left, latents.shape[3:])))
-        loss, errors = pixel_loss(self.teacher.vae.decoder, *(torch.cat(parts) for parts in zip(*windows, strict=True)))
+        latents, wanted, weights = (torch.cat(parts) for parts in zip(*windows, strict=True))
+        loss, errors = pixel_loss(self.teacher.vae.decoder, latents, wanted, weights, logarithm=self.frozen)
         return loss + 0.05 * squared, torch.stack([errors[:batch].mean(), errors[-batch:].mean()])
 
     def whole(self, batch: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,7 +341,8 @@ class Lesson:
         made, squared, _ = self.enlarge(rows, frames)
         tensors, decoder, factor = self.pairs.tensors, self.teacher.vae.decoder, self.teacher.factor
         one = torch.ones(1, 1, 1, 1, 1, device=made.device)
-        loss, error = pixel_loss(decoder, made / factor, tensors["large"][rows, :, :length], one)
+        wanted = tensors["large"][rows, :, :length]
+        loss, error = pixel_loss(decoder, made / factor, wanted, one, logarithm=self.frozen)
         if self.frozen:
             return loss + 0.05 * squared, torch.stack([error.mean(), error.mean()])
         low = self.calm(tensors["low"][small, :, :frames] / factor)
