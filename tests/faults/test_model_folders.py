@@ -33,6 +33,7 @@ LOADERS: dict[str, Load] = {
     "transformer": lambda folder: components.load_transformer(folder, VERSION, **F32),
     "skeleton": lambda folder: components.transformer_skeleton(folder, VERSION),
     "vae": lambda folder: components.load_vae_decoder(folder, **F32),
+    "vae dtype": lambda folder: components.vae_decoder_dtype(folder, F32["device"]),
     "vae encoder": lambda folder: components.load_vae_encoder(folder, **F32),
     "text": lambda folder: encoder_components.load_language_model(folder, **F32),
     "vision": lambda folder: encoder_configs.whole_config(
@@ -155,6 +156,10 @@ TABLE: list[tuple[str, str, str, dict[str, list[Any]]]] = [
             ("official", "ffactor_spatial", "ffactor_temporal"),
             ("diffusers", "spatial_compression_ratio", "temporal_compression_ratio"),
         )
+    ),
+    *(
+        (layout, "vae dtype", "vae/config.json", {"force_upcast": [*FLAG, None]})
+        for layout in ("official", "diffusers")
     ),
     *(
         (
@@ -373,6 +378,7 @@ SCHEMAS = {
     "_VAE": ("official", "vae", ""),
     "OFFICIAL_VAE": ("official", "vae", ""),
     "DIFFUSERS_VAE": ("diffusers", "vae", ""),
+    "VAE_DTYPE": ("official", "vae dtype", ""),
     "LANGUAGE": ("official", "text", ""),
     "ROPE_SCALING": ("official", "text", "rope_scaling."),
     "VISION": ("official", "vision", "vision_config."),

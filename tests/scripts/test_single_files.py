@@ -144,7 +144,10 @@ def test_what_is_refused_in_one_line(tiny_official, official, tmp_path):
             "two files for the text encoder, more.safetensors and qwen.safetensors; name one by --t",
         ),
         (("--model_path", tiny_official, "--vae", tmp_path / "none"), f"--vae {tmp_path / 'none'} does not exist"),
-        (("--model_path", tiny_official, "--vae", tmp_path), f"--vae {tmp_path} is no file"),
+        (
+            ("--model_path", tiny_official, "--vae", tmp_path),
+            f"--vae {tmp_path} is a folder; read is one file: safetensors in f",
+        ),
         (("--model_path", tiny_official, "--vae", ""), "--vae is empty"),
         (("--model_path", tiny_official, "--text_encoder", path), "is a transformer; allowed is a text encoder"),
         (("--model_path", path, "--transformer_version", "odd"), "transformer version 'odd' is not of the form"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import stage2_transformer
 from hunyuan_staged.files import contract, tensors
@@ -156,7 +157,7 @@ def test_super_resolution_that_was_asked_for_follows(tmp_path):
 def test_what_is_recorded_gives_the_options_again(tmp_path, monkeypatch):
     """Through the state's JSON and a shell's words; files by their whole paths."""
     adapter = tmp_path / "it's an adapter.safetensors"
-    adapter.touch()
+    save_file({"weight": torch.ones(1)}, adapter)
     monkeypatch.chdir(tmp_path)
     given = DenoiseOptions(
         input_dir=str(tmp_path / "in"),

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hunyuan_staged.options import DenoiseOptions
 from hunyuan_staged.pipeline.settings import Settings, resolve_sampling, sampling_warnings
@@ -45,6 +47,6 @@ def test_a_name_that_speaks_of_four_steps(file, speaks):
 
 def test_an_adapters_name_too(tmp_path):
     adapter = tmp_path / "hunyuanvideo1.5_t2v_480p_lightx2v_4step_lora_rank_32_bf16.safetensors"
-    adapter.touch()
+    save_file({"weight": torch.ones(1)}, adapter)
     assert said("480p_t2v", lora=(str(adapter),)) == [NAMED.format(adapter.name, 50)]
     assert said("480p_t2v", lora=(str(adapter),), four_steps=True) == []
