@@ -24,13 +24,20 @@ class GpuFacts:
     shared: bool
 
 
+def _driver() -> tuple[ctypes.CDLL, int]:
+    """(CUDA's driver, how many GPUs it shows). Raises OSError where there is none, or no answer, and AttributeError where
+    it lacks these functions."""
+    driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        raise OSError("CUDA's driver does not answer")
+    return driver, count.value
+
+
 def gpu_facts() -> list[GpuFacts]:
     """The visible GPUs, as CUDA's driver lists them, none gets a context; none where there is no driver, or no answer."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        count, size = ctypes.c_int(), ctypes.c_size_t()
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-            return []
+        driver, count = _driver()
+        size = ctypes.c_size_t()
 
         def attribute(which: int, device: ctypes.c_int) -> int:
             value = ctypes.c_int(-1)
@@ -38,7 +45,7 @@ def gpu_facts() -> list[GpuFacts]:
             return value.value
 
         found = []
-        for index in range(count.value):
+        for index in range(count):
             device = ctypes.c_int()
             if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceTotalMem_v2(
                 ctypes.byref(size), device
@@ -72,11 +79,11 @@ def open_context(local_rank: int) -> bool:
     Whether it is there; why it is not, torch will say.
     """
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        count, device, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        driver, count = _driver()
+        if not count:
             return False
-        failed = driver.cuDeviceGet(ctypes.byref(device), local_rank % count.value)
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        failed = driver.cuDeviceGet(ctypes.byref(device), local_rank % count)
         return not failed and not driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     except (OSError, AttributeError):  # no library, or one without these functions
         return False
