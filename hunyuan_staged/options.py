@@ -235,12 +235,6 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
         if self.output_dir is not None:
             check_output_dir("--output_dir", self.output_dir)
 
-    @property
-    def compiles(self) -> bool:
-        """Whether torch.compile fuses the blocks on a GPU. It does where products are computed in float8: no kernel of ours
-        quantises what they take, and torch's own, one by one, make a step a fifth slower (H200)."""
-        return self.compile or self.fp8_matmul
-
     def attention_mode(self) -> str:
         """The one mode that attn_mode and its two shorthands ask for; InputError where they contradict each other."""
         asked = {f"--attn_mode {self.attn_mode}": self.attn_mode} if self.attn_mode else {}
@@ -291,3 +285,9 @@ class DenoiseOptions(UpscaleOptions, GroupOptions):
     def adapter_files(self) -> list[tuple[Path, float]]:
         """(file or folder, weight) of each adapter; InputError where it holds no weights, or the weight is no number."""
         return parse_adapters(self.lora or ())
+
+
+def needs_compiler(options: Any) -> bool:
+    """Whether torch.compile fuses the blocks on a GPU. It does where products are computed in float8: no kernel of ours
+    quantises what they take, and torch's own, one by one, make a step a fifth slower (H200)."""
+    return bool(options.compile or options.fp8_matmul)

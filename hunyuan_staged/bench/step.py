@@ -9,6 +9,7 @@ from typing import Any
 from hunyuan_staged import geometry, versions
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.memory.operations import TEXT_TOKENS
+from hunyuan_staged.options import needs_compiler
 
 DEFAULT_GUIDANCE_SCALE = 6.0
 
@@ -162,7 +163,7 @@ def set_up(args: argparse.Namespace, world: Any) -> Setup:
         _offloaded(args, block_weights.count),
         blocks,
         weights_bytes=torch.cuda.memory_allocated() if device.type == "cuda" else 0,
-        compile=args.compile or args.fp8_matmul,
+        compile=needs_compiler(args),
         loading=loading,
     )
 

@@ -70,9 +70,8 @@ def save_official(
 ) -> Path:
     """Write the modules as `hf download tencent/HunyuanVideo-1.5` and its download guide leave them (facts.md).
 
-    All weights in dtype; a transformer of more than shard_bytes in several files and an index. force_upcast: of the VAE,
-    whose values are too large for float16. The folder appears whole
-    or not at all; InputError where something is there already.
+    All weights in dtype; a transformer of more than shard_bytes in several files and an index. force_upcast: the VAE's
+    values are too large for float16. The folder appears whole or not at all; InputError where something is there already.
     """
     with new_folder(Path(folder)) as root:
         _save_qwen(root / "text_encoder" / "llm", modules, dtype)
@@ -176,7 +175,7 @@ def _save_official_transformer(
 
 
 def save_official_vae(folder: Path, module: Any, dtype: torch.dtype, force_upcast: bool = False) -> None:
-    """Write a Vae and its official config."""
+    """Write a Vae and its official config. force_upcast: its values are too large for float16."""
     from hunyuan_staged.weights.key_maps import VAE_MAP, to_official
 
     _save_tensors(folder / "diffusion_pytorch_model.safetensors", to_official(_weights(module, dtype), VAE_MAP))

@@ -24,7 +24,7 @@ from hunyuan_staged.memory import budget, estimates
 from hunyuan_staged.memory.budget import BlockWeights, FreeMemory
 from hunyuan_staged.memory.offloading import weights_of, widened_bytes
 from hunyuan_staged.models.modulations import table_bytes
-from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, offload_asked
+from hunyuan_staged.options import DEFAULT_CFG_PARALLEL, DenoiseOptions, needs_compiler, offload_asked
 from hunyuan_staged.parallel.heads import HeadSplit, split_heads
 from hunyuan_staged.parallel.layout import Layout, make_layout, plan_layout
 from hunyuan_staged.parallel.world import World
@@ -77,7 +77,7 @@ class DenoiseSetup:
     @property
     def compiled(self) -> bool:
         """Whether torch.compile fuses the blocks."""
-        return self.world.device.type == "cuda" and self.options.compiles
+        return self.world.device.type == "cuda" and needs_compiler(self.options)
 
     @property
     def enlarges_to(self) -> str | None:
@@ -148,14 +148,14 @@ class DenoiseSetup:
         patch = (config.patch_size_t, config.patch_size, config.patch_size)
         width, steps = config.num_attention_heads * config.attention_head_dim, settings.num_inference_steps
         side_by_side, shards = plan_layout(self.world.size, settings.branches, self.cfg_parallel)
+        fused = self.world.device.type == "cuda"  # by Triton, which comes with torch: the compiler's kernels or ours
         return estimates.DenoisingSize(
             geometry.video_tokens(settings.video_length, settings.height, settings.width, patch),
             self.text_tokens,
             width,
             self.dtype.itemsize,
             self.by_step.hungriest if self.by_step else self.attention.name,
-            self.world.device.type
-            == "cuda",  # where Triton fuses, which comes with torch: the compiler's kernels or ours
+            fused,
             shards,
             widened_bytes(self.skeleton.transformer_blocks, self.dtype),
             table_bytes(steps, self.weights.count, width, self.dtype.itemsize),

@@ -11,7 +11,7 @@ from hunyuan_staged.attention.packages import FLASH4_PACKAGE, HOPPER, installed,
 from hunyuan_staged.errors import InputError
 from hunyuan_staged.files import video
 from hunyuan_staged.memory.budget import CARD_OVERHEAD
-from hunyuan_staged.options import DecodeOptions, DenoiseOptions
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, needs_compiler
 from hunyuan_staged.parallel.environment import rank_info
 from hunyuan_staged.parsing import options_of_run
 from hunyuan_staged.runtime.environment import NOTHING_EARLY, Early, IsDue, imports_end, run_flags
@@ -45,8 +45,10 @@ def warm_denoising(options: DenoiseOptions, is_due: IsDue) -> Early:
         return NOTHING_EARLY
 
     def import_kernels() -> None:
-        if options.compiles or installed("triton"):
-            _import(COMPILER if options.compiles else KERNELS)
+        if needs_compiler(options):
+            _import(COMPILER)
+        elif installed("triton"):
+            _import(KERNELS)
         if gpu.capability >= HOPPER and may_take_flash4(options):
             kernel_cache.keep_flash4_kernels()
             obstacle(FLASH4_PACKAGE)  # imports it; what is wrong with it is said by who asks next

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hunyuan_staged.options import DecodeOptions, DenoiseOptions
+from hunyuan_staged.options import DecodeOptions, DenoiseOptions, needs_compiler
 from hunyuan_staged.pipeline import warming
 from hunyuan_staged.runtime.environment import Early
 from hunyuan_staged.runtime.gpus import GpuFacts, gpu_facts
@@ -64,3 +64,11 @@ def test_the_driver_and_torch_see_the_same_gpus():
         (properties.total_memory, (properties.major, properties.minor))
         for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled"),
+    [({}, False), ({"compile": True}, True), ({"weights_dtype": "fp8"}, False), ({"fp8_matmul": True}, True)],
+)
+def test_products_in_float8_take_the_compiler(flags, compiled):
+    assert needs_compiler(DenoiseOptions(**flags)) is compiled
